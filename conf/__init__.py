@@ -1,0 +1,1 @@
+"""Marks this folder as the package ``kdq.conf`` inside the wheel, where Hydra finds it as ``pkg://kdq.conf``."""

@@ -1,0 +1,37 @@
+"""kdq: distil, quantize and compare image classifiers.
+
+Imported names load what they need when first used, so that ``import kdq`` is quick:
+
+    quantize(model, batches, bits=4, ...)   a quantized copy and a per-layer report
+    save(network, path) / load(path)        packed files
+    KdqError                                an error the user can mend
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kdq.errors import KdqError
+
+if TYPE_CHECKING:
+    from kdq.quant.network import quantize
+    from kdq.quant.packing import load_packed as load
+    from kdq.quant.packing import save_packed as save
+
+__version__ = "0.1.0.dev0"
+__all__ = ["KdqError", "__version__", "load", "quantize", "save"]
+
+_LAZY = {
+    "quantize": ("kdq.quant.network", "quantize"),
+    "save": ("kdq.quant.packing", "save_packed"),
+    "load": ("kdq.quant.packing", "load_packed"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _LAZY[name]
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,83 @@
+"""One job's config and what is made of it once: images, store, device, loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import torch
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from kdq.data.images import Images
+from kdq.errors import KdqError
+from kdq.models import build
+from kdq.store import Entry, Store
+from kdq.tracking import tracked
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid, or several that differ in their bits only."""
+
+    cfg: DictConfig
+
+    @property
+    def output(self) -> Path:
+        """Everything kdq writes is below it."""
+        return Path(self.cfg.paths.output_dir)
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.output / "store")
+
+    @cached_property
+    def images(self) -> Images:
+        config = plain(self.cfg.data)
+        return Images(hydra.utils.instantiate(config["source"]), config)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where networks are quantized and evaluated; Lightning places trainings by the same setting."""
+        accelerator = self.cfg.trainer.accelerator
+        if accelerator == "cpu":
+            return torch.device("cpu")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator != "auto" and found is None:
+            raise KdqError(f"trainer.accelerator={accelerator} but torch finds no device: use accelerator=cpu or auto")
+        return found or torch.device("cpu")
+
+    @property
+    def role(self) -> str:
+        """Whose weights are quantized: ``teacher`` or ``student``."""
+        return "teacher" if self.cfg.method._target_ is None else "student"
+
+    def network(self, role: str, entry: Entry) -> nn.Module:
+        """The stored network of a role, in eval mode, on the CPU."""
+        network = build(plain(self.cfg[role].net))
+        network.load_state_dict(entry.weights())
+        return network.eval()
+
+    def tracked(self, job_type: str, name: str, extra: Mapping[str, Any]) -> AbstractContextManager[Logger | None]:
+        """The logger of one stage; see :func:`kdq.tracking.tracked`."""
+        cfg = self.cfg
+        axes = {"data": cfg.data.name, "teacher": cfg.teacher.name, "student": cfg.student.name, "seed": cfg.seed}
+        return tracked(
+            plain(cfg.logger),
+            self.output / "runs",
+            job_type=job_type,
+            name=f"{cfg.data.name}-{name}",
+            group=cfg.sweep,
+            config=axes | {"quantizer": cfg.quant.name} | dict(extra),
+        )
+
+
+def plain(config: Any) -> Any:
+    """A config node as dicts, lists and values, with its interpolations resolved."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

@@ -1,0 +1,64 @@
+"""Normalisation and per-sample augmentation as batched tensor operations on whatever device holds the images.
+
+torchvision's v2 transforms draw once per *batch*; here every image has its own draw. The draws of an epoch are
+made at once on the CPU from one seed, so they are the same on every device and for every number of processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """``(pixel / 255 - mean) / std`` per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 ``(batch, height, width, channels)`` to float32 ``(batch, channels, height, width)``, stored
+        channels-last, the layout convolutions run fastest in."""
+        mean = torch.tensor(self.mean, device=images.device)
+        scale = 1 / torch.tensor(self.std, device=images.device)
+        return images.float().mul_(scale / 255).sub_(mean * scale).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random crop after zero padding by ``pad`` pixels, horizontal flip with probability one half, and a zeroed
+    square of ``cutout`` pixels (DeVries & Taylor 2017, arXiv 1708.04552)."""
+
+    pad: int = 0
+    flip: bool = False
+    cutout: int = 0
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """``(count, 5)`` int64: crop row, crop column, flip, cutout row, cutout column of every image."""
+        highs = (2 * self.pad + 1, 2 * self.pad + 1, 2, height, width)
+        return torch.stack([torch.randint(high, (count,), generator=generator) for high in highs], dim=1)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Augment uint8 ``(batch, height, width, channels)`` by ``draws`` ``(batch, 5)``; returns a new tensor."""
+        batch, height, width, _ = images.shape
+        top, left, flip, cut_row, cut_column = draws.T[:, :, None]
+        rows = torch.arange(height, device=images.device).expand(batch, -1)
+        columns = torch.arange(width, device=images.device).expand(batch, -1)
+        if self.flip:
+            columns = torch.where(flip == 1, width - 1 - columns, columns)
+        if self.pad:
+            images = F.pad(images, (0, 0, self.pad, self.pad, self.pad, self.pad))
+            rows, columns = rows + top, columns + left
+        which = torch.arange(batch, device=images.device)
+        images = images[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+        if self.cutout:
+            half, grid_rows = self.cutout // 2, torch.arange(height, device=images.device)
+            grid_columns = torch.arange(width, device=images.device)
+            inside_rows = (grid_rows - cut_row + half >= 0) & (grid_rows - cut_row + half < self.cutout)
+            inside_columns = (grid_columns - cut_column + half >= 0) & (grid_columns - cut_column + half < self.cutout)
+            images = images.masked_fill((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None], 0)
+        return images

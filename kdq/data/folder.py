@@ -1,0 +1,134 @@
+"""Your own images: ``root/train/<class>/*`` and ``root/test/<class>/*``, decoded once into uint8 arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from kdq.data.sets import ImageSet
+from kdq.errors import KdqError
+from kdq.progress import progress
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def class_names(root: str | Path) -> list[str]:
+    """The class folders of ``root/train``, sorted: label ``i`` is the i-th name.
+
+    Raises:
+        KdqError: the folder does not exist or holds no class folder.
+    """
+    train = Path(root).expanduser() / "train"
+    if not train.is_dir():
+        raise KdqError(f"no folder {train}: data.root must hold train/<class>/ and test/<class>/ folders of images")
+    names = sorted(entry.name for entry in train.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise KdqError(f"{train} holds no class folders: expected train/<class>/*.jpg")
+    return names
+
+
+def image_folder(root: str, image_size: int, in_channels: int, cache: str) -> ImageSet:
+    """Read an image folder, at ``image_size`` x ``image_size`` pixels with ``in_channels`` (1 grey, 3 RGB).
+
+    Images of another size are scaled so that the shorter side fits and cropped in the centre. The decoded arrays
+    are kept below ``cache`` and memory-mapped from then on. The cache is found by the list of file names, sizes
+    and modification times, so any change to the folder makes a new one; what a model's key remembers is the
+    digest of the decoded pixels (:attr:`ImageSet.digest`), which is the same wherever the folder lies.
+
+    Raises:
+        KdqError: a folder is missing or empty, train and test differ in their classes, or an image is corrupt.
+    """
+    if in_channels not in (1, 3):
+        raise KdqError(f"data.in_channels={in_channels}: images are read as grey (1) or RGB (3)")
+    source, classes = Path(root).expanduser(), class_names(root)
+    parts = {part: _list_images(source / part, classes) for part in ("train", "test")}
+    folder = Path(cache) / _listing_key(source, parts, image_size, in_channels)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _decode_into(folder, parts, image_size, in_channels, classes)
+    train, test = ([_mapped(folder / f"{part}_{kind}.npy") for kind in ("images", "labels")] for part in parts)
+    return ImageSet(train[0], train[1], test[0], test[1], tuple(classes))
+
+
+def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    if not folder.is_dir():
+        raise KdqError(f"no folder {folder}: data.root must hold train/<class>/ and test/<class>/ folders of images")
+    extra = sorted(
+        e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith(".") and e.name not in classes
+    )
+    if extra:
+        raise KdqError(f"{folder} has class folders that train/ lacks: {', '.join(extra[:5])}")
+    found = []
+    for label, name in enumerate(classes):
+        files = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in EXTENSIONS)
+        if not files:
+            raise KdqError(f"{folder / name} holds no image ({', '.join(sorted(EXTENSIONS))})")
+        found += [(file, label) for file in files]
+    return found
+
+
+def _listing_key(source: Path, parts: dict[str, list[tuple[Path, int]]], image_size: int, in_channels: int) -> str:
+    sha = hashlib.sha256(f"1 {image_size} {in_channels}".encode())
+    for files in parts.values():
+        for file, _ in files:
+            stat = file.stat()
+            sha.update(f"{file.relative_to(source)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return sha.hexdigest()[:20]
+
+
+def _decode_into(
+    folder: Path, parts: dict[str, list[tuple[Path, int]]], size: int, in_channels: int, classes: list[str]
+) -> None:
+    """Decode every image into ``.npy`` files in a temporary folder, then rename it to ``folder``."""
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".decode-"))
+    try:
+        for part, files in parts.items():
+            shape = (len(files), size, size, in_channels)
+            pixels = np.lib.format.open_memmap(temporary / f"{part}_images.npy", "w+", np.uint8, shape)
+            with (
+                ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+                progress(f"decoding {part} images", len(files), "image") as bar,
+            ):
+                decoded = pool.map(lambda file: _decode(file[0], size, in_channels), files)
+                for row, image in enumerate(decoded):
+                    pixels[row] = image
+                    bar.update()
+            pixels.flush()
+            np.save(temporary / f"{part}_labels.npy", np.array([label for _, label in files], np.int64))
+        (temporary / "classes.json").write_text(json.dumps(classes))
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB" if in_channels == 3 else "L")
+            if image.size != (size, size):
+                scale = size / min(image.size)
+                shape = [max(size, round(scale * side)) for side in image.size]
+                left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
+                image = image.resize((shape[0], shape[1]), Image.Resampling.BILINEAR, reducing_gap=2.0)
+                image = image.crop((left, top, left + size, top + size))
+            return np.asarray(image, np.uint8).reshape(size, size, in_channels)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise KdqError(f"cannot read the image {file} ({error}): mend or remove it") from error
+
+
+def _mapped(file: Path) -> Tensor:
+    # Copy-on-write: pages are shared with the file, and torch gets an array it may call writable.
+    return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))

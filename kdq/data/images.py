@@ -1,0 +1,94 @@
+"""A data set with its split, normalisation and augmentation: what every stage takes its images from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdq.data.augment import Augment, Preprocess
+from kdq.data.loader import EvalLoader
+from kdq.data.sets import ImageSet
+from kdq.data.split import split
+from kdq.errors import KdqError
+
+#: Images in one evaluation batch: large enough to keep a device busy, small enough for any memory.
+EVAL_BATCH = 500
+
+
+class Images:
+    """An :class:`ImageSet` with its seeded split, its normalisation and its augmentation.
+
+    Args:
+        images: the data.
+        config: the ``data`` config: ``name, num_classes, in_channels, mean, std, val_fraction, split_seed,
+            train_limit, test_limit, augment``. ``mean`` and ``std`` null: measured on the training images.
+
+    Raises:
+        KdqError: the config and the images disagree on channels or classes.
+    """
+
+    def __init__(self, images: ImageSet, config: Mapping[str, Any]) -> None:
+        self.set, self.config = images, config
+        if len(images.classes) != config["num_classes"]:
+            raise KdqError(f"data.num_classes={config['num_classes']} but {config['name']} has {len(images.classes)}")
+        _, self.height, self.width, channels = images.train_images.shape
+        if channels != config["in_channels"]:
+            raise KdqError(f"data.in_channels={config['in_channels']} but {config['name']} has {channels}")
+        self.split = split(
+            len(images.train_images), config["val_fraction"], config["split_seed"], config["train_limit"]
+        )
+        self.augment = Augment(**config["augment"])
+        self.preprocess = self._preprocess()
+        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def _preprocess(self) -> Preprocess:
+        mean, std = self.config["mean"], self.config["std"]
+        if mean is None or std is None:
+            mean, std = _channel_moments(self.set.train_images[self.split.train])
+        if not len(mean) == len(std) == self.config["in_channels"]:
+            raise KdqError(f"data.mean and data.std need {self.config['in_channels']} values, one per channel")
+        return Preprocess(tuple(mean), tuple(std))
+
+    def spec(self) -> dict[str, Any]:
+        """What of the data a trained model depends on: part of its store key."""
+        keys = ("name", "val_fraction", "split_seed", "train_limit", "augment")
+        measured = {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std), "digest": self.set.digest}
+        return {key: self.config[key] for key in keys} | measured
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """All training images and labels on ``device``; copied there once."""
+        if device not in self._placed:
+            self._placed[device] = (self.set.train_images.to(device), self.set.train_labels.to(device))
+        return self._placed[device]
+
+    def evaluation(self, part: str, device: torch.device, rank: int = 0, world_size: int = 1) -> EvalLoader:
+        """The ``"val"`` or ``"test"`` images in order."""
+        if part == "val":
+            images, labels, indices = *self.on(device), self.split.val
+        else:
+            images, labels = self.set.test_images.to(device), self.set.test_labels.to(device)
+            indices = torch.arange(len(images))[: self.config["test_limit"]]
+        return EvalLoader(
+            images, labels, indices, EVAL_BATCH, preprocess=self.preprocess, rank=rank, world_size=world_size
+        )
+
+    def calibration(self, count: int, seed: int, device: torch.device) -> EvalLoader:
+        """``count`` training images without augmentation, for the quantizer."""
+        images, labels = self.on(device)
+        return EvalLoader(images, labels, self.split.calibration(count, seed), EVAL_BATCH, preprocess=self.preprocess)
+
+
+def _channel_moments(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of uint8 ``(n, h, w, c)``, on the scale 0 to 1, from histograms:
+    exact, and without a float copy of the data."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(-1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (share * values).sum()
+        means.append(mean.item())
+        stds.append(max(((share * (values - mean) ** 2).sum() ** 0.5).item(), 1e-3))
+    return means, stds

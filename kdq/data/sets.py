@@ -1,0 +1,135 @@
+"""The data sets kdq knows by name, each a function that returns an :class:`ImageSet`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from kdq.errors import KdqError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A classification data set in memory (or memory-mapped).
+
+    Attributes:
+        train_images, test_images: uint8 ``(images, height, width, channels)``.
+        train_labels, test_labels: int64 ``(images,)``, values in ``0 .. len(classes) - 1``.
+        classes: names, in label order.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all pixels and labels: what a stored model's key says about its data."""
+        sha = hashlib.sha256(repr(self.classes).encode())
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            sha.update(repr(tuple(tensor.shape)).encode())
+            sha.update(np.ascontiguousarray(tensor.numpy()).data)
+        return sha.hexdigest()
+
+
+def digits() -> ImageSet:
+    """1 797 real handwritten digits, 8x8 grey (Alpaydin & Kaynak 1998), shipped inside scikit-learn.
+
+    The set has no official test part: here every fifth image is one.
+    """
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = torch.from_numpy(np.rint(raw.images * (255 / 16)).astype(np.uint8))[..., None]
+    labels = torch.from_numpy(raw.target.astype(np.int64))
+    test = torch.arange(len(labels)) % 5 == 4
+    return ImageSet(images[~test], labels[~test], images[test], labels[test], tuple("0123456789"))
+
+
+def fashion_mnist(root: str) -> ImageSet:
+    """Fashion-MNIST (Xiao et al. 2017): 60 000 + 10 000 grey images, 28x28."""
+    from torchvision.datasets import FashionMNIST
+
+    files = [f"FashionMNIST/raw/{Path(url).name}" for url, _ in FashionMNIST.resources]
+    return _torchvision_set("Fashion-MNIST", FashionMNIST, Path(root), files)
+
+
+def cifar10(root: str) -> ImageSet:
+    """CIFAR-10 (Krizhevsky 2009): 50 000 + 10 000 RGB images, 32x32."""
+    from torchvision.datasets import CIFAR10
+
+    return _torchvision_set("CIFAR-10", CIFAR10, Path(root), [CIFAR10.filename])
+
+
+def cifar100(root: str) -> ImageSet:
+    """CIFAR-100 (Krizhevsky 2009): 50 000 + 10 000 RGB images, 32x32, a hundred classes."""
+    from torchvision.datasets import CIFAR100
+
+    return _torchvision_set("CIFAR-100", CIFAR100, Path(root), [CIFAR100.filename])
+
+
+def _torchvision_set(name: str, dataset: Callable[..., Any], root: Path, files: list[str]) -> ImageSet:
+    """Read a torchvision data set below ``root``, fetching it first where it is missing.
+
+    Archives the user put there are used before anything is fetched.
+
+    Raises:
+        KdqError: the set is not there and cannot be fetched, or what is there is corrupt.
+    """
+    try:
+        return _read(dataset, root)
+    except Exception:  # torchvision raises many kinds for a missing, half-written or corrupt set
+        root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".download.lock"):
+        try:
+            return _read(dataset, root)  # another process may have fetched it while this one waited
+        except Exception:
+            pass
+        try:
+            _fetch(dataset, root, files)
+            return _read(dataset, root)
+        except Exception as error:
+            raise KdqError(
+                f"{name} is not in {root.resolve()} and could not be fetched ({' '.join(str(error).split())[:160]}): "
+                f"put {', '.join(files)} there, or set paths.data_dir to where they are"
+            ) from error
+
+
+def _fetch(dataset: Callable[..., Any], root: Path, files: list[str]) -> None:
+    """Download and unpack into a temporary folder, then move each finished file into place."""
+    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as temporary:
+        for name in files:
+            if (root / name).is_file():
+                (Path(temporary) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(root / name, Path(temporary) / name)
+        dataset(temporary, download=True)
+        for file in [f for f in Path(temporary).rglob("*") if f.is_file()]:
+            target = root / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+
+
+def _read(dataset: Callable[..., Any], root: Path) -> ImageSet:
+    parts = [dataset(root, train=train, download=False) for train in (True, False)]
+    images = [_as_nhwc(part.data) for part in parts]
+    labels = [torch.as_tensor(part.targets, dtype=torch.int64) for part in parts]
+    return ImageSet(images[0], labels[0], images[1], labels[1], tuple(parts[0].classes))
+
+
+def _as_nhwc(pixels: Any) -> Tensor:
+    images = torch.as_tensor(pixels)
+    return images[..., None] if images.ndim == 3 else images

@@ -1,0 +1,48 @@
+"""Train, validation and calibration images, all from the training set, chosen by a recorded seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdq.errors import KdqError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Index tensors into the training set: ``train`` and ``val`` are disjoint, int64."""
+
+    train: Tensor
+    val: Tensor
+
+    def calibration(self, count: int, seed: int) -> Tensor:
+        """``count`` of the training images (all, when there are fewer), drawn by ``seed``, in a fixed order.
+
+        They come from the part the network was trained on: validation images stay unseen by the quantizer, so
+        that they can choose between quantized networks.
+        """
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        return self.train[order[:count]]
+
+
+def split(images: int, val_fraction: float, seed: int, train_limit: int | None = None) -> Split:
+    """Divide ``images`` training images: ``val_fraction`` of them to validation, the rest to training, of which
+    at most ``train_limit`` are kept.
+
+    Raises:
+        KdqError: the fraction is outside (0, 1) or a part would be empty.
+    """
+    if not 0 < val_fraction < 1:
+        raise KdqError(f"data.val_fraction={val_fraction} must lie between 0 and 1: models are selected on validation")
+    val = round(images * val_fraction)
+    if not 0 < val < images:
+        raise KdqError(f"data.val_fraction={val_fraction} of {images} images leaves a part empty")
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    train = order[val:]
+    if train_limit is not None:
+        if train_limit < 1:
+            raise KdqError(f"data.train_limit={train_limit} must be at least 1")
+        train = train[:train_limit]
+    return Split(train=train, val=order[:val])

@@ -1,0 +1,94 @@
+"""Distillation losses as pure functions of logits.
+
+Shapes: logits ``(batch, classes)``, ``target`` int64 ``(batch,)`` or class probabilities ``(batch, classes)``; every
+loss returns a scalar, the mean over the batch. All of them compute in float32 whatever dtype comes in (float64 stays
+float64) and start from ``log_softmax``, so that logits of +-1e4 stay finite.
+
+Gradients flow to the student's logits only: a teacher's or a peer's are detached here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy against class indices or against probabilities, ``-sum_c y_c log p_c``."""
+    return F.cross_entropy(_at_least_float32(logits), target, label_smoothing=label_smoothing)
+
+
+def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """``T^2 KL(softmax(z_t / T) || softmax(z_s / T))`` (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
+
+    The factor ``T^2`` keeps the gradient's size independent of the temperature.
+    """
+    log_p_s = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=1)
+    log_p_t = F.log_softmax(_at_least_float32(teacher_logits.detach()) / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
+
+
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float = 0.9, temperature: float = 4.0
+) -> Tensor:
+    """``(1 - alpha) CE(z_s, y) + alpha T^2 KL(teacher || student)`` (Hinton et al. 2015)."""
+    kl = distillation_kl(student_logits, teacher_logits, temperature)
+    return (1 - alpha) * soft_cross_entropy(student_logits, target) + alpha * kl
+
+
+def mutual_loss(logits: Tensor, peer_logits: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+    """``CE(z, y) + weight KL(peer || self)`` at temperature 1, one student's side of Deep Mutual Learning (Zhang et
+    al. 2018, arXiv 1706.00384, equation 5). The peer acts as a constant."""
+    return soft_cross_entropy(logits, target) + weight * distillation_kl(logits, peer_logits, temperature=1.0)
+
+
+def decoupled_kl(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0
+) -> tuple[Tensor, Tensor]:
+    """TCKD and NCKD, the two halves of the distillation KL (Zhao et al. 2022, arXiv 2203.08679), each times ``T^2``.
+
+    With ``p`` the tempered probability of the target class, TCKD is the KL between the binary distributions
+    ``(p, 1 - p)``, and NCKD the KL between the distributions over the other classes, renormalised to one. Per sample
+
+        ``KL = TCKD_i + (1 - p_t,i) NCKD_i``.
+    """
+    tckd, nckd, _ = _decoupled_terms(student_logits, teacher_logits, target, temperature)
+    return temperature**2 * tckd.mean(), temperature**2 * nckd.mean()
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    warmup: float = 1.0,
+) -> Tensor:
+    """``CE + warmup (alpha TCKD + beta NCKD)`` (Zhao et al. 2022, equation 7), both terms with their ``T^2``.
+
+    ``warmup`` in 0..1 is the factor that grows linearly over the first epochs in the authors' recipe.
+    """
+    tckd, nckd = decoupled_kl(student_logits, teacher_logits, target, temperature)
+    return soft_cross_entropy(student_logits, target) + warmup * (alpha * tckd + beta * nckd)
+
+
+def _decoupled_terms(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per sample ``(batch,)``: TCKD, NCKD (without ``T^2``) and the teacher's ``1 - p_t``."""
+    is_target = F.one_hot(target, student_logits.shape[1]).bool()
+    binary, others = [], []
+    for logits in (student_logits, teacher_logits.detach()):
+        log_p = F.log_softmax(_at_least_float32(logits) / temperature, dim=1)
+        log_others = log_p.masked_fill(is_target, -torch.inf).logsumexp(1)  # log(1 - p_t) without cancellation
+        binary.append(torch.stack([log_p[is_target], log_others], dim=1))
+        others.append(log_p[~is_target].view(len(log_p), -1) - log_others[:, None])
+    tckd = F.kl_div(binary[0], binary[1], reduction="none", log_target=True).sum(1)
+    nckd = F.kl_div(others[0], others[1], reduction="none", log_target=True).sum(1)
+    return tckd, nckd, binary[1][:, 1].exp()
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,63 @@
+"""How good and how large a network is, each image counted once."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+
+def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> dict[str, float]:
+    """Metrics of ``network`` in eval mode, in float32.
+
+    Returns:
+        ``top1`` and ``top5`` in percent (top5 is top-k with k = the number of classes where there are fewer than
+        five), ``nll``, the mean cross-entropy in nats, and ``ece``, the expected calibration error with 15 bins in
+        percent.
+    """
+    network = network.eval()
+    device = next(network.parameters()).device
+    # "micro" counts images; torchmetrics' default averages over classes.
+    accuracy = MetricCollection(
+        {
+            "top1": MulticlassAccuracy(num_classes, average="micro"),
+            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+        }
+    ).to(device)
+    nll = MeanMetric().to(device)
+    with torch.inference_mode():
+        for images, labels in batches:
+            logits = network(images).float()
+            accuracy.update(logits.softmax(1), labels)
+            nll.update(nn.functional.cross_entropy(logits, labels), weight=len(labels))
+    result = {name: 100 * float(value) for name, value in accuracy.compute().items()}
+    return result | {"nll": float(nll.compute())}
+
+
+def multiply_adds(network: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulate operations of one forward pass on ``image`` ``(1, channels, height, width)``."""
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(network).to("cpu").eval()(image.cpu())
+    return counter.get_total_flops() // 2
+
+
+def latency_ms(network: nn.Module, image: Tensor, runs: int = 30) -> float:
+    """Median milliseconds of a forward pass on ``image``, after a warm-up, on the network's device."""
+    times = []
+    with torch.inference_mode():
+        for run in range(runs + 5):
+            start = time.perf_counter()
+            network(image)
+            if image.is_cuda:
+                torch.cuda.synchronize(image.device)
+            if run >= 5:
+                times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)

@@ -1,0 +1,143 @@
+"""The networks: torchvision's ResNets with either stem, and the small CIFAR ResNets of He et al.
+
+Every builder takes ``num_classes`` and ``in_channels`` and uses the parameter names of the published
+state dicts, so that weights trained elsewhere load by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet as tv
+
+from kdq.errors import KdqError
+
+#: Stored files may name an architecture only from these modules: reading a file never runs other code.
+TRUSTED_MODULES = ("kdq.models", "torchvision.models")
+
+
+def resnet18(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
+    """ResNet-18 (He et al. 2016, arXiv 1512.03385): 11.17 M parameters with ten classes."""
+    return _resnet(tv.BasicBlock, [2, 2, 2, 2], num_classes, in_channels, stem)
+
+
+def resnet34(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
+    """ResNet-34 (He et al. 2016): 21.28 M parameters with ten classes."""
+    return _resnet(tv.BasicBlock, [3, 4, 6, 3], num_classes, in_channels, stem)
+
+
+def resnet50(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
+    """ResNet-50 (He et al. 2016): 23.52 M parameters with ten classes."""
+    return _resnet(tv.Bottleneck, [3, 4, 6, 3], num_classes, in_channels, stem)
+
+
+def _resnet(
+    block: type[tv.BasicBlock | tv.Bottleneck], layers: list[int], num_classes: int, in_channels: int, stem: str
+) -> nn.Module:
+    """torchvision's ResNet. ``stem="cifar"`` keeps small images at full resolution: a 3x3 convolution with
+    stride 1 and no max-pooling, the shape in which CIFAR weights such as ``edadaltocg/resnet50_cifar10`` are
+    published; ``stem="imagenet"`` is the original 7x7 stride 2."""
+    network = tv.ResNet(block, layers, num_classes=num_classes)
+    if stem == "cifar":
+        network.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    elif stem != "imagenet":
+        raise KdqError(f"stem={stem!r} is unknown: use 'cifar' or 'imagenet'")
+    elif in_channels != 3:
+        network.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+    if stem == "cifar" or in_channels != 3:
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+class CifarResNet(nn.Module):
+    """The ResNet of He et al. (2016, section 4.2) for 32x32 images: three stages of ``(depth - 2) / 6`` basic
+    blocks with 16, 32 and 64 channels times ``width``.
+
+    Where a stage changes shape the shortcut is a 1x1 convolution (their option B), as in the networks of the
+    distillation literature and the published CIFAR state dicts.
+
+    Input ``(batch, in_channels, height, width)``, output logits ``(batch, num_classes)``.
+    """
+
+    def __init__(self, depth: int, num_classes: int, in_channels: int = 3, width: float = 1.0) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise KdqError(f"depth={depth} is not a CIFAR ResNet: use 6n + 2, such as 20, 32, 44 or 56")
+        if width <= 0:
+            raise KdqError(f"width={width} must be positive")
+        planes = [max(1, round(width * channels)) for channels in (16, 32, 64)]
+        self.conv1 = nn.Conv2d(in_channels, planes[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes[0])
+        self.relu = nn.ReLU(inplace=True)
+        blocks = (depth - 2) // 6
+        self.layer1 = _stage(planes[0], planes[0], blocks, stride=1)
+        self.layer2 = _stage(planes[0], planes[1], blocks, stride=2)
+        self.layer3 = _stage(planes[1], planes[2], blocks, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(planes[2], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def _stage(in_planes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+    downsample = None
+    if stride != 1 or in_planes != planes:
+        downsample = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+    first = tv.BasicBlock(in_planes, planes, stride, downsample)
+    return nn.Sequential(first, *(tv.BasicBlock(planes, planes) for _ in range(blocks - 1)))
+
+
+def build(net: Mapping[str, Any]) -> nn.Module:
+    """Call ``net["_target_"]`` with the other entries as keyword arguments.
+
+    The recipe is kept on the network as ``network.kdq_net``, so that a saved file can say how to rebuild it.
+
+    Raises:
+        KdqError: the target cannot be imported, is not a network, or refuses the arguments.
+    """
+    kwargs = {str(key): value for key, value in net.items() if key != "_target_"}
+    target = str(net.get("_target_"))
+    builder = _resolve(target)
+    try:
+        inspect.signature(builder).bind(**kwargs)
+    except TypeError as error:
+        raise KdqError(f"{target} does not take these arguments ({error}): {sorted(kwargs)}") from error
+    network = builder(**kwargs)
+    if not isinstance(network, nn.Module):
+        raise KdqError(f"{target} returned {type(network).__name__}, not a torch.nn.Module")
+    network.kdq_net = {  # type: ignore[assignment]
+        "_target_": target,
+        **kwargs,
+    }
+    return network
+
+
+def build_trusted(net: Mapping[str, Any]) -> nn.Module:
+    """:func:`build` for a recipe that was read from a file: only architectures of :data:`TRUSTED_MODULES`."""
+    module, _, name = str(net.get("_target_")).rpartition(".")
+    if module not in TRUSTED_MODULES or name.startswith("_"):
+        raise KdqError(
+            f"the file names the architecture {net.get('_target_')!r}, not one of {', '.join(TRUSTED_MODULES)}: "
+            "build it yourself and pass it as load(path, network=...)"
+        )
+    return build(net)
+
+
+def _resolve(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise KdqError(f"cannot import {target!r}: {error}") from error

@@ -1,0 +1,106 @@
+"""The finite sets of values a weight may take: integer codes on a scale, per output channel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdq.errors import KdqError
+
+MIN_BITS, MAX_BITS = 2, 32
+#: Up to here every code and its distance to the zero point are exact in float32.
+_FLOAT32_LEVELS = 2**24
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """The values ``scale * (code - zero)`` for ``code = 0 .. levels - 1``.
+
+    Attributes:
+        scale: positive, ``(..., rows, 1)``: one per output channel of a weight ``(..., rows, columns)``.
+        zero: the code that stands for zero, same shape. Where it is a whole number in range, zero is a value of the
+            alphabet.
+        levels: how many values there are; 2^b of them need b bits.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    levels: int
+
+    @property
+    def bits(self) -> int:
+        """Bits that a code takes: ``ceil(log2(levels))``."""
+        return math.ceil(math.log2(self.levels))
+
+    def encode(self, values: Tensor) -> Tensor:
+        """The codes, int64, of the alphabet's values nearest to ``values`` ``(..., rows, any)``."""
+        dtype = self._exact_dtype(values)
+        codes = torch.round(values.to(dtype) / self.scale.to(dtype) + self.zero.to(dtype))
+        return codes.clamp_(0, self.levels - 1).long()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values that ``codes`` stand for, in the scale's dtype."""
+        return decode(codes, self.scale, self.zero, self.levels)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """``values`` rounded to the alphabet: ``decode(encode(values))``."""
+        dtype = self._exact_dtype(values)
+        scale, zero = self.scale.to(dtype), self.zero.to(dtype)
+        codes = torch.round(values.to(dtype) / scale + zero).clamp_(0, self.levels - 1)
+        return codes.sub_(zero).mul_(scale).to(values.dtype)
+
+    def _exact_dtype(self, values: Tensor) -> torch.dtype:
+        return values.dtype if self.levels <= _FLOAT32_LEVELS else torch.float64
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """``scale * (codes - zero)``, rounded once to the scale's dtype: the same bits wherever it is computed."""
+    dtype = scale.dtype if levels <= _FLOAT32_LEVELS else torch.float64
+    return ((codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)).to(scale.dtype)
+
+
+def check_bits(bits: object) -> int:
+    """``bits`` as an int.
+
+    Raises:
+        KdqError: it is not a whole number from 2 to 32.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise KdqError(f"bits={bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}")
+    return bits
+
+
+def uniform(weight: Tensor, bits: int, shrinkages: int = 40) -> Alphabet:
+    """Exactly ``2^bits`` evenly spaced values per output channel, zero among them.
+
+    The scale of a channel is the one, of ``shrinkages`` candidates between a fraction of the full range and the full
+    range, that rounds the channel's weights with the least squared error. Clipping the few largest weights pays
+    at low widths: at 2 bits the best range of a Gaussian channel is about two standard deviations.
+
+    Args:
+        weight: ``(..., rows, columns)``.
+        bits: 2 to 32.
+    """
+    check_bits(bits)
+    half = 2 ** (bits - 1)
+    zero = torch.full_like(weight[..., :1], float(half))
+    # The largest positive code is half - 1: the full range must hold the positive and the negative extreme.
+    full = torch.maximum(weight.amax(-1, keepdim=True) / (half - 1), -weight.amin(-1, keepdim=True) / half)
+    full = full.clamp_min(torch.finfo(weight.dtype).tiny * 2**bits)
+    best = Alphabet(full, zero, 2**bits)
+    if bits > 8:  # the step is so fine that clipping never pays
+        return best
+    error = (best.nearest(weight) - weight).square().sum(-1, keepdim=True)
+    scale = full
+    for step in range(1, shrinkages):
+        candidate = full * (1 - 0.8 * step / shrinkages)
+        tried = (Alphabet(candidate, zero, 2**bits).nearest(weight) - weight).square().sum(-1, keepdim=True)
+        better = tried < error
+        error, scale = torch.where(better, tried, error), torch.where(better, candidate, scale)
+    return Alphabet(scale, zero, 2**bits)
+
+
+ALPHABETS = {"uniform": uniform}

@@ -1,0 +1,111 @@
+"""The row: what one cell of the grid found, a flat record in a file of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kdq.files import replacing, write_text
+
+log = logging.getLogger(__name__)
+
+#: Version of the columns below; a reader reads all earlier ones.
+ROW_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell. Accuracies and drops are in percent (points), sizes in bytes, times in seconds unless named ``_ms``."""
+
+    data: str
+    method: str
+    arch: str
+    role: str
+    seed: int
+    quantizer: str
+    alphabet: str
+    bits: int
+    avg_bits: float
+    search: str
+    top1_float: float
+    top1: float
+    top5: float
+    drop: float
+    nll: float
+    ece: float
+    val_top1: float
+    params: int
+    weight_bits_total: int
+    size_bytes: int
+    float_bytes: int
+    macs: int
+    calibration_images: int
+    latency_ms_torch: float
+    train_seconds: float
+    quantize_seconds: float
+    device: str
+    kdq_version: str
+    git_sha: str
+    config_hash: str
+    wandb_run: str
+    artifact: str
+    row_format: int = ROW_FORMAT
+
+    @property
+    def file_name(self) -> str:
+        return (
+            f"{self.data}-{self.method}-{self.arch}-s{self.seed}-{self.quantizer}-b{self.bits}-{self.config_hash}.json"
+        )
+
+
+COLUMNS = [field.name for field in dataclasses.fields(Row)]
+#: Columns that tell cells apart, in the order tables are sorted by.
+AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "bits"]
+
+
+def write_row(folder: Path, row: Row) -> Path:
+    """Write ``row`` atomically to its own file below ``folder``."""
+    path = folder / row.file_name
+    write_text(path, json.dumps(dataclasses.asdict(row), indent=1) + "\n")
+    return path
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """All rows below ``folder``, sorted by what tells them apart; a damaged file is named in a warning and left out."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            rows.append(_row(json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.warning("skipping the damaged row %s (%s)", path, error)
+    return sorted(rows, key=lambda row: [getattr(row, axis) for axis in [*AXES, "config_hash"]])
+
+
+def _row(values: dict[str, Any]) -> Row:
+    if values.get("row_format", 0) > ROW_FORMAT:
+        raise ValueError(f"row format {values['row_format']} is newer than this kdq: update kdq")
+    row = Row(**{name: values[name] for name in values if name in COLUMNS})
+    for field in dataclasses.fields(Row):
+        value = getattr(row, field.name)
+        kind = {"str": str, "int": int, "float": float}[str(field.type)]
+        if isinstance(value, bool) or not isinstance(value, (kind, int) if kind is float else kind):
+            raise ValueError(f"{field.name} is {value!r}")
+    return row
+
+
+def table(rows: Iterable[Row]) -> pd.DataFrame:
+    """The rows as a data frame with :data:`COLUMNS`, also when there is none."""
+    return pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=COLUMNS)
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Write the merged table atomically."""
+    with replacing(path) as temporary:
+        table(rows).to_csv(temporary, index=False)

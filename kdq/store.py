@@ -1,0 +1,160 @@
+"""The trained-once store: every model is trained once, whoever asks for it, and found by what made it.
+
+    store/<slug>-<key>/        one finished model
+        weights.safetensors    its best weights
+        config.yaml            the spec it was made from: everything that affects the weights, and nothing else
+        metrics.json           how its training went
+        entry.json             format, key, and the SHA-256 of the files above
+    store/.work/<key>/         an unfinished training: its last checkpoint, until it is published
+    store/.locks/<key>.lock    held by whoever trains it
+
+The key is a hash of the spec, so equal models meet in one entry and different ones never do. An entry appears by one
+rename, complete. The lock is a lease that its holder refreshes: when the holder dies, here or on another host that
+shares the folder, the next one takes over and resumes from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import SoftFileLease, Timeout
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kdq.errors import KdqError
+from kdq.weights import file_digest
+
+log = logging.getLogger(__name__)
+
+#: Raised when the meaning of a spec changes: older entries are then simply not found.
+FORMAT = 1
+#: Seconds without a sign of life after which a lock holder on another host counts as dead.
+LEASE_SECONDS = 60.0
+_FILES = ("weights.safetensors", "config.yaml", "metrics.json")
+
+
+def key_of(spec: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that identify ``spec`` (plain JSON values), whatever the order of its entries."""
+    text = json.dumps({"format": FORMAT, **spec}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished model."""
+
+    path: Path
+    key: str
+    metrics: dict[str, Any]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict, on the CPU."""
+        return load_file(self.path / "weights.safetensors")
+
+
+class Store:
+    """The entries below ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get(self, spec: Mapping[str, Any], slug: str) -> Entry | None:
+        """The entry made from ``spec``, or None.
+
+        Raises:
+            KdqError: it is there but was damaged.
+        """
+        key = key_of(spec)
+        path = self.root / f"{slug}-{key}"
+        if not path.is_dir():
+            return None
+        try:
+            digests = json.loads((path / "entry.json").read_text())["sha256"]
+            damaged = [name for name in _FILES if file_digest(path / name) != digests[name]]
+            metrics = json.loads((path / "metrics.json").read_text())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise KdqError(f"the stored model {path} is damaged ({error}): delete this folder and run again") from error
+        if damaged:
+            raise KdqError(f"{path / damaged[0]} does not match its checksum: delete the folder {path} and run again")
+        return Entry(path, key, metrics)
+
+    def get_or_make(
+        self,
+        spec: Mapping[str, Any],
+        slug: str,
+        make: Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+    ) -> Entry:
+        """The entry made from ``spec``; ``make`` is called when there is none.
+
+        Args:
+            spec: everything that affects the weights, as plain JSON values.
+            slug: a readable prefix for the folder's name, the same for equal specs.
+            make: gets a work folder that survives crashes (it resumes from what it finds there) and returns the
+                state dict and the metrics.
+        """
+        entry = self.get(spec, slug)
+        if entry is not None:
+            return entry
+        key = key_of(spec)
+        with self._locked(key, slug):
+            entry = self.get(spec, slug)  # published by the holder this one waited for
+            if entry is not None:
+                return entry
+            work = self.root / ".work" / key
+            work.mkdir(parents=True, exist_ok=True)
+            weights, metrics = make(work)
+            self._publish(spec, slug, weights, metrics)
+            shutil.rmtree(work, ignore_errors=True)
+        entry = self.get(spec, slug)
+        assert entry is not None
+        return entry
+
+    def _publish(
+        self, spec: Mapping[str, Any], slug: str, weights: Mapping[str, Tensor], metrics: Mapping[str, Any]
+    ) -> None:
+        key = key_of(spec)
+        temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=".publish-"))
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / _FILES[0])
+            (temporary / _FILES[1]).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(spec))))
+            (temporary / _FILES[2]).write_text(json.dumps(metrics, indent=1) + "\n")
+            digests = {name: file_digest(temporary / name) for name in _FILES}
+            (temporary / "entry.json").write_text(json.dumps({"format": FORMAT, "key": key, "sha256": digests}))
+            for file in temporary.iterdir():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            temporary.chmod(0o755)
+            try:
+                os.rename(temporary, self.root / f"{slug}-{key}")
+            except OSError:
+                # A holder that was taken for dead may have published first; equal specs make equal entries.
+                if not (self.root / f"{slug}-{key}").is_dir():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self, key: str, slug: str) -> Iterator[None]:
+        folder = self.root / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lease = SoftFileLease(folder / f"{key}.lock", lease_duration=LEASE_SECONDS)
+        try:
+            lease.acquire(timeout=0)
+        except Timeout:
+            log.info("waiting for another process that is making %s", slug)
+            lease.acquire(poll_interval=0.5)
+        try:
+            yield
+        finally:
+            lease.release()

@@ -1,0 +1,115 @@
+"""Reading weights trained elsewhere: a file, or ``hf:owner/name[:file]`` on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kdq.errors import KdqError
+
+#: File names tried in a hub repository that names none, the safe format first.
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def locate(source: str) -> Path:
+    """The local file behind ``source``: a path, or ``hf:owner/name[:file]``, fetched into the hub's own cache.
+
+    Raises:
+        KdqError: there is no such file, or the hub cannot be reached and holds no cached copy.
+    """
+    if source.startswith("hf:"):
+        return _from_hub(source)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise KdqError(f"no weights file at {path}: give an existing .safetensors/.pt/.pth/.bin file or hf:owner/name")
+    return path
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repo, _, filename = source.removeprefix("hf:").partition(":")
+    if repo.count("/") != 1:
+        raise KdqError(f"weights={source!r} is not hf:owner/name or hf:owner/name:file")
+    tried = (filename,) if filename else HUB_FILES
+    for name in tried:
+        try:
+            return Path(hf_hub_download(repo, name))
+        except LocalEntryNotFoundError as error:
+            raise KdqError(
+                f"cannot fetch {name} of {repo} (no network?): download it elsewhere and set weights=/path/to/{name}"
+            ) from error
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # the hub raises many kinds: unknown repository, gated, proxy, ...
+            raise KdqError(f"cannot fetch {name} of {repo}: {' '.join(str(error).split())}") from error
+    raise KdqError(f"{repo} holds none of {', '.join(tried)}: name its file, weights=hf:{repo}:FILE")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file or of a torch checkpoint, which is loaded weights-only: no code in
+    it runs. A Lightning-like ``{"state_dict": ...}`` wrapper and a ``module.`` prefix are taken off.
+
+    Raises:
+        KdqError: the file is not a readable checkpoint, or holds something other than tensors by name.
+    """
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise KdqError(f"cannot read weights from {path}: {_one_line(error)}") from error
+    except Exception as error:  # pickle.UnpicklingError and whatever a corrupt zip makes torch raise
+        raise KdqError(f"cannot read weights from {path} (weights-only): {_one_line(error)}") from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state.get("model", state))
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise KdqError(f"{path} does not hold a state dict (names to tensors)")
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _load_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Copy the tensors of ``path`` into ``network``, every name and shape matching.
+
+    Raises:
+        KdqError: names are missing, unexpected or of another shape; the message lists them.
+    """
+    state, own = read_state_dict(path), network.state_dict()
+    # Old checkpoints lack BatchNorm's step counter, which no forward pass in eval mode reads.
+    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in state if n not in own]
+    mismatched = [
+        f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
+        for n in own
+        if n in state and state[n].shape != own[n].shape
+    ]
+    problems = [
+        f"{title}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", mismatched))
+        if names
+    ]
+    if problems:
+        hint = ""
+        if any("fc." in name or "classifier" in name for name in mismatched):
+            hint = " (is the number of classes the same?)"
+        raise KdqError(f"{path} does not fit the network: {'; '.join(problems)}{hint}")
+    network.load_state_dict(state, strict=False)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
