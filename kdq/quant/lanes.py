@@ -57,10 +57,10 @@ class Lanes(Tensor):
                     results[lane].append(results[earlier][chunk])
                     continue
                 result = func(*_pick(args, lane, chunk), **_pick(kwargs, lane, chunk))
-                if not _holds_tensor(result):
+                if result is not None and not _holds_tensor(result):
                     return result  # metadata, the same for every lane and chunk
                 results[lane].append(result)
-        return _gather(results)
+        return None if results[0][0] is None else _gather(results)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -1,0 +1,1 @@
+"""Benchmarks behind the numbers in the documentation: ``python -m kdq.bench``."""

@@ -1,0 +1,69 @@
+"""The G/H form against the published recursion, code for code."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdq.bench import literal
+from kdq.quant.alphabet import Alphabet, uniform
+from kdq.quant.gpfq import gpfq
+
+
+def problem(columns: int, rows: int = 6, images: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(columns)
+    X = torch.relu(torch.randn(images, columns) + 0.3)
+    return torch.randn(rows, columns), X, (X + 0.1 * torch.randn_like(X)).relu()
+
+
+def solve(W: Tensor, X: Tensor, Xq: Tensor, alphabet: Alphabet, block: int = 64) -> Tensor:
+    return alphabet.encode(gpfq(W, Xq.T @ Xq, Xq.T @ X, alphabet, block))
+
+
+def expected(W: Tensor, X: Tensor, Xq: Tensor, alphabet: Alphabet) -> Tensor:
+    values = literal.alphabet_values(alphabet.scale, alphabet.zero, alphabet.levels)
+    return alphabet.encode(literal.gpfq(W, X, Xq, values).float())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("columns", [1, 27, 150])
+def test_same_codes_as_the_recursion(bits: int, columns: int) -> None:
+    W, X, Xq = problem(columns)
+    alphabet = uniform(W, bits)
+    assert torch.equal(solve(W, X, Xq, alphabet), expected(W, X, Xq, alphabet))
+
+
+def test_a_dead_input_column_gets_the_level_nearest_zero() -> None:
+    W, X, Xq = problem(30)
+    Xq[:, [0, 7, 29]] = 0
+    X[:, 29] = 0
+    alphabet = uniform(W, 3)
+    found = gpfq(W, Xq.T @ Xq, Xq.T @ X, alphabet)
+    assert torch.equal(alphabet.encode(found), expected(W, X, Xq, alphabet))
+    assert (found[:, [0, 7, 29]] == 0).all()
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_codes_do_not_depend_on_the_block(block: int) -> None:
+    W, X, Xq = problem(130)
+    alphabet = uniform(W, 4)
+    assert torch.equal(solve(W, X, Xq, alphabet, block), solve(W, X, Xq, alphabet, 32))
+
+
+def test_leading_dimensions_are_independent_problems() -> None:
+    problems = [problem(20), problem(20, images=90)]
+    W, G, H = (torch.stack(parts) for parts in zip(*((W, Q.T @ Q, Q.T @ X) for W, X, Q in problems), strict=True))
+    alphabet = uniform(W, 3)
+    together = gpfq(W, G, H, alphabet)
+    for index in range(2):
+        alone = gpfq(W[index], G[index], H[index], uniform(W[index], 3))
+        assert torch.equal(together[index], alone)
+
+
+def test_less_error_than_rounding() -> None:
+    W, X, Xq = problem(100)
+    alphabet = uniform(W, 3)
+
+    def error(Q: Tensor) -> Tensor:
+        return (X @ W.T - Xq @ Q.T).square().sum()
+
+    assert error(gpfq(W, Xq.T @ Xq, Xq.T @ X, alphabet)) < 0.8 * error(alphabet.nearest(W))
