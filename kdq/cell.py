@@ -60,7 +60,8 @@ class Cell:
 
     def network(self, role: str, entry: Entry) -> nn.Module:
         """The stored network of a role, in eval mode, on the CPU."""
-        network = build(plain(self.cfg[role].net))
+        # A training of several networks may have published one of another architecture.
+        network = build(entry.metrics.get("net", plain(self.cfg[role].net)))
         network.load_state_dict(entry.weights())
         return network.eval()
 

@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
+from tqdm import tqdm
 
 from kdq.data.images import Images
 from kdq.data.module import ImageDataModule
@@ -22,36 +25,46 @@ from kdq.errors import KdqError
 from kdq.progress import progress
 
 
+@dataclass
+class Best:
+    """A learner at its best: validation accuracy 0 to 1, the epoch (from 0), and the weights on the CPU."""
+
+    top1: float = -1.0
+    epoch: int = -1
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
 class KeepBest(Callback):
-    """Remembers the student's weights of the epoch with the highest validation accuracy (the last of equals, which
+    """Remembers each learner's weights of the epoch with its highest validation accuracy (the last of equals, which
     saw the lowest learning rate).
 
     They travel inside the one checkpoint that is written each epoch: a crash can never separate the two.
     """
 
     def __init__(self) -> None:
-        self.top1, self.epoch, self.seconds = -1.0, -1, 0.0
-        self.weights: dict[str, Tensor] = {}
+        self.best: dict[str, Best] = {}
+        self.seconds = 0.0
         self._since = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Baseline)
         self.seconds += time.perf_counter() - self._since
-        top1 = float(trainer.callback_metrics["val/top1"])
-        if top1 >= self.top1:
-            assert isinstance(pl_module, Baseline)
-            state = pl_module.student.state_dict()
-            self.top1, self.epoch = top1, trainer.current_epoch
-            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        for name, learner in pl_module.learners.items():
+            top1 = pl_module.val_top1(name)
+            if name not in self.best or top1 >= self.best[name].top1:
+                state = learner.product.state_dict()
+                weights = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
+                self.best[name] = Best(top1, trainer.current_epoch, weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"top1": self.top1, "epoch": self.epoch, "seconds": self.seconds, "weights": self.weights}
+        return {"best": {name: vars(best) for name, best in self.best.items()}, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.top1, self.epoch = state_dict["top1"], state_dict["epoch"]
-        self.seconds, self.weights = state_dict["seconds"], state_dict["weights"]
+        self.best = {name: Best(**best) for name, best in state_dict["best"].items()}
+        self.seconds = state_dict["seconds"]
 
 
 class _Progress(Callback):
@@ -61,9 +74,10 @@ class _Progress(Callback):
         self.title = title
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Only the first process has a terminal to itself.
         steps, done = int(trainer.num_training_batches), trainer.current_epoch
         epochs = trainer.max_epochs or 0
-        self.bar = progress(self.title, steps * epochs, "step")
+        self.bar = progress(self.title, steps * epochs, "step") if trainer.is_global_zero else tqdm(disable=True)
         self.bar.update(steps * done)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -81,81 +95,89 @@ class _Progress(Callback):
 
 
 class _SeedEpoch(Callback):
-    """Starts every epoch from a random state of its own, so that networks with dropout resume exactly, too."""
+    """Starts every epoch from a random state of its own, so that networks with dropout resume exactly, too. Each
+    process has its own state: it sees other images."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)
+        epoch = self.seed * 1_000_003 + trainer.current_epoch
+        torch.manual_seed(epoch * trainer.world_size + trainer.global_rank)
 
 
 def fit(
     module: Baseline,
     images: Images,
     trainer: Mapping[str, Any],
-    seed: int,
     work: Path,
     logger: Logger | bool = False,
     title: str = "training",
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train ``module`` and return its best weights (by validation accuracy) and how it went.
+) -> tuple[dict[str, Best], dict[str, Any]]:
+    """Train ``module`` and return its learners at their best (by validation accuracy) and how it went.
 
     Args:
-        module: carries its network, its recipe and its losses.
-        trainer: the ``trainer`` config: ``accelerator, devices, strategy, precision``.
-        seed: the order of the images and their augmentation; the weights were initialised by the caller.
+        module: carries its networks, its recipe, its seed and its losses.
+        trainer: the ``trainer`` config: ``accelerator, devices, strategy, precision, compile``. With several devices
+            this process must be one of :mod:`kdq.processes`.
         work: where the checkpoint of the last finished epoch lives; a training found there is continued.
 
     Raises:
         KdqError: the loss became NaN, or the checkpoint in ``work`` cannot be read.
     """
-    recipe, best = module.recipe, KeepBest()
+    recipe, best, checkpoint = module.recipe, KeepBest(), work / "last.ckpt"
     _quiet_lightning()
-    lightning = L.Trainer(
-        accelerator=trainer["accelerator"],
-        devices=trainer["devices"],
-        strategy=trainer["strategy"],
-        precision=resolve_precision(trainer["precision"], trainer["accelerator"]),
+    callbacks = [
+        best,
+        _SeedEpoch(module.seed),
+        _Progress(title),
+        ModelCheckpoint(work, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+    ]
+    lightning = _trainer(module, trainer, callbacks=callbacks, logger=logger, default_root_dir=work)
+    try:
+        if trainer["compile"]:
+            for network in module.networks():
+                network.compile()
+        resume = str(checkpoint) if _readable(checkpoint) else None
+        data = ImageDataModule(images, recipe.batch_size, module.seed, recipe.accumulate)
+        lightning.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    finally:
+        _release(lightning)
+    if lightning.interrupted:
+        raise KeyboardInterrupt
+    if not best.best:
+        raise KdqError("the training ended without a validated epoch")
+    trained_images = len(images.split.train) // recipe.batch_size * recipe.batch_size * recipe.epochs
+    metrics = {
+        "epochs": recipe.epochs,
+        "train_seconds": best.seconds,
+        "images_per_second": trained_images / max(best.seconds, 1e-9),
+        "precision": str(lightning.precision),
+        "torch": torch.__version__,
+    }
+    return best.best, metrics
+
+
+def _trainer(module: Baseline, config: Mapping[str, Any], **kwargs: Any) -> L.Trainer:
+    recipe = module.recipe
+    if module.automatic_optimization:  # a module that steps by hand clips and accumulates by hand
+        kwargs |= {"gradient_clip_val": recipe.clip_grad, "accumulate_grad_batches": recipe.accumulate}
+    return L.Trainer(
+        accelerator=config["accelerator"],
+        devices=config["devices"],
+        strategy=config["strategy"],
+        precision=resolve_precision(config["precision"], config["accelerator"]),
+        # kdq starts the processes of a training itself; inside a Slurm job Lightning would look for Slurm's.
+        plugins=[LightningEnvironment()],
         max_epochs=recipe.epochs,
-        gradient_clip_val=recipe.clip_grad,
-        callbacks=[
-            best,
-            _SeedEpoch(seed),
-            _Progress(title),
-            ModelCheckpoint(work, "last", save_on_train_epoch_end=True, enable_version_counter=False),
-        ],
-        logger=logger,
-        default_root_dir=work,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         deterministic="warn",
         log_every_n_steps=20,
+        **kwargs,
     )
-    checkpoint = work / "last.ckpt"
-    try:
-        resume = str(checkpoint) if _readable(checkpoint) else None
-        data = ImageDataModule(images, recipe.batch_size, seed)
-        lightning.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    finally:
-        _release(lightning)
-    if lightning.interrupted:
-        raise KeyboardInterrupt
-    if not best.weights:
-        raise KdqError("the training ended without a validated epoch")
-    images_per_epoch = len(images.split.train) // recipe.batch_size * recipe.batch_size
-    metrics = {
-        "val_top1": 100 * best.top1,
-        "best_epoch": best.epoch,
-        "epochs": recipe.epochs,
-        "train_seconds": best.seconds,
-        "images_per_second": images_per_epoch * recipe.epochs / max(best.seconds, 1e-9),
-        "precision": str(lightning.precision),
-        "torch": torch.__version__,
-    }
-    return best.weights, metrics
 
 
 def resolve_precision(requested: str, accelerator: str) -> Any:

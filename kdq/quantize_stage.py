@@ -118,7 +118,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
     return {
         "data": cfg.data.name,
         "method": cfg.method.name,
-        "arch": role.name,
+        "arch": entry.metrics.get("arch", role.name),
         "role": cell.role,
         "seed": role.seed,
         "quantizer": cfg.quant.name,

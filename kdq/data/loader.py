@@ -15,7 +15,8 @@ class TrainLoader:
 
     The order and the augmentation of an epoch depend on ``(seed, epoch)`` alone. ``batch_size`` is the *global*
     batch: with several processes each takes its slice of every global batch, so that n processes see what one
-    would. A last incomplete batch is left out, as its gradient would be noisier than the others'.
+    would. Each batch comes in ``portions`` parts, for the accumulation of gradients. A last incomplete batch is left
+    out, as its gradient would be noisier than the others'.
 
     Args:
         images: uint8 ``(images, height, width, channels)`` on the device; ``labels`` int64 ``(images,)`` too.
@@ -34,17 +35,18 @@ class TrainLoader:
         augment: Augment,
         seed: int,
         epoch: Callable[[], int],
+        portions: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.images, self.labels, self.indices = images, labels, indices
-        self.local = min(batch_size, len(indices)) // world_size
-        self.batch_size = self.local * world_size
+        self.local = max(1, min(batch_size, len(indices)) // (world_size * portions))
+        self.portion, self.portions = self.local * world_size, portions
         self.preprocess, self.augment = preprocess, augment
         self.seed, self.epoch, self.rank = seed, epoch, rank
 
     def __len__(self) -> int:
-        return len(self.indices) // self.batch_size
+        return len(self.indices) // (self.portion * self.portions) * self.portions
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
@@ -53,7 +55,7 @@ class TrainLoader:
         height, width = self.images.shape[1:3]
         draws = self.augment.draw(len(order), height, width, generator).to(device)
         for batch in range(len(self)):
-            start = batch * self.batch_size + self.rank * self.local
+            start = batch * self.portion + self.rank * self.local
             own = slice(start, start + self.local)
             images = self.augment(self.images[order[own]], draws[own])
             yield self.preprocess(images), self.labels[order[own]]

@@ -9,11 +9,12 @@ from kdq.data.loader import EvalLoader, TrainLoader
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Feeds one training: ``batch_size`` images a step over all processes, in the order ``seed`` gives."""
+    """Feeds one training: ``batch_size`` images a step over all processes and ``portions``, in the order that
+    ``seed`` gives."""
 
-    def __init__(self, images: Images, batch_size: int, seed: int) -> None:
+    def __init__(self, images: Images, batch_size: int, seed: int, portions: int = 1) -> None:
         super().__init__()
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.images, self.batch_size, self.seed, self.portions = images, batch_size, seed, portions
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self._trainer()
@@ -27,6 +28,7 @@ class ImageDataModule(L.LightningDataModule):
             augment=self.images.augment,
             seed=self.seed,
             epoch=lambda: trainer.current_epoch,
+            portions=self.portions,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
+from kdq.distill.learner import Learner
 from kdq.distill.losses import soft_cross_entropy
+from kdq.distill.moment import Moment
 from kdq.distill.recipe import Recipe
 from kdq.errors import KdqError
 
@@ -22,57 +23,97 @@ class Baseline(L.LightningModule):
         student: the network, called on float images ``(batch, channels, height, width)``.
         recipe: optimizer, schedule and epochs.
         num_classes: classes of the data.
+        seed: of the order of the images, their augmentation, and whatever else a method draws.
     """
 
-    #: Whether the method takes a trained teacher as its ``teacher`` argument.
-    needs_teacher = False
+    #: The networks that the method takes beside the student, as keyword arguments: ``teacher``, ``peer``.
+    takes: tuple[str, ...] = ()
 
-    def __init__(self, student: nn.Module, recipe: Recipe, num_classes: int) -> None:
+    def __init__(self, student: nn.Module, recipe: Recipe, num_classes: int, seed: int = 0) -> None:
         super().__init__()
-        self.student, self.recipe = student, recipe
-        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_loss = MeanMetric()
+        self.recipe, self.num_classes, self.seed = recipe, num_classes, seed
+        self.student = Learner(student, num_classes, recipe.ema)
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """The networks in training, by name. The first one's metrics have the plain names."""
+        return {"student": self.student}
+
+    def networks(self) -> list[nn.Module]:
+        """Every network that a step runs, the frozen ones too: what ``trainer.compile`` compiles."""
+        return [learner.network for learner in self.learners.values()]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.student(images)
 
-    def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
         """The named terms whose sum is minimised, and the student's logits."""
         logits = self.student(images)
         return {"ce": soft_cross_entropy(logits, labels, self.recipe.label_smoothing)}, logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        terms, logits = self.losses(*batch)
-        loss = torch.stack(list(terms.values())).sum()
-        self.stop_on_nan(loss, batch_idx)
-        self.train_top1(logits, batch[1])
-        self.log("train/loss", loss)
-        self.log_dict({f"train/{name}": term for name, term in terms.items()})
-        self.log("train/top1", self.train_top1, on_step=False, on_epoch=True)
-        return loss
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        terms, logits = self.losses(*batch, self.moment(batch_idx))
+        return self.total("student", terms, logits, batch[1], batch_idx)
 
-    def stop_on_nan(self, loss: Tensor, batch_idx: int) -> None:
-        """Raise at the first loss that is not finite.
+    def moment(self, batch_idx: int) -> Moment:
+        trainer = self.trainer
+        steps = int(trainer.num_training_batches)
+        return Moment(
+            trainer.current_epoch, batch_idx, self.recipe.epochs, steps, trainer.global_rank, trainer.world_size
+        )
+
+    def total(self, name: str, terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
+        """The sum of one learner's ``terms``; each is logged.
 
         Raises:
-            KdqError: it says at which epoch and step, and what usually helps.
+            KdqError: the sum is not finite; it says at which epoch and step, and what usually helps.
         """
+        loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
             raise KdqError(
                 f"the loss became {loss.item()} at epoch {self.current_epoch}, step {batch_idx}: "
                 f"lower the learning rate (recipe.lr={self.recipe.lr}) or set recipe.clip_grad=1"
             )
+        learner, suffix = self.learners[name], self._suffix(name)
+        learner.train_top1(logits, labels)
+        self.log_dict({f"train/{term}{suffix}": value for term, value in {"loss": loss, **terms}.items()})
+        self.log(f"train/top1{suffix}", learner.train_top1, on_step=False, on_epoch=True)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.student.stepped()
+
+    def on_validation_epoch_start(self) -> None:
+        """Give all processes one network: BatchNorm statistics are each process's own, and their mean uses all."""
+        if self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        logits = self.student(images)
-        self.val_top1(logits, labels)
-        self.val_loss(soft_cross_entropy(logits, labels), weight=len(labels))
-        self.log("val/top1", self.val_top1, prog_bar=True)
-        self.log("val/loss", self.val_loss)
+        for name, learner in self.learners.items():
+            logits, suffix = learner.product(images), self._suffix(name)
+            learner.val_top1(logits, labels)
+            learner.val_loss(soft_cross_entropy(logits, labels), weight=len(labels))
+            self.log(f"val/top1{suffix}", learner.val_top1, prog_bar=True)
+            self.log(f"val/loss{suffix}", learner.val_loss)
+
+    def val_top1(self, name: str) -> float:
+        """A learner's accuracy in the last validation, 0 to 1."""
+        return float(self.trainer.callback_metrics[f"val/top1{self._suffix(name)}"])
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.recipe.optimizer(self.student.parameters())
-        scheduler = self.recipe.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+        # A trainer of a module that steps by hand accumulates nothing: it counts every batch as a step.
+        batches = int(self.trainer.estimated_stepping_batches) * self.trainer.accumulate_grad_batches
+        steps = batches // self.recipe.accumulate
+        return [self._optimizer(learner, steps) for learner in self.learners.values()]
+
+    def _optimizer(self, learner: Learner, steps: int) -> dict[str, Any]:
+        optimizer = self.recipe.optimizer(learner.network.parameters())
+        scheduler = {"scheduler": self.recipe.scheduler(optimizer, steps), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _suffix(self, name: str) -> str:
+        return "" if name == next(iter(self.learners)) else f"_{name}"

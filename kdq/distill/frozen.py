@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from kdq.distill.baseline import Baseline
+from kdq.distill.losses import standardized
 
 
 class Frozen:
@@ -11,7 +16,7 @@ class Frozen:
 
     It is deliberately no ``nn.Module``: a module assigned to a LightningModule is registered, and then its weights
     land in every checkpoint, its parameters in DDP's buckets, and ``module.train()`` puts its BatchNorm into training
-    mode. Here it stays in eval mode and its device follows the inputs.
+    mode. Here it stays in eval mode, its device follows the inputs, and it runs under the caller's autocast.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -23,3 +28,28 @@ class Frozen:
         if next(self.network.parameters()).device != images.device:
             self.network.to(images.device)
         return self.network(images)
+
+
+class Taught(Baseline):
+    """What the methods with a teacher share.
+
+    Args:
+        teacher: the trained network; it is frozen, and the student's checkpoint does not hold it.
+        temperature: softens both distributions.
+        standardize: compare z-scored logits (Sun et al. 2024, arXiv 2403.01427).
+    """
+
+    takes = ("teacher",)
+
+    def __init__(
+        self, *args: Any, teacher: nn.Module, temperature: float, standardize: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher, self.temperature, self.standardize = Frozen(teacher), temperature, standardize
+
+    def networks(self) -> list[nn.Module]:
+        return [*super().networks(), self.teacher.network]
+
+    def comparable(self, logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Both logits in the form in which they are compared."""
+        return (standardized(logits), standardized(teacher_logits)) if self.standardize else (logits, teacher_logits)

@@ -37,6 +37,16 @@ def kd_loss(
     return (1 - alpha) * soft_cross_entropy(student_logits, target) + alpha * kl
 
 
+def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
+    """Every row's z-score, ``(z - mean) / std`` over the classes (Sun et al. 2024, arXiv 2403.01427).
+
+    A KL between standardized logits asks the student for the teacher's relations between the classes and leaves it its
+    own scale. It keeps the loss insensitive to how confident the teacher is, so it wants a larger weight.
+    """
+    logits = _at_least_float32(logits)
+    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + eps)
+
+
 def mutual_loss(logits: Tensor, peer_logits: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
     """``CE(z, y) + weight KL(peer || self)`` at temperature 1, one student's side of Deep Mutual Learning (Zhang et
     al. 2018, arXiv 1706.00384, equation 5). The peer acts as a constant."""

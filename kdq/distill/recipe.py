@@ -20,12 +20,16 @@ class Recipe:
     """The part of a training that is the same for every method.
 
     Attributes:
-        batch_size: images a step over all processes together.
+        batch_size: images an optimizer step, over all processes and portions together.
+        accumulate: portions in which the images of a step are processed, one after the other, where they do not fit
+            the memory together. Without BatchNorm the step is the same for any number.
         lr: the peak learning rate.
         schedule: ``one_cycle`` (linear up over ``warmup`` of all steps, linear down to zero: Smith & Topin 2017),
             ``cosine`` (half a cosine after the same warm-up), ``multistep`` (times 0.1 at 5/8, 6/8 and 7/8 of the
             training, the step recipe of the CIFAR distillation literature) or ``constant``.
         clip_grad: largest gradient norm, or None.
+        ema: decay of a moving average of the weights, such as 0.999, or None. With one it is the average that is
+            validated and kept.
     """
 
     epochs: int
@@ -37,12 +41,18 @@ class Recipe:
     warmup: float = 0.2
     label_smoothing: float = 0.0
     clip_grad: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise KdqError(f"recipe.schedule={self.schedule!r} is unknown: use one of {', '.join(SCHEDULES)}")
         if self.epochs < 1 or self.batch_size < 1:
             raise KdqError(f"recipe.epochs={self.epochs} and recipe.batch_size={self.batch_size} must be at least 1")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise KdqError(f"recipe.accumulate={self.accumulate} must divide recipe.batch_size={self.batch_size}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise KdqError(f"recipe.ema={self.ema} must lie between 0 and 1, or be null")
 
     def optimizer(self, parameters: Iterable[Parameter]) -> SGD:
         return SGD(

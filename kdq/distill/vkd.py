@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdq.distill.baseline import Baseline
-from kdq.distill.frozen import Frozen
+from kdq.distill.frozen import Taught
 from kdq.distill.losses import distillation_kl, soft_cross_entropy
+from kdq.distill.moment import Moment
 
 
-class VKD(Baseline):
+class VKD(Taught):
     """``(1 - alpha) CE + alpha T^2 KL(teacher || student)``.
 
     Args:
-        teacher: the trained network; it is frozen, and the student's checkpoint does not hold it.
         alpha: the teacher's share of the loss.
-        temperature: softens both distributions.
     """
 
-    needs_teacher = True
-
-    def __init__(self, *args: Any, teacher: nn.Module, alpha: float, temperature: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, alpha: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher, self.alpha, self.temperature = Frozen(teacher), alpha, temperature
+        self.alpha = alpha
 
-    def losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
+        """``labels`` are indices ``(batch,)`` or probabilities ``(batch, classes)``."""
         logits = self.student(images)
         ce = soft_cross_entropy(logits, labels, self.recipe.label_smoothing)
-        kl = distillation_kl(logits, self.teacher(images), self.temperature)
+        kl = distillation_kl(*self.comparable(logits, self.teacher(images)), self.temperature)
         return {"ce": (1 - self.alpha) * ce, "kl": self.alpha * kl}, logits

@@ -1,0 +1,70 @@
+"""A network in training: itself, the moving average of its weights, and how well it does."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class Learner(nn.Module):
+    """``network`` with its metrics and, when ``ema`` is given, its :class:`MovingAverage`.
+
+    Calling it calls ``network``; what is validated and kept is :attr:`product`.
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int, ema: float | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.average = None if ema is None else MovingAverage(network, ema)
+        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.val_loss = MeanMetric()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(batch, classes)``."""
+        return self.network(images)
+
+    @property
+    def product(self) -> nn.Module:
+        """The network that the training is for: the average where there is one."""
+        return self.network if self.average is None else self.average.network
+
+    def stepped(self) -> None:
+        """To be called after every optimizer step."""
+        if self.average is not None:
+            self.average.update(self.network)
+
+
+class MovingAverage(nn.Module):
+    """An exponential moving average of a network's weights and BatchNorm statistics (Polyak & Juditsky 1992).
+
+    After ``n`` updates the decay is ``min(decay, (1 + n) / (10 + n))``: a short training is not dragged towards its
+    random start.
+    """
+
+    updates: Tensor
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.decay = decay
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        done = int(self.updates)
+        decay = min(self.decay, (1 + done) / (10 + done))
+        self.updates += 1
+        for mine, theirs in zip(self.network.state_dict().values(), network.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs, 1 - decay)
+            else:
+                mine.copy_(theirs)
+
+    def train(self, mode: bool = True) -> MovingAverage:
+        """It only ever predicts: it stays in eval mode."""
+        return super().train(False)

@@ -1,0 +1,53 @@
+"""Distillation on mixed images (Zhang et al. 2018, arXiv 1710.09412; Beyer et al. 2022, arXiv 2106.05237)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdq.distill.moment import Moment
+from kdq.distill.vkd import VKD
+from kdq.errors import KdqError
+
+
+class Mixup(VKD):
+    """The loss of vkd on ``lam x_i + (1 - lam) x_j`` with the target ``lam y_i + (1 - lam) y_j``, lam ~ Beta(a, a).
+
+    Student and teacher see the same mixed image. The batch is in random order already, so that neighbours make a
+    random pair; and pairs of neighbours stay together when several processes divide the batch.
+
+    Args:
+        mixup_alpha: a of the Beta distribution: 1 is uniform, 0 mixes nothing.
+        per_sample: every image draws its own lam, instead of one for the batch.
+    """
+
+    def __init__(self, *args: Any, mixup_alpha: float = 1.0, per_sample: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if mixup_alpha < 0:
+            raise KdqError(f"method.mixup_alpha={mixup_alpha} must not be negative")
+        self.mixup_alpha, self.per_sample = mixup_alpha, per_sample
+
+    def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
+        lam = self.draw(len(images), moment).to(images.device)
+        probabilities = F.one_hot(labels, self.num_classes).float()
+        return super().losses(mix(images, lam), mix(probabilities, lam), moment)
+
+    def draw(self, count: int, moment: Moment) -> Tensor:
+        """``lam`` of this process's ``count`` images, float32 ``(count,)``."""
+        if self.mixup_alpha == 0:
+            return torch.ones(count)
+        everyone = count * moment.world_size if self.per_sample else 1
+        drawn = moment.random(self.seed).beta(self.mixup_alpha, self.mixup_alpha, everyone)
+        lam = torch.from_numpy(drawn).float()
+        return lam[moment.rank * count :][:count] if self.per_sample else lam.expand(count)
+
+
+def mix(batch: Tensor, lam: Tensor) -> Tensor:
+    """``lam_i batch_i + (1 - lam_i) batch_j`` with j the neighbour of i: 0 with 1, 2 with 3, and so on; the last of
+    an odd number is mixed with the first."""
+    neighbour = torch.arange(len(batch), device=batch.device) ^ 1
+    neighbour = neighbour.where(neighbour < len(batch), 0)
+    return torch.lerp(batch[neighbour], batch, lam.view(-1, *[1] * (batch.ndim - 1)))

@@ -1,0 +1,33 @@
+"""Where in its training a batch is: what schedules and random draws may depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Batch ``step`` (from 0) of ``steps`` in epoch ``epoch`` (from 0) of ``epochs``, on process ``rank`` of
+    ``world_size``.
+
+    A method that takes its randomness and its schedules from here alone resumes exactly after a crash, and draws the
+    same on every process.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    epochs: int = 1
+    steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def progress(self) -> float:
+        """The share of the training that is done, 0 to just below 1."""
+        return (self.epoch + self.step / self.steps) / self.epochs
+
+    def random(self, seed: int) -> np.random.Generator:
+        """A generator of this moment's own."""
+        return np.random.default_rng((seed, self.epoch, self.step))
