@@ -146,7 +146,7 @@ def _read_result(folder: Path) -> tuple[dict[str, Best], dict[str, Any]]:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when the parent closes the pipe, or dies
+    os.read(0, 1)  # returns when the parent dies; sys.stdin would be locked at this process's own end
     os._exit(1)
 
 
