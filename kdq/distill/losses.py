@@ -44,7 +44,9 @@ def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
     own scale. It keeps the loss insensitive to how confident the teacher is, so it wants a larger weight.
     """
     logits = _at_least_float32(logits)
-    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + eps)
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    # Not std(), whose gradient is undefined where all logits of a row are equal.
+    return centred / (centred.square().sum(dim=1, keepdim=True) / (logits.shape[1] - 1) + eps**2).sqrt()
 
 
 def mutual_loss(logits: Tensor, peer_logits: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:

@@ -1,0 +1,160 @@
+"""Every loss against a formula written another way, finite differences, and the limits it must survive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdq.distill.losses import (
+    _decoupled_terms,
+    decoupled_kl,
+    distillation_kl,
+    dkd_loss,
+    kd_loss,
+    mutual_loss,
+    soft_cross_entropy,
+    standardized,
+)
+
+CLASSES = 7
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {
+    "ce": lambda s, t, y: soft_cross_entropy(s, y),
+    "ce_smoothed": lambda s, t, y: soft_cross_entropy(s, y, 0.1),
+    "kl": lambda s, t, y: distillation_kl(s, t, 3.0),
+    "kl_standardized": lambda s, t, y: distillation_kl(standardized(s), standardized(t), 2.0),
+    "kd": lambda s, t, y: kd_loss(s, t, y, alpha=0.7, temperature=4.0),
+    "mutual": lambda s, t, y: mutual_loss(s, t, y, weight=0.5),
+    "dkd": lambda s, t, y: dkd_loss(s, t, y, alpha=1.0, beta=8.0, temperature=4.0, warmup=0.5),
+}
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Student logits, teacher logits (float64) and labels of 16 samples."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(16, CLASSES, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student, teacher, torch.randint(CLASSES, (16,), generator=generator)
+
+
+def softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """From its definition, not through torch's log_softmax."""
+    powers = (logits / temperature).exp()
+    return powers / powers.sum(1, keepdim=True)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(1)
+
+
+def test_cross_entropy_against_its_definition(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, _, labels = batch
+    p = softmax(student)
+    expected = -p[torch.arange(16), labels].log().mean()
+    torch.testing.assert_close(soft_cross_entropy(student, labels), expected)
+    one_hot = torch.nn.functional.one_hot(labels, CLASSES).double()
+    torch.testing.assert_close(soft_cross_entropy(student, one_hot), expected)
+    smoothed = 0.9 * one_hot + 0.1 / CLASSES
+    torch.testing.assert_close(soft_cross_entropy(student, labels, 0.1), -(smoothed * p.log()).sum(1).mean())
+
+
+def test_kd_against_its_definition(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, labels = batch
+    expected_kl = 16 * kl(softmax(teacher, 4.0), softmax(student, 4.0)).mean()
+    torch.testing.assert_close(distillation_kl(student, teacher, 4.0), expected_kl)
+    expected = 0.1 * soft_cross_entropy(student, labels) + 0.9 * expected_kl
+    torch.testing.assert_close(kd_loss(student, teacher, labels), expected)
+
+
+def test_mutual_loss_is_at_temperature_one(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, peer, labels = batch
+    expected = soft_cross_entropy(student, labels) + 0.3 * kl(softmax(peer), softmax(student)).mean()
+    torch.testing.assert_close(mutual_loss(student, peer, labels, 0.3), expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dkd_decomposes_the_kl(batch: tuple[Tensor, Tensor, Tensor], temperature: float) -> None:
+    """T^2 KL = T^2 mean_i[TCKD_i + (1 - p_t,i) NCKD_i] exactly (equation 5 of the paper)."""
+    student, teacher, labels = batch
+    tckd, nckd, not_target = _decoupled_terms(student, teacher, labels, temperature)
+    total = temperature**2 * (tckd + not_target * nckd).mean()
+    torch.testing.assert_close(total, distillation_kl(student, teacher, temperature), rtol=1e-12, atol=1e-14)
+
+
+def test_decoupled_terms_against_their_definition(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, labels = batch
+    rows, target = torch.arange(16), torch.zeros(16, CLASSES, dtype=torch.bool)
+    target[rows, labels] = True
+    binary, others = [], []
+    for logits in (teacher, student):
+        p = softmax(logits, 4.0)
+        binary.append(torch.stack([p[rows, labels], 1 - p[rows, labels]], dim=1))
+        # Equation 3 of the paper: a softmax over the logits of the other classes alone.
+        others.append(softmax(logits[~target].view(16, CLASSES - 1), 4.0))
+    tckd, nckd = decoupled_kl(student, teacher, labels, 4.0)
+    torch.testing.assert_close(tckd, 16 * kl(*binary).mean())
+    torch.testing.assert_close(nckd, 16 * kl(*others).mean())
+    expected = soft_cross_entropy(student, labels) + 0.5 * (2 * tckd + 3 * nckd)
+    torch.testing.assert_close(dkd_loss(student, teacher, labels, 2.0, 3.0, 4.0, warmup=0.5), expected)
+
+
+def test_standardized_rows_have_mean_zero_and_deviation_one(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z = standardized(batch[0])
+    torch.testing.assert_close(z.mean(1), torch.zeros(16, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(z.std(1), torch.ones(16, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(standardized(5 * batch[0] + 3), z, atol=1e-6, rtol=0)
+
+
+def test_equal_logits_have_a_finite_gradient_when_standardized() -> None:
+    logits = torch.zeros(2, CLASSES, requires_grad=True)
+    standardized(logits).square().sum().backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_equal_finite_differences(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, labels = batch
+    loss = LOSSES[name]
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, labels), student.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_teacher_gets_no_gradient(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, labels = (batch[0].requires_grad_(), batch[1].requires_grad_(), batch[2])
+    LOSSES[name](student, teacher, labels).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_hot_logits_stay_finite(name: str, dtype: torch.dtype) -> None:
+    """Logits of +-1e4, right and wrong, in every combination: a softmax of them is exactly one-hot."""
+    hot = 1e4 * (2 * torch.eye(3, dtype=dtype) - 1)
+    student, teacher = hot.repeat_interleave(3, 0).requires_grad_(), hot.repeat(3, 1)
+    loss = LOSSES[name](student, teacher, torch.arange(9) % 3)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("name", ["kl", "kl_standardized"])
+def test_equal_logits_leave_nothing_to_learn(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student = batch[0].requires_grad_()
+    loss = LOSSES[name](student, batch[0].detach(), batch[2])
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(student.grad, torch.zeros_like(student), atol=1e-12, rtol=0)
+
+
+def test_low_precision_logits_are_compared_in_float32(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher = batch[0].bfloat16(), batch[1].bfloat16()
+    torch.testing.assert_close(
+        distillation_kl(student, teacher), distillation_kl(student.float(), teacher.float()), rtol=0, atol=0
+    )

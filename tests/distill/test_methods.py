@@ -1,0 +1,182 @@
+"""The methods with a teacher, as losses on one batch: what they equal in their limits, and what they leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdq.distill.baseline import Baseline
+from kdq.distill.dkd import DKD
+from kdq.distill.learner import MovingAverage
+from kdq.distill.losses import distillation_kl, dkd_loss, kd_loss, standardized
+from kdq.distill.mixup import Mixup, mix
+from kdq.distill.moment import Moment
+from kdq.distill.vkd import VKD
+from kdq.errors import KdqError
+
+Gradients = Callable[..., dict[str, Tensor]]
+TAUGHT: dict[type[Baseline], dict[str, Any]] = {
+    VKD: {"alpha": 0.9, "temperature": 4.0},
+    Mixup: {"alpha": 0.9, "temperature": 4.0},
+    DKD: {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup": 0.5},
+}
+
+
+def total(module: Baseline, batch: tuple[Tensor, Tensor], moment: Moment | None = None) -> Tensor:
+    torch.manual_seed(7)
+    terms, _ = module.losses(*batch, moment or Moment())
+    return torch.stack(list(terms.values())).sum()
+
+
+def logits(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(7)
+    return module.student(images), module.teacher(images)
+
+
+def test_vkd_is_the_loss_of_hinton(make: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> None:
+    module = make(VKD, alpha=0.7, temperature=3.0)
+    torch.testing.assert_close(total(module, batch), kd_loss(*logits(module, batch[0]), batch[1], 0.7, 3.0))
+
+
+def test_vkd_without_its_teacher_is_the_baseline(make: Callable[..., Any], gradients: Gradients) -> None:
+    moment = Moment(epoch=1, epochs=2)
+    taught, alone = make(VKD, alpha=0.0, temperature=4.0), make(Baseline)
+    torch.testing.assert_close(gradients(taught, moment), gradients(alone, moment), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("progress", "weight"), [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.75, 1.0)])
+def test_dkd_warms_up(make: Callable[..., Any], batch: tuple[Tensor, Tensor], progress: float, weight: float) -> None:
+    module = make(DKD, **TAUGHT[DKD])
+    moment = Moment(epoch=int(progress * 4), epochs=4)
+    expected = dkd_loss(*logits(module, batch[0]), batch[1], 1.0, 8.0, 4.0, warmup=weight)
+    torch.testing.assert_close(total(module, batch, moment), expected)
+
+
+def test_mixup_with_lambda_one_is_vkd(
+    make: Callable[..., Any], gradients: Gradients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment = Moment(epoch=1, epochs=2, step=3, steps=9)
+    vkd = gradients(make(VKD, **TAUGHT[VKD]), moment)
+    torch.testing.assert_close(gradients(make(Mixup, mixup_alpha=0.0, **TAUGHT[Mixup]), moment), vkd)
+    monkeypatch.setattr(Mixup, "draw", lambda self, count, moment: torch.ones(count))
+    torch.testing.assert_close(gradients(make(Mixup, **TAUGHT[Mixup]), moment), vkd)
+
+
+def test_mixup_shows_both_networks_one_mixture(make: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> None:
+    """The loss, written out for the pairs (0, 1), (2, 3), ... and one lambda."""
+    module, moment = make(Mixup, **TAUGHT[Mixup]), Moment(step=5, steps=9)
+    seen: list[Tensor] = []
+    for network in (module.student.network, module.teacher.network):
+        network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = total(module, batch, moment)
+    images, labels = batch
+    lam = float(moment.random(module.seed).beta(1.0, 1.0, 1)[0])
+    partner = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10])
+    torch.testing.assert_close(seen[0], lam * images + (1 - lam) * images[partner])
+    assert torch.equal(seen[0], seen[1])
+    student, teacher = logits(module, seen[0])
+    ce = lam * F.cross_entropy(student, labels) + (1 - lam) * F.cross_entropy(student, labels[partner])
+    torch.testing.assert_close(found, 0.1 * ce + 0.9 * distillation_kl(student, teacher, 4.0))
+
+
+def test_mixup_draws_by_moment_alone(make: Callable[..., Any]) -> None:
+    module = make(Mixup, **TAUGHT[Mixup])
+    moment = Moment(epoch=3, step=4, steps=9)
+    assert torch.equal(module.draw(6, moment), module.draw(6, moment))
+    assert len(module.draw(6, moment).unique()) == 1
+    others = [Moment(epoch=3, step=5, steps=9), Moment(epoch=4, step=4, steps=9)]
+    assert all(not torch.equal(module.draw(6, moment), module.draw(6, other)) for other in others)
+
+
+def test_mixup_per_sample_is_the_same_over_two_processes(
+    make: Callable[..., Any], batch: tuple[Tensor, Tensor]
+) -> None:
+    module = make(Mixup, per_sample=True, **TAUGHT[Mixup])
+    whole = module.draw(12, Moment(step=1, steps=9))
+    assert len(whole.unique()) == 12
+    halves = [module.draw(6, Moment(step=1, steps=9, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), whole)
+    mixed = [mix(part, lam) for part, lam in zip(batch[0].split(6), halves, strict=True)]
+    assert torch.equal(torch.cat(mixed), mix(batch[0], whole))
+
+
+def test_mix_of_an_odd_number() -> None:
+    torch.testing.assert_close(
+        mix(torch.tensor([1.0, 2.0, 4.0]), torch.full((3,), 0.25)), torch.tensor([1.75, 1.25, 1.75])
+    )
+
+
+def test_mixup_refuses_a_negative_alpha(make: Callable[..., Any]) -> None:
+    with pytest.raises(KdqError, match="mixup_alpha=-1"):
+        make(Mixup, mixup_alpha=-1.0, **TAUGHT[Mixup])
+
+
+@pytest.mark.parametrize("method", [VKD, DKD])
+def test_standardize_compares_z_scores(
+    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[Baseline]
+) -> None:
+    """The cross-entropy keeps the raw logits, the teacher's part sees z-scores."""
+    module = make(method, standardize=True, **TAUGHT[method])
+    moment = Moment(epoch=1, epochs=2)
+    student, teacher = logits(module, batch[0])
+    kl = distillation_kl(standardized(student), standardized(teacher), 4.0)
+    if method is VKD:
+        expected = 0.1 * F.cross_entropy(student, batch[1]) + 0.9 * kl
+    else:
+        raw = dkd_loss(standardized(student), standardized(teacher), batch[1], 1.0, 8.0, 4.0)
+        expected = raw - F.cross_entropy(standardized(student), batch[1]) + F.cross_entropy(student, batch[1])
+    torch.testing.assert_close(total(module, batch, moment), expected)
+
+
+@pytest.mark.parametrize("method", [Baseline, *TAUGHT])
+def test_label_smoothing_reaches_every_method(
+    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[Baseline]
+) -> None:
+    options = TAUGHT.get(method, {})
+    plain, smooth = make(method, **options), make(method, recipe={"label_smoothing": 0.2}, **options)
+    torch.manual_seed(7)
+    plain_ce = plain.losses(*batch, Moment())[0]["ce"]
+    torch.manual_seed(7)
+    assert smooth.losses(*batch, Moment())[0]["ce"] != plain_ce
+
+
+@pytest.mark.parametrize("method", TAUGHT)
+def test_the_teacher_is_out_of_sight(
+    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[Baseline]
+) -> None:
+    module = make(method, **TAUGHT[method])
+    teacher = module.teacher.network
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    module.train()
+    total(module, batch).backward()
+    assert not any(part.training for part in teacher.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    mine = {id(p) for p in module.parameters()}
+    assert not any(id(p) in mine for p in teacher.parameters())
+    assert set(module.state_dict()) == set(make(Baseline).state_dict())
+
+
+def test_moving_average_against_its_formula() -> None:
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    average = MovingAverage(network, decay=0.5)
+    expected = {name: tensor.double() for name, tensor in network.state_dict().items()}
+    for step in range(12):
+        for parameter in network.parameters():
+            parameter.data.normal_()
+        network(torch.randn(5, 3))
+        average.update(network)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, tensor in network.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor.double()
+    state = average.network.state_dict()
+    assert int(state["1.num_batches_tracked"]) == 12
+    for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
+        torch.testing.assert_close(state[name].double(), expected[name])
+    assert not average.train().training
+    assert not any(p.requires_grad for p in average.parameters())
