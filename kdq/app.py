@@ -10,29 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from kdq.complaint import CONFIG_PATH, describe
 from kdq.errors import KdqError
 
 if TYPE_CHECKING:
     from kdq.results import Row
-
-_CHECKOUT = Path(__file__).resolve().parent.parent / "conf"
-#: The repository's conf/ in a checkout, the copy inside the package once installed.
-CONFIG_PATH = str(_CHECKOUT) if (_CHECKOUT / "config.yaml").is_file() else "pkg://kdq.conf"
 
 
 def job(cfg: DictConfig) -> list[Row]:
     """One job of Hydra's: a cell, or several that differ in their bits only."""
     from kdq.pipeline import run
 
-    rows = run(cfg)
-    if HydraConfig.get().mode == RunMode.RUN:
-        finish(cfg, rows)
-    return rows
+    alone = HydraConfig.get().mode == RunMode.RUN
+    try:
+        rows = run(cfg)
+        if alone:
+            finish(cfg, rows)
+        return rows
+    except Exception as error:
+        if not alone or cfg.kdq.debug:
+            raise
+        # Hydra would put a line of its own before ours.
+        print(f"kdq: {describe(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def finish(cfg: DictConfig, rows: Sequence[Row]) -> None:
@@ -64,34 +67,17 @@ def finish_sweep(cfg: DictConfig, returns: Sequence[Any]) -> None:
         raise error from failed[0][1]
 
 
-def describe(error: BaseException) -> str:
-    """One line for people: the text of an error meant for them, and for any other also its type."""
-    text = " ".join(str(error).split())
-    if isinstance(error, (KdqError, HydraException)):
-        cause = " ".join(str(error.__cause__ or "").split())
-        return text if isinstance(error, KdqError) or not cause or cause in text else f"{text} ({cause})"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {text} (kdq.debug=true shows where)"
-
-
 def main() -> None:
     """Run Hydra on the command line; every error becomes one line and a non-zero exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of formatting them itself
     OmegaConf.register_new_resolver("class_folders", _class_folders, replace=True)
-    debug = any(argument.lower() == "kdq.debug=true" for argument in sys.argv[1:])
     try:
         hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="config")(job)()
     except KeyboardInterrupt:
         print("kdq: interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
         sys.exit(130)
-    except (HydraException, OmegaConfBaseException) as error:
-        if debug:
-            raise
-        print(f"kdq: {describe(error)}{_options_near(str(error))}", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
-        if debug:
+        if any(argument.lower() == "kdq.debug=true" for argument in sys.argv[1:]):
             raise
         print(f"kdq: {describe(error)}", file=sys.stderr)
         sys.exit(1)
@@ -101,31 +87,3 @@ def _class_folders(root: str) -> int:
     from kdq.data.folder import class_names
 
     return len(class_names(root))
-
-
-def _options_near(message: str) -> str:
-    """For an unknown option, the options there are: the keys beside it, in the config as it is without overrides."""
-    import re
-
-    found = re.search(r"(?:Could not override|In '.*?': Could not (?:find|override)|Key) '([\w.@/]+)'", message)
-    if found is None:
-        return ""
-    key = found[1].partition("@")[0].replace("/", ".")
-    try:
-        with (
-            hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3")
-            if os.path.isabs(CONFIG_PATH)
-            else hydra.initialize_config_module("kdq.conf", version_base="1.3")
-        ):
-            node: Any = hydra.compose("config")
-    except Exception:
-        return ""
-    parents = key.split(".")[:-1]
-    inside = ""
-    for name in parents:
-        if not OmegaConf.is_dict(node) or name not in node:
-            break
-        node, inside = node[name], f"{inside}{name}."
-    if not OmegaConf.is_dict(node):
-        return ""
-    return f"; valid here: {', '.join(f'{inside}{name}' for name in node)}"

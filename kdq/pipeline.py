@@ -18,7 +18,7 @@ def run(cfg: DictConfig) -> list[Row]:
         KdqError: with one line that says what is wrong with the config, the data or a stored file.
     """
     cell = Cell(cfg)
-    widths = asked_bits(cell)
+    widths, _ = asked_bits(cell), cell.device  # wrong settings are refused before anything is trained
     entry = float_model(cell)
     keys = {bits: key_of(row_spec(cell, entry, bits)) for bits in widths}
     known = {row.config_hash: row for row in read_rows(cell.output / "rows")}

@@ -156,7 +156,7 @@ def _row(
         "bits": bits,
         "avg_bits": report.avg_bits if report.layers else 32.0,
         "top1_float": reference["top1"],
-        "drop": reference["top1"] - found["top1"],
+        "drop": round(reference["top1"] - found["top1"], 4),
         "weight_bits_total": report.weight_bits_total if report.layers else 32 * common["params"],
         "size_bytes": size,
         "quantize_seconds": report.seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def locate(source: str) -> Path:
 def _from_hub(source: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told in our one line
 
     repo, _, filename = source.removeprefix("hf:").partition(":")
     if repo.count("/") != 1:

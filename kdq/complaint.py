@@ -1,0 +1,86 @@
+"""From an exception to the one line a user reads."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from kdq.errors import KdqError
+
+_CHECKOUT = Path(__file__).resolve().parent.parent / "conf"
+#: The repository's conf/ in a checkout, the copy inside the package once installed.
+CONFIG_PATH = str(_CHECKOUT) if (_CHECKOUT / "config.yaml").is_file() else "pkg://kdq.conf"
+
+
+def describe(error: BaseException) -> str:
+    """One line that says what is wrong and, where it is known, what to do."""
+    for cause in _causes(error):
+        if isinstance(cause, KdqError):  # also inside Hydra's and OmegaConf's wrappers
+            return _flat(cause)
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{cause.full_key} has no value: give {cause.full_key}=..."
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _config_complaint(" ".join(_flat(cause) for cause in _causes(error)))
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {_flat(error)} (kdq.debug=true shows where)"
+
+
+def _config_complaint(message: str) -> str:
+    """Hydra's message about an override, with the choices there are."""
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': ([\w ]+?) Config", message):
+        group, name, choices = found[1], found[2], found[3].split()
+        return f"there is no {group}={name}; choose one of {', '.join(choices)}{_nearest(name, choices)}"
+    if found := re.search(r"Could not (?:override|append to config) '([^']+)'|Key '(\w+)' is not in struct", message):
+        key = (found[1] or found[2]).replace("/", ".").partition("@")[0]
+        inside, options = _options_beside(key)
+        listed = ", ".join(options)
+        return f"unknown option {key}; valid here: {listed}{_nearest(key, [inside + option for option in options])}"
+    return message
+
+
+def _options_beside(key: str) -> tuple[str, list[str]]:
+    """The config's node that holds ``key``, as a prefix, and the names in it; of the whole config as far as known."""
+    try:
+        node: Any = _composed()
+    except Exception:
+        return "", []
+    inside = ""
+    for name in key.split(".")[:-1]:
+        if not OmegaConf.is_dict(node) or not OmegaConf.is_dict(node.get(name)):
+            break
+        node, inside = node[name], f"{inside}{name}."
+    return inside, [str(name) for name in node]
+
+
+def _composed() -> Any:
+    if os.path.isabs(CONFIG_PATH):
+        with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+            return hydra.compose("config")
+    with hydra.initialize_config_module(CONFIG_PATH.removeprefix("pkg://"), version_base="1.3"):
+        return hydra.compose("config")
+
+
+def _nearest(name: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(name, options, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,76 @@
+"""Image folders: decoding, the cache, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdq.data.folder import class_names, image_folder
+from kdq.errors import KdqError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes of PNG images, 6x6 pixels."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(random.integers(0, 256, (6, 6, 3), np.uint8)).save(folder / f"{index}.png")
+    return tmp_path / "pets"
+
+
+def test_images_and_labels_are_those_of_the_files(root: Path, tmp_path: Path) -> None:
+    found = image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    assert found.classes == ("cat", "dog")
+    assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(found.train_images[4].numpy(), np.asarray(Image.open(root / "train/dog/1.png")))
+
+
+def test_second_reading_takes_the_cache(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    monkeypatch.setattr("kdq.data.folder._decode", lambda *_: pytest.fail("decoded again"))
+    assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).digest == first.digest
+
+
+def test_a_changed_file_is_decoded_anew_and_a_moved_folder_has_the_same_digest(root: Path, tmp_path: Path) -> None:
+    first = image_folder(str(root), 6, 3, str(tmp_path / "cache")).digest
+    shutil.copytree(root, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    assert image_folder(str(tmp_path / "elsewhere"), 6, 3, str(tmp_path / "cache2")).digest == first
+    Image.fromarray(np.zeros((6, 6, 3), np.uint8)).save(root / "train/cat/0.png")
+    assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).digest != first
+
+
+def test_other_sizes_are_scaled_and_cropped_and_grey_is_one_channel(root: Path, tmp_path: Path) -> None:
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 200  # the centre, which the crop keeps
+    Image.fromarray(wide).save(root / "test/cat/0.png")
+    found = image_folder(str(root), 4, 1, str(tmp_path / "cache"))
+    assert found.test_images.shape == (4, 4, 4, 1)
+    assert found.test_images[0, :, 1:3].min() > 150
+
+
+def test_a_corrupt_image_is_named_and_leaves_no_cache(root: Path, tmp_path: Path) -> None:
+    bad = root / "train/dog/2.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(KdqError, match=f"cannot read the image {bad}"):
+        image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+def test_missing_and_surplus_folders_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(KdqError, match=r"no folder .*nowhere/train"):
+        class_names(tmp_path / "nowhere")
+    (root / "test" / "bird").mkdir()
+    with pytest.raises(KdqError, match="class folders that train/ lacks: bird"):
+        image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    (root / "test" / "bird").rmdir()
+    shutil.rmtree(root / "test" / "dog")
+    with pytest.raises(KdqError, match="dog holds no image"):
+        image_folder(str(root), 6, 3, str(tmp_path / "cache"))

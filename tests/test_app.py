@@ -1,0 +1,203 @@
+"""The command line from end to end, on real digits with networks that train in a second."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import kdq
+from kdq.data.images import Images
+from kdq.data.sets import digits
+from kdq.evaluate import evaluate
+from tests.conftest import TINY, data_config
+
+#: Columns that hold what a run took, or where it was, and not what it found.
+CIRCUMSTANCES = ["latency_ms_torch", "train_seconds", "quantize_seconds", "wandb_run"]
+METHODS = ("teacher", "baseline", "vkd")
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The quickstart's grid with tiny networks, run as a user runs it."""
+    output = tmp_path_factory.mktemp("grid")
+    arguments = [a for a in TINY if a != "logger=none"]
+    command = [sys.executable, "-m", "kdq", "experiment=quickstart", *arguments, f"paths.output_dir={output}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=output)
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+def test_quickstart_ends_with_table_plots_and_the_way_to_its_runs(grid: Any) -> None:
+    output, done = grid
+    for words in ("float", "2 bits", "3 bits", "4 bits", "8 bits", "32 bits", *METHODS):
+        assert words in done.stdout
+    for path in ("results.csv", "report/report.md", "report/accuracy_vs_bits.png", "report/accuracy_vs_bytes.png"):
+        assert str(output / path) in done.stdout
+        assert (output / path).stat().st_size > 0
+    assert f"wandb leet {output / 'runs' / 'wandb'}" in done.stdout
+    assert {path.name for path in output.iterdir()} == {"store", "rows", "runs", "report", "results.csv"}
+
+
+def test_every_cell_has_a_row_and_its_file_has_the_size_it_says(grid: Any) -> None:
+    output, _ = grid
+    table = pd.read_csv(output / "results.csv")
+    cells = [(method, bits) for method in METHODS for bits in (2, 3, 4, 8, 32)]
+    assert sorted(zip(table["method"], table["bits"], strict=True)) == sorted(cells)
+    for row in table.itertuples():
+        assert (output / row.artifact).stat().st_size == row.size_bytes
+        assert row.drop == pytest.approx(row.top1_float - row.top1, abs=1e-3)
+        assert row.weight_bits_total == row.bits * row.weight_bits_total / row.avg_bits
+        if row.bits == 32:
+            assert row.top1 == row.top1_float
+    one = table[table["method"] == "vkd"].set_index("bits")
+    assert one["size_bytes"].is_monotonic_increasing
+    saved = one.loc[8, "size_bytes"] - one.loc[2, "size_bytes"]
+    weights = one.loc[8, "weight_bits_total"] / 8
+    assert saved == pytest.approx(weights * 6 / 8, rel=0.02)
+
+
+def test_a_packed_file_is_the_network_of_its_row(grid: Any) -> None:
+    output, _ = grid
+    images = Images(digits(), data_config(train_limit=256))
+    table = pd.read_csv(output / "results.csv")
+    for row in table[table["bits"].isin([2, 8])].itertuples():
+        network = kdq.load(output / row.artifact)
+        found = evaluate(network, images.evaluation("test", torch.device("cpu")), 10)
+        assert {name: getattr(row, name) for name in found} == found
+        values = network.layer1[0].conv1.weight[0].unique()  # type: ignore[index,union-attr]
+        assert len(values) <= 2**row.bits
+
+
+def test_running_again_makes_nothing_new(grid: Any, cli: Any) -> None:
+    output, _ = grid
+    before = {path: path.stat().st_mtime_ns for folder in ("rows", "store") for path in (output / folder).rglob("*.*")}
+    code, out, err = cli("experiment=quickstart", *TINY, f"paths.output_dir={output}")
+    assert (code, err) == (0, "")
+    assert "32 bits" in out
+    after = {path: path.stat().st_mtime_ns for folder in ("rows", "store") for path in (output / folder).rglob("*.*")}
+    assert after == before
+
+
+def test_each_model_is_trained_once_and_the_teacher_is_shared(grid: Any) -> None:
+    output, _ = grid
+    entries = sorted(re.sub("-[0-9a-f]{16}$", "", p.name) for p in (output / "store").glob("digits-*"))
+    assert entries == ["digits-baseline-resnet20-s0", "digits-baseline-resnet20-s0", "digits-vkd-resnet20-s0"]
+    configs = [(p / "config.yaml").read_text() for p in (output / "store").glob("digits-*")]
+    assert sum("teacher: null" in text for text in configs) == 2
+    assert len(list((output / "runs" / "wandb").glob("offline-run-*"))) == 6  # three trainings, three quantizations
+
+
+def test_the_same_seed_gives_the_same_rows_bit_for_bit(grid: Any, cli: Any, tmp_path: Path) -> None:
+    output, _ = grid
+    code, _, err = cli("experiment=quickstart", "method=vkd", "quant.bits=[2,8]", *TINY)
+    assert code == 0, err
+    original = pd.read_csv(output / "results.csv").query("method == 'vkd' and bits in (2, 8)")
+    again = pd.read_csv(tmp_path / "results.csv")
+    left, right = (frame.drop(columns=CIRCUMSTANCES).reset_index(drop=True) for frame in (original, again))
+    pd.testing.assert_frame_equal(left, right, check_exact=True)
+
+
+def test_one_bad_cell_takes_no_other_with_it(cli: Any, tmp_path: Path) -> None:
+    arguments = ("-m", "method=baseline", "student.recipe.lr=1e30,0.05", "quant.bits=4", *TINY)
+    code, out, err = cli(*arguments)
+    assert code == 1
+    failure = [line for line in err.splitlines() if line.startswith("kdq: failed")]
+    assert len(failure) == 1
+    assert re.search(r"student.recipe.lr=1e\+30: the loss became (nan|inf) at epoch 0, step \d+: lower", failure[0])
+    assert "kdq: 1 of 2 jobs failed" in err
+    assert len(list((tmp_path / "rows").glob("*.json"))) == 1
+    assert "baseline" in out
+
+
+def test_rtn_none_and_excluded_layers(cli: Any, tmp_path: Path) -> None:
+    for quant in (
+        ["quant=none"],
+        ["quant=rtn", "quant.bits=3"],
+        ["quant=gpfq", "quant.bits=3", "quant.keep_float=[layer1]"],
+    ):
+        code, _, err = cli("method=baseline", *TINY, *quant)
+        assert code == 0, err
+    rows = {row["quantizer"]: row for row in (json.loads(p.read_text()) for p in (tmp_path / "rows").glob("*.json"))}
+    assert rows["none"]["top1"] == rows["none"]["top1_float"]
+    assert rows["none"]["bits"] == 32
+    assert rows["rtn"]["calibration_images"] == rows["gpfq"]["calibration_images"] == 64
+    assert rows["gpfq"]["size_bytes"] > rows["rtn"]["size_bytes"]  # layer1 stays float
+
+
+MISTAKES = [
+    (["quant.bit=3"], r"unknown option quant.bit; valid here: .*bits.*did you mean quant.bits\?"),
+    (["metod=vkd"], r"unknown option metod; valid here: data, .*did you mean method\?"),
+    (["method=kd"], r"there is no method=kd; choose one of .*vkd"),
+    (["model@student=resnet19"], r"there is no model=resnet19; choose one of resnet18"),
+    (["student.net.deepth=20"], r"unknown option student.net.deepth.*did you mean student.net.depth"),
+    (["quant.bits=1"], r"bits=1 is not a whole number from 2 to 32"),
+    (["quant.bits=33"], r"bits=33 is not"),
+    (["quant.bits=[2,4.5]"], r"bits=4.5 is not"),
+    (["quant.bits=many"], r"bits='many' is not"),
+    (["quant.bits=[]"], r"quant.bits is empty"),
+    (["data=image_folder"], r"data.root has no value: give data.root="),
+    (["data=image_folder", "data.root=/nowhere"], r"no folder /nowhere/train"),
+    (["data.val_fraction=1.5"], r"data.val_fraction=1.5 must lie between 0 and 1"),
+    (["teacher.weights=/nowhere.pt"], r"no weights file at /nowhere.pt"),
+    (["teacher.net.num_classes=7"], r"resnet20 gives 7 logits but data=digits has 10 classes"),
+    (["student.net.in_channels=3", "method=baseline"], r"resnet20 cannot take images of shape \(1, 8, 8\)"),
+    (["student.net._target_=kdq.models.nothing", "method=baseline"], r"cannot import 'kdq.models.nothing'"),
+    (["student.recipe.schedule=steps", "method=baseline"], r"recipe.schedule='steps' is unknown: use one of"),
+    (["quant.solver=best", "method=baseline"], r"solver='best' is unknown: use one of .*gpfq"),
+    (["quant.alphabet=greek", "method=baseline"], r"alphabet='greek' is unknown"),
+    (["quant.keep_float=[layer9]", "method=baseline"], r"exclude names no module of the network: layer9"),
+    (["trainer.accelerator=gpu"], r"trainer.accelerator=gpu but torch finds no device"),
+    (["paths.output_dir=/proc/nowhere"], r"/proc/nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "answer"), MISTAKES)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one mistake is to ask for a GPU on a machine without")
+def test_a_mistake_is_answered_in_one_line(cli: Any, tmp_path: Path, arguments: list[str], answer: str) -> None:
+    logging.disable(logging.CRITICAL)
+    code, _, err = cli(*TINY, *arguments)
+    logging.disable(logging.NOTSET)
+    assert code == 1
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.startswith("kdq: ")]
+    assert len(lines) == 1
+    assert re.search(answer, lines[0])
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("rows/*"))
+
+
+def test_debug_shows_where(cli: Any) -> None:
+    with pytest.raises(kdq.KdqError, match="bits=1"):
+        cli(*TINY, "quant.bits=1", "kdq.debug=true")
+
+
+def test_stored_weights_that_were_damaged_are_refused(cli: Any, tmp_path: Path) -> None:
+    assert cli(*TINY, "method=baseline", "quant.bits=4")[0] == 0
+    (weights,) = tmp_path.glob("store/digits-*/weights.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, _, err = cli(*TINY, "method=baseline", "quant.bits=3")
+    assert code == 1
+    assert f"kdq: {weights} does not match its checksum: delete the folder" in err
+
+
+def test_a_teacher_from_a_file_is_used_as_it_is(cli: Any, tmp_path: Path) -> None:
+    assert cli(*TINY, "method=teacher", "quant=none", f"paths.output_dir={tmp_path}/a")[0] == 0
+    (weights,) = tmp_path.glob("a/store/digits-*/weights.safetensors")
+    code, _, err = cli(
+        *TINY, "method=teacher", "quant=none", f"teacher.weights={weights}", f"paths.output_dir={tmp_path}/b"
+    )
+    assert code == 0, err
+    rows = [json.loads(next((tmp_path / name / "rows").glob("*")).read_text()) for name in "ab"]
+    assert rows[0]["nll"] == rows[1]["nll"]
+    assert rows[0]["val_top1"] == pytest.approx(rows[1]["val_top1"], abs=1e-3)
+    assert len(list((tmp_path / "b" / "store").glob("digits-loaded-*"))) == 1

@@ -1,0 +1,129 @@
+"""Rows on disk, and the report made from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from kdq.report import accuracy_table, main, write_report
+from kdq.results import COLUMNS, Row, read_rows, write_row
+
+ROW = Row(
+    data="digits",
+    method="vkd",
+    arch="resnet20",
+    role="student",
+    seed=0,
+    quantizer="gpfq",
+    alphabet="uniform",
+    bits=4,
+    avg_bits=4.0,
+    search="",
+    top1_float=98.0,
+    top1=97.0,
+    top5=100.0,
+    drop=1.0,
+    nll=0.1,
+    ece=1.0,
+    val_top1=99.0,
+    params=1000,
+    weight_bits_total=4000,
+    size_bytes=600,
+    float_bytes=4100,
+    macs=10_000,
+    calibration_images=64,
+    latency_ms_torch=0.5,
+    train_seconds=1.0,
+    quantize_seconds=0.1,
+    device="cpu x2",
+    kdq_version="0",
+    git_sha="",
+    config_hash="aa",
+    wandb_run="",
+    artifact="",
+)
+
+
+def _row(**changes: Any) -> Row:
+    row = dataclasses.replace(ROW, **changes)
+    return dataclasses.replace(row, config_hash=f"{abs(hash(row)):x}")
+
+
+def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
+    write_row(tmp_path, ROW)
+    assert read_rows(tmp_path) == [ROW]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "",
+        lambda text: text.replace('"bits": 4', '"bits": "four"'),
+        lambda text: text.replace('"top1": 97.0', '"top1": null'),
+        lambda text: text.replace('"row_format": 1', '"row_format": 99'),
+        lambda text: json.dumps({"data": "digits"}),
+        lambda text: "\x00\xff",
+    ],
+)
+def test_a_damaged_row_is_named_and_left_out(tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
+    write_row(tmp_path, _row(bits=2))
+    path = write_row(tmp_path, ROW)
+    path.write_text(damage(path.read_text()), encoding="latin-1")
+    with caplog.at_level(logging.WARNING):
+        assert [row.bits for row in read_rows(tmp_path)] == [2]
+    assert str(path) in caplog.text
+
+
+def test_columns_of_the_design_are_there() -> None:
+    asked = """data method arch role seed quantizer alphabet bits avg_bits search top1_float top1 top5 drop nll ece
+        params weight_bits_total size_bytes float_bytes macs train_seconds quantize_seconds device kdq_version git_sha
+        config_hash wandb_run"""
+    assert set(COLUMNS) >= set(asked.split())
+    assert any(column.startswith("latency_ms_") for column in COLUMNS)
+
+
+def test_report_from_rows_is_idempotent(tmp_path: Path) -> None:
+    for seed, top1 in ((0, 96.0), (1, 98.0)):
+        for bits in (2, 4):
+            write_row(tmp_path / "rows", _row(seed=seed, bits=bits, top1=top1 - 4 / bits))
+    write_row(tmp_path / "rows", _row(method="teacher", bits=2, data="fashion", top1=50.0))
+    written = write_report(tmp_path)
+    first = {path.name: path.read_bytes() for path in written}
+    assert set(first) == {"results.csv", "report.md"} | {
+        f"accuracy_vs_{x}.{kind}" for x in ("bits", "bytes") for kind in ("png", "svg")
+    }
+    csv = pd.read_csv(tmp_path / "results.csv")
+    assert list(csv.columns) == COLUMNS
+    assert len(csv) == 5
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| vkd | resnet20 | gpfq | 98.00 ± 0.00 (4,100) | 95.00 ± 1.41 (600) | 96.00 ± 1.41 (600) |" in text
+    write_report(tmp_path)
+    assert {path.name: path.read_bytes() for path in written} == first
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_the_table_marks_missing_cells() -> None:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(accuracy_table([_row(bits=2), _row(method="dkd", bits=3)]))
+    lines = [line for line in console.export_text().splitlines() if "dkd" in line]
+    assert len(lines) == 1
+    assert [cell.strip() for cell in lines[0].split("│")[1:-1]] == ["dkd", "98.00", "-", "97.00"]
+
+
+def test_no_rows_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(tmp_path)])
+    assert "report.md" in capsys.readouterr().out
+    assert "No rows yet" in (tmp_path / "report" / "report.md").read_text()
+    assert list(pd.read_csv(tmp_path / "results.csv").columns) == COLUMNS
+    with pytest.raises(SystemExit, match="no folder"):
+        main([str(tmp_path / "nowhere")])

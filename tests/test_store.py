@@ -1,0 +1,156 @@
+"""The store: keys, atomic publication, damage, and processes that die or compete."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdq.errors import KdqError
+from kdq.store import Store, key_of
+
+SPEC = {"stage": "train", "seed": 0, "recipe": {"lr": 0.1, "epochs": 2}}
+
+
+def _make(work: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    return {"w": torch.arange(4.0)}, {"val_top1": 50.0}
+
+
+def test_a_key_depends_on_content_and_not_on_order() -> None:
+    assert key_of(SPEC) == key_of({"recipe": {"epochs": 2, "lr": 0.1}, "seed": 0, "stage": "train"})
+    for changed in (SPEC | {"seed": 1}, SPEC | {"recipe": {"lr": 0.1}}, SPEC | {"teacher": None}):
+        assert key_of(changed) != key_of(SPEC)
+    with pytest.raises(ValueError, match="Out of range"):
+        key_of({"lr": float("nan")})
+
+
+def test_made_once_and_then_found(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.get(SPEC, "net") is None
+    made = store.get_or_make(SPEC, "net", _make)
+    found = store.get_or_make(SPEC, "net", lambda work: pytest.fail("made twice"))
+    assert found == made
+    assert torch.equal(found.weights()["w"], torch.arange(4.0))
+    assert found.metrics == {"val_top1": 50.0}
+    assert "lr: 0.1" in (found.path / "config.yaml").read_text()
+    assert not list((tmp_path / ".work").iterdir())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "metrics.json", "config.yaml", "entry.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_entry_is_an_error_that_names_the_folder(tmp_path: Path, name: str, damage: str) -> None:
+    store = Store(tmp_path)
+    file = store.get_or_make(SPEC, "net", _make).path / name
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        # In entry.json only a digest matters; its last characters belong to one.
+        position = -10 if damage == "flip" else len(content)
+        content[position : position + 1] = b"~" if damage == "flip" else b""
+        file.write_bytes(content if damage == "flip" else content[:-5])
+    with pytest.raises(KdqError, match=f"{tmp_path}/net-.*delete"):
+        store.get(SPEC, "net")
+
+
+def test_a_failed_making_leaves_no_entry_and_keeps_its_work(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def fail(work: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+        (work / "last.ckpt").write_text("epoch 3")
+        raise KdqError("the loss became nan")
+
+    with pytest.raises(KdqError, match="nan"):
+        store.get_or_make(SPEC, "net", fail)
+    assert store.get(SPEC, "net") is None
+
+    def resume(work: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+        assert (work / "last.ckpt").read_text() == "epoch 3"
+        return _make(work)
+
+    store.get_or_make(SPEC, "net", resume)
+
+
+_SCRIPT = """
+    import os, sys, time
+    from pathlib import Path
+    import torch
+    from kdq.store import Store
+    root = Path(sys.argv[1])
+    def make(work):
+        with open(root / "trainings", "a") as log:
+            log.write(f"{os.getpid()}\\n")
+        time.sleep(float(sys.argv[2]))
+        return {"w": torch.arange(4.0)}, {"val_top1": 50.0}
+    Store(root / "store").get_or_make({"seed": 0}, "net", make)
+    print("done")
+"""
+
+
+def _start(root: Path, seconds: float) -> subprocess.Popen[str]:
+    script = textwrap.dedent(_SCRIPT)
+    return subprocess.Popen([sys.executable, "-c", script, str(root), str(seconds)], stdout=subprocess.PIPE, text=True)
+
+
+def _wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(150)
+def test_eight_processes_make_it_once(tmp_path: Path) -> None:
+    processes = [_start(tmp_path, 1) for _ in range(8)]
+    assert [process.communicate(timeout=140)[0] for process in processes] == ["done\n"] * 8
+    assert len((tmp_path / "trainings").read_text().split()) == 1
+
+
+@pytest.mark.timeout(120)
+def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path: Path) -> None:
+    holder = _start(tmp_path, 1000)
+    _wait_for(tmp_path / "trainings")
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert _start(tmp_path, 0).communicate(timeout=100)[0] == "done\n"
+    assert len((tmp_path / "trainings").read_text().split()) == 2
+    assert [p.name.startswith("net-") for p in (tmp_path / "store").iterdir() if not p.name.startswith(".")] == [True]
+
+
+@pytest.mark.timeout(120)
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """The kernel's file size limit stands in for a full disk: the write fails in the middle of the weights."""
+    script = textwrap.dedent("""
+        import resource, signal, sys
+        from pathlib import Path
+        import torch
+        from kdq.store import Store
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        def make(work):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            return {"w": torch.zeros(1_000_000)}, {}
+        try:
+            Store(Path(sys.argv[1])).get_or_make({"seed": 0}, "net", make)
+        except Exception as error:
+            from kdq.complaint import describe
+            print(describe(error))
+    """)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert "large" in done.stdout.lower(), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".locks", ".work"]
+
+
+def test_entries_say_what_they_are_for_other_programs(tmp_path: Path) -> None:
+    entry = Store(tmp_path).get_or_make(SPEC, "net", _make)
+    described = json.loads((entry.path / "entry.json").read_text())
+    assert described["key"] == entry.key == key_of(SPEC)
+    assert set(described["sha256"]) == {"weights.safetensors", "config.yaml", "metrics.json"}
