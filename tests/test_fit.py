@@ -1,0 +1,317 @@
+"""Trainings from end to end: reproducible, resumable after kill -9, equal to a loop written by hand.
+
+Run as a script, ``python test_fit.py FOLDER``, this file starts a training of every method that dies by SIGKILL.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdq.data.images import Images
+from kdq.data.loader import TrainLoader
+from kdq.data.sets import digits
+from kdq.distill.baseline import Baseline
+from kdq.distill.dkd import DKD
+from kdq.distill.dml import DML
+from kdq.distill.learner import MovingAverage
+from kdq.distill.losses import mutual_loss
+from kdq.distill.mixup import Mixup
+from kdq.distill.recipe import Recipe
+from kdq.distill.vkd import VKD
+from kdq.errors import KdqError
+from kdq.fit import fit, resolve_precision
+
+EPOCHS = 3
+TRAINER = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", "compile": False}
+METHODS: dict[str, tuple[type[Baseline], dict[str, Any], dict[str, Any]]] = {
+    "baseline": (Baseline, {}, {"accumulate": 2}),
+    "vkd": (VKD, {"alpha": 0.9, "temperature": 4.0}, {"clip_grad": 1.0}),
+    "mixup": (Mixup, {"alpha": 0.9, "temperature": 4.0, "per_sample": True}, {"ema": 0.9}),
+    "dkd": (DKD, {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup": 0.5}, {"schedule": "cosine"}),
+    "dml": (DML, {"schedule": "kl_first"}, {"ema": 0.9, "clip_grad": 0.5, "accumulate": 2}),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """More threads than that cost these small networks time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_images(train_limit: int | None = 256) -> Images:
+    config = {"name": "digits", "num_classes": 10, "in_channels": 1, "mean": None, "std": None, "val_fraction": 0.1}
+    config |= {"split_seed": 0, "train_limit": train_limit, "test_limit": None}
+    return Images(digits(), config | {"augment": {"pad": 1, "flip": False, "cutout": 0}})
+
+
+def network(seed: int, norm: bool = True) -> nn.Module:
+    """Grey 8x8 images, ten classes, with BatchNorm (or without: then batches may be divided at will) and dropout."""
+    torch.manual_seed(seed)
+    middle = (nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2)) if norm else (nn.Tanh(),)
+    return nn.Sequential(nn.Conv2d(1, 8, 3), *middle, nn.Flatten(), nn.Linear(8 * 36, 10))
+
+
+def module(method: str, **changes: Any) -> Baseline:
+    kind, options, recipe = METHODS[method]
+    others = {name: network(seed) for name, seed in (("teacher", 2), ("peer", 3)) if name in kind.takes}
+    values = {"epochs": EPOCHS, "batch_size": 32, "lr": 0.05} | recipe | changes
+    return kind(network(1), Recipe(**values), 10, 5, **others, **options)
+
+
+def result(trained: Baseline, work: Path, images: Images | None = None) -> dict[str, Tensor]:
+    """Train, and return the best and the last weights of every learner."""
+    best, _ = fit(trained, images or small_images(), TRAINER, work)
+    weights = {f"best.{learner}.{name}": w for learner, one in best.items() for name, w in one.weights.items()}
+    return weights | {f"last.{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def batches(images: Images, recipe: Recipe, epoch: int) -> TrainLoader:
+    data, labels = images.on(torch.device("cpu"))
+    return TrainLoader(
+        data,
+        labels,
+        images.split.train,
+        recipe.batch_size,
+        preprocess=images.preprocess,
+        augment=images.augment,
+        seed=5,
+        epoch=lambda: epoch,
+        portions=recipe.accumulate,
+    )
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folders, by method, of trainings killed in the middle of their second epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    done = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_weights_and_kill_resumes_exactly(method: str, killed: Path, tmp_path: Path) -> None:
+    """A second process goes on, and ends bit for bit where an undisturbed training ends."""
+    undisturbed = result(module(method), tmp_path)
+    assert torch.load(killed / method / "last.ckpt", weights_only=True)["epoch"] == 0
+    resumed = module(method)
+    epochs: list[int] = []
+    resumed.on_train_epoch_start = lambda: epochs.append(resumed.current_epoch)  # type: ignore[method-assign]
+    assert equal(result(resumed, killed / method), undisturbed)
+    assert epochs == [1, 2]
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
+    other = module("baseline")
+    other.seed = 6
+    assert not equal(result(module("baseline"), tmp_path / "a"), result(other, tmp_path / "b"))
+
+
+def test_a_finished_training_is_returned_as_it_ended(tmp_path: Path) -> None:
+    """A crash between the last epoch and the store costs nothing."""
+    first, _ = fit(module("dml"), small_images(), TRAINER, tmp_path)
+    again, metrics = fit(module("dml"), small_images(), TRAINER, tmp_path)
+    assert [vars(best)["top1"] for best in first.values()] == [vars(best)["top1"] for best in again.values()]
+    assert all(equal(first[name].weights, again[name].weights) for name in ("student", "peer"))
+    assert metrics["train_seconds"] > 0
+
+
+def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
+    """Under a learning rate that destroys the network after the first epochs."""
+    trained = module("baseline", epochs=5, schedule="constant", lr=0.02)
+    history: list[tuple[float, dict[str, Tensor]]] = []
+
+    def record() -> None:
+        state = trained.student.network.state_dict()
+        history.append((trained.val_top1("student"), {name: tensor.clone() for name, tensor in state.items()}))
+        if len(history) == 3:
+            trained.optimizers().param_groups[0]["lr"] = 50.0  # type: ignore[union-attr]
+
+    trained.on_train_epoch_end = record  # type: ignore[method-assign]
+    trained.lr_scheduler_step = lambda *_: None  # type: ignore[method-assign]
+    best, metrics = fit(trained, small_images(), TRAINER, tmp_path)
+    scores = [score for score, _ in history]
+    kept = best["student"]
+    assert kept.top1 == max(scores) > scores[-1]
+    assert kept.epoch == max(epoch for epoch, score in enumerate(scores) if score == max(scores))
+    assert equal(kept.weights, history[kept.epoch][1])
+    assert metrics["epochs"] == 5
+
+
+@pytest.mark.parametrize("method", ["vkd", "mixup", "dkd"])
+def test_the_teacher_neither_changes_nor_is_saved(method: str, tmp_path: Path) -> None:
+    trained: Any = module(method)
+    teacher = trained.teacher.network
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    fit(trained, small_images(), TRAINER, tmp_path)
+    assert equal(dict(teacher.state_dict()), before)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert not any("teacher" in name for name in checkpoint["state_dict"])
+    assert not any(
+        saved.shape == tensor.shape and torch.equal(saved, tensor)
+        for saved in _tensors(checkpoint)
+        for tensor in before.values()
+        if tensor.numel() > 100
+    )
+    (optimizer,) = checkpoint["optimizer_states"]
+    assert len(optimizer["state"]) == len(list(trained.student.network.parameters()))
+
+
+def test_a_nan_loss_stops_at_once(tmp_path: Path) -> None:
+    trained = module("baseline")
+    steps: list[int] = []
+
+    def poisoned(images: Tensor, labels: Tensor, moment: Any) -> Any:
+        steps.append(moment.step)
+        logits = trained.student(images)
+        poison = float("nan") if (moment.epoch, moment.step) == (1, 2) else 1.0
+        return {"ce": poison * F.cross_entropy(logits, labels)}, logits
+
+    trained.losses = poisoned  # type: ignore[method-assign]
+    with pytest.raises(KdqError, match=r"became nan at epoch 1, step 2: lower the learning rate \(recipe.lr=0.05\)"):
+        fit(trained, small_images(), TRAINER, tmp_path)
+    assert steps[-1] == 2
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage"])
+def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
+    fit(module("baseline", epochs=1), small_images(), TRAINER, tmp_path)
+    file = tmp_path / "last.ckpt"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"not a checkpoint")
+    with pytest.raises(KdqError, match=r"last\.ckpt is damaged: delete"):
+        fit(module("baseline", epochs=2), small_images(), TRAINER, tmp_path)
+
+
+def test_fit_equals_a_loop_by_hand(tmp_path: Path) -> None:
+    """SGD with clipping and a moving average, in bare PyTorch."""
+    images = small_images()
+    recipe = Recipe(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, ema=0.9)
+    found, _ = fit(Baseline(network(1), recipe, 10, 5), images, TRAINER, tmp_path)
+    net = network(1)
+    average = MovingAverage(net, 0.9)
+    optimizer = recipe.optimizer(net.parameters())
+    scheduler = recipe.scheduler(optimizer, 2 * len(batches(images, recipe, 0)))
+    for epoch in range(2):
+        torch.manual_seed(5 * 1_000_003 + epoch)
+        for inputs, labels in batches(images, recipe, epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(net.train()(inputs), labels).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.3)
+            optimizer.step()
+            scheduler.step()
+            average.update(net)
+    assert found["student"].epoch == 1
+    torch.testing.assert_close(found["student"].weights, dict(average.network.state_dict()))
+
+
+def test_dml_equals_a_loop_by_hand(tmp_path: Path) -> None:
+    """Two students, each with its own clipping, schedule and accumulation over two portions."""
+    images = small_images()
+    recipe = Recipe(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, accumulate=2)
+    trained = DML(network(1), recipe, 10, 5, peer=network(3), weight=0.5, schedule="kl_first")
+    fit(trained, images, TRAINER, tmp_path)
+    nets = [network(1), network(3)]
+    optimizers = [recipe.optimizer(net.parameters()) for net in nets]
+    portions = len(batches(images, recipe, 0))
+    schedulers = [recipe.scheduler(optimizer, 2 * portions // 2) for optimizer in optimizers]
+    for epoch in range(2):
+        torch.manual_seed(5 * 1_000_003 + epoch)
+        for index, (inputs, labels) in enumerate(batches(images, recipe, epoch)):
+            weight = 1.0 - (epoch + index / portions) / 2
+            logits = [net.train()(inputs) for net in nets]
+            for mine, theirs in ((0, 1), (1, 0)):
+                (mutual_loss(logits[mine], logits[theirs], labels, weight) / 2).backward()
+            if index % 2 == 1:
+                for net, optimizer, scheduler in zip(nets, optimizers, schedulers, strict=True):
+                    nn.utils.clip_grad_norm_(net.parameters(), 0.3)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+    for net, learner in zip(nets, trained.learners.values(), strict=True):
+        torch.testing.assert_close(dict(learner.network.state_dict()), dict(net.state_dict()))
+
+
+@pytest.mark.parametrize("method", ["baseline", "dml"])
+def test_portions_do_not_change_the_step(method: str, tmp_path: Path) -> None:
+    """Four portions of eight images are one batch of 32, to rounding."""
+    kind, options, _ = METHODS[method]
+    states = []
+    for accumulate in (1, 4):
+        others = {"peer": network(3, norm=False)} if "peer" in kind.takes else {}
+        recipe = Recipe(epochs=2, batch_size=32, lr=0.05, clip_grad=1.0, accumulate=accumulate)
+        constant = options | ({"schedule": "constant"} if options else {})
+        trained = kind(network(1, norm=False), recipe, 10, 5, **others, **constant)
+        fit(trained, small_images(), TRAINER, tmp_path / str(accumulate))
+        states.append({k: v for k, v in trained.state_dict().items() if "network" in k})
+    torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_and_compile_reach_every_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    trained: Any = module("vkd", epochs=1)
+    dtypes: list[torch.dtype] = []
+    for net in (trained.student.network, trained.teacher.network):
+        net.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    best, metrics = fit(trained, small_images(), TRAINER | {"precision": "bf16-mixed", "compile": True}, tmp_path)
+    assert compiled == [trained.student.network, trained.teacher.network]
+    assert set(dtypes) == {torch.bfloat16}
+    assert metrics["precision"] == "bf16-mixed"
+    assert best["student"].weights["0.weight"].dtype == torch.float32
+
+
+def test_precision_as_asked() -> None:
+    assert resolve_precision("32-true", "cpu") == "32-true"
+    assert resolve_precision("auto", "cpu") in ("32-true", "bf16-mixed")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for one in inner for tensor in _tensors(one)]
+
+
+def _die_in_the_second_epoch(trained: Baseline) -> None:
+    step: Callable[..., Any] = trained.training_step
+
+    def training_step(batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        if (trained.current_epoch, batch_idx) == (1, 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(batch, batch_idx)
+
+    trained.training_step = training_step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in METHODS:
+        child = os.fork()  # torch is imported once, and has not started its threads yet
+        if child == 0:
+            doomed = module(name)
+            _die_in_the_second_epoch(doomed)
+            result(doomed, Path(sys.argv[1]) / name)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
+            sys.exit(f"{name} was not killed: status {status}")
