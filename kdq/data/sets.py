@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torchvision.datasets.utils import extract_archive
 
 from kdq.errors import KdqError
 
@@ -114,8 +115,13 @@ def _fetch(dataset: Callable[..., Any], root: Path, files: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as temporary:
         for name in files:
             if (root / name).is_file():
-                (Path(temporary) / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(root / name, Path(temporary) / name)
+                copy = Path(temporary) / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(root / name, copy)
+                if copy.suffixes == [".gz"]:
+                    # Distributions compress the same files anew: torchvision knows only one archive's checksum, but
+                    # takes a file that is already unpacked. gzip carries a checksum of the content itself.
+                    extract_archive(str(copy))
         dataset(temporary, download=True)
         for file in [f for f in Path(temporary).rglob("*") if f.is_file()]:
             target = root / file.relative_to(temporary)

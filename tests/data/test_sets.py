@@ -61,7 +61,8 @@ def _write_fashion(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.
     for name, array in arrays.items():
         content = _idx(array)
         (raw / f"{name}.gz").write_bytes(content)
-        resources.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
+        # A distribution compresses the files anew: its archives do not have the published checksums.
+        resources.append((f"{name}.gz", "0" * 32))
     monkeypatch.setattr(FashionMNIST, "resources", resources)
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     return arrays
