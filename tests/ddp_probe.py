@@ -1,0 +1,47 @@
+"""Methods and networks for tests/test_processes.py, importable by the processes of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdq.distill.baseline import Baseline
+from kdq.distill.dml import DML
+from kdq.distill.vkd import VKD
+
+
+def plain_net(num_classes: int, in_channels: int) -> nn.Module:
+    """No BatchNorm: the gradient of a batch is the mean of its parts' gradients."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 6, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(6 * 9, num_classes)
+    )
+
+
+class Probe(Baseline):
+    """Every process leaves ``folder/<rank>.pt``: its final state, what DDP synchronises, what it validated."""
+
+    def __init__(self, *args: Any, folder: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.folder, self.validated = Path(folder), 0
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.validated += len(batch[1])
+
+    def on_train_end(self) -> None:
+        wrapped = self.trainer.strategy.model
+        names = [name for name, p in wrapped.named_parameters() if p.requires_grad]  # type: ignore[union-attr]
+        self.folder.mkdir(exist_ok=True)
+        left = {"state": self.state_dict(), "wrapped": type(wrapped).__name__, "synchronised": names}
+        torch.save(left | {"validated": self.validated}, self.folder / f"{self.global_rank}.pt")
+
+
+class ProbedVKD(Probe, VKD):
+    pass
+
+
+class ProbedDML(Probe, DML):
+    pass

@@ -1,0 +1,148 @@
+"""Two processes (gloo, CPU) against one: the same training, one entry, one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from torch import Tensor
+
+from kdq.app import CONFIG_PATH
+from kdq.cell import Cell
+from kdq.errors import KdqError
+from kdq.processes import count_devices, refuse_foreign_launchers
+from kdq.store import Entry
+from kdq.train_stage import float_model
+
+HERE = Path(__file__).parent
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+SMALL = [
+    "data.train_limit=96",
+    "teacher.net.depth=8",
+    "teacher.net.width=0.25",
+    "teacher.recipe.epochs=1",
+    "student.recipe.epochs=2",
+    "student.recipe.batch_size=32",
+    "student.recipe.lr=0.05",
+    "trainer.precision=32-true",
+]
+PLAIN_NET = ["~student.net", "+student.net={_target_: ddp_probe.plain_net, num_classes: 10, in_channels: 1}"]
+
+
+@pytest.fixture(autouse=True)
+def probes_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+def trained(output: Path, *overrides: str) -> Entry:
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        cfg = hydra.compose("config", [*SMALL, *overrides, f"paths.output_dir={output}", "logger=none"])
+    return float_model(Cell(cfg))
+
+
+def left(folder: Path, processes: int) -> list[dict[str, Any]]:
+    assert len(list(folder.iterdir())) == processes
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None:
+    torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "extra"),
+    [
+        ("vkd", "ProbedVKD", []),
+        ("dml", "ProbedDML", ["student.recipe.clip_grad=0.5", "student.recipe.accumulate=2", "student.recipe.ema=0.9"]),
+    ],
+)
+def test_two_processes_train_what_one_does(method: str, target: str, extra: list[str], tmp_path: Path) -> None:
+    """Equal to 1e-4 relative after six steps of 32 images: float32 sums in another order, and nothing else."""
+    folders = {processes: tmp_path / f"probe{processes}" for processes in (1, 2)}
+    overrides = [f"method={method}", f"method._target_=ddp_probe.{target}", *PLAIN_NET, *extra]
+    one = trained(tmp_path, *overrides, f"+method.folder={folders[1]}", "trainer=cpu")
+    two = trained(tmp_path, *overrides, f"+method.folder={folders[2]}", *TWO)
+    (alone,), (first, second) = left(folders[1], 1), left(folders[2], 2)
+    same(first["state"], second["state"], rtol=0, atol=0)
+    same(first["state"], alone["state"], rtol=1e-4, atol=1e-6)
+    same(one.weights(), two.weights(), rtol=1e-4, atol=1e-6)
+    assert one.metrics["val_top1"] == two.metrics["val_top1"]
+    # Every validation image once an epoch, over both processes together.
+    assert alone["validated"] == first["validated"] + second["validated"] == 2 * 144
+    assert first["wrapped"] == "DistributedDataParallel"
+    assert first["synchronised"]
+    assert not any("teacher" in name or "average" in name for name in first["synchronised"])
+    entries = [path.name for path in (tmp_path / "store").glob(f"digits-{method}-*")]
+    assert len(entries) == (4 if method == "dml" else 2)  # a peer beside each student of dml
+    assert not list((tmp_path / "store/.work").iterdir())
+
+
+def test_a_sweep_over_processes_is_one_sweep(tmp_path: Path) -> None:
+    """``kdq -m trainer=ddp``: the processes of a training train, and only the command itself sweeps."""
+    command = [sys.executable, "-m", "kdq", "-m", "method=mixup", "student.net.depth=8", "student.net.width=0.25"]
+    command += [*SMALL, *TWO, "quant=none", "logger=csv", f"paths.output_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    entries = sorted(path.name[:-17] for path in (tmp_path / "store").glob("digits-*"))
+    assert entries == ["digits-baseline-resnet56-s0", "digits-mixup-resnet20-s0"]
+    assert len(list((tmp_path / "rows").glob("*.json"))) == 1
+    logged = sorted((tmp_path / "runs/csv").glob("*/version_*"))
+    assert [path.name for path in logged] == ["version_0"] * 3  # teacher, student, quantize: once each
+    metrics = json.loads(next((tmp_path / "store").glob("digits-mixup-*")).joinpath("metrics.json").read_text())
+    assert metrics["epochs"] == 2
+
+
+def test_the_error_of_a_process_is_the_error_of_the_training(tmp_path: Path) -> None:
+    with pytest.raises(KdqError, match=r"the loss became \S+ at epoch 0, step \d"):
+        trained(tmp_path, "method=baseline", *PLAIN_NET, *TWO, "student.recipe.lr=1e30")
+    with pytest.raises(KdqError, match="batch_size=33 must be a multiple of 2 devices x 1 portions"):
+        trained(tmp_path, "method=baseline", *PLAIN_NET, *TWO, "student.recipe.batch_size=33")
+
+
+def test_a_process_ends_with_its_parent() -> None:
+    """However the parent ends: here the pipe that it holds is closed."""
+    code = "import kdq.processes as p, threading, time; threading.Thread(target=p._end_with_parent).start()"
+    child = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(600)"], stdin=subprocess.PIPE)
+    assert child.stdin is not None
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(timeout=120) == 1
+
+
+def test_counting_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    asked = [(1, 1), (3, 3), ([0, 2], 2), (-1, 4), ("auto", 4)]
+    assert [count_devices(devices, "auto") for devices, _ in asked] == [count for _, count in asked]
+    assert count_devices(8, "cpu") == 8
+    assert count_devices(-1, "cpu") == 1
+    for devices in (5, 0, []):
+        with pytest.raises(KdqError, match="this machine has 4 GPUs"):
+            count_devices(devices, "auto")
+
+
+@pytest.mark.parametrize(("variable", "starter"), [("SLURM_STEP_NUM_TASKS", "srun"), ("WORLD_SIZE", "torchrun")])
+def test_several_tasks_are_refused(variable: str, starter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    refuse_foreign_launchers()
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(KdqError, match=f"{starter} started 2 processes.*tasks_per_node=1"):
+        refuse_foreign_launchers()
+
+
+def test_devices_of_slurm_are_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a Slurm job Lightning would take ranks and world size from Slurm, and fail on one task for two."""
+    assert "SLURM_NTASKS" not in os.environ
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "sweep")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    entry = trained(tmp_path, "method=baseline", *PLAIN_NET, "trainer=cpu", "student.recipe.epochs=1")
+    assert entry.metrics["epochs"] == 1
