@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def nearest(value: Tensor, values: Tensor) -> Tensor:
-    """The entry of ``values`` ``(rows, levels)`` nearest to ``value`` ``(rows,)``, by looking at all of them."""
-    choice = (values - value[:, None]).abs().argmin(1, keepdim=True)
+    """The entry of ``values`` ``(rows, levels)`` nearest to ``value`` ``(rows,)``, by looking at all of them; half-way
+    between two, the one of even code."""
+    odd = torch.arange(values.shape[1], device=values.device) % 2
+    choice = ((values - value[:, None]).abs() + 1e-12 * odd).argmin(1, keepdim=True)
     return values.gather(1, choice)[:, 0]
 
 
@@ -32,10 +34,10 @@ def gpfq(W: Tensor, X: Tensor, Xq: Tensor, values: Tensor) -> Tensor:
     return Q
 
 
-def conv_patches(layer: nn.Module, x: Tensor) -> list[Tensor]:
+def conv_patches(layer: Any, x: Tensor) -> list[Tensor]:
     """The inputs of each group's neurons, one row per output position, read off pixel by pixel.
 
-    A convolution whose filters each copy one pixel of their patch, so that the layer's own code decides what a patch is.
+    Each filter of a convolution copies one pixel of its patch, so that the layer's own code decides what a patch is.
     """
     if isinstance(layer, nn.Linear):
         return [x.reshape(-1, x.shape[-1])]
@@ -44,7 +46,7 @@ def conv_patches(layer: nn.Module, x: Tensor) -> list[Tensor]:
     for group in x.chunk(layer.groups, 1):
         picker = copy.deepcopy(layer)
         picker.groups, picker.in_channels, picker.out_channels = 1, group.shape[1], window
-        picker.weight = nn.Parameter(torch.eye(window).view(window, *layer.weight.shape[1:]))
+        picker.weight = nn.Parameter(torch.eye(window, dtype=x.dtype).view(window, *layer.weight.shape[1:]))
         picker.bias = None
         result.append(picker(group).movedim(1, -1).reshape(-1, window).detach())
     return result
@@ -55,11 +57,11 @@ def alphabet_values(scale: Tensor, zero: Tensor, levels: int) -> Tensor:
     return scale * (torch.arange(levels, dtype=scale.dtype) - zero)
 
 
-def quantize_network(model: nn.Module, images: Tensor, weights: dict) -> dict[str, Tensor]:
+def quantize_network(model: Any, images: Tensor, weights: dict[str, Any]) -> dict[str, Tensor]:
     """Layer by layer from the image on, O(L^2): the input of each layer in the float network and in the network whose
     earlier layers hold what the recursion made of them. ``weights`` gives the alphabets (and the order of layers)."""
     model = copy.deepcopy(model).eval()
-    quantized = copy.deepcopy(model)
+    quantized: Any = copy.deepcopy(model)
     done: dict[str, Tensor] = {}
     for name, packed in weights.items():
         x = _first_input(model, name, images)

@@ -37,7 +37,7 @@ class Alphabet:
 
     def encode(self, values: Tensor) -> Tensor:
         """The codes, int64, of the alphabet's values nearest to ``values`` ``(..., rows, any)``."""
-        dtype = self._exact_dtype(values)
+        dtype = self.exact_dtype(values)
         codes = torch.round(values.to(dtype) / self.scale.to(dtype) + self.zero.to(dtype))
         return codes.clamp_(0, self.levels - 1).long()
 
@@ -47,12 +47,13 @@ class Alphabet:
 
     def nearest(self, values: Tensor) -> Tensor:
         """``values`` rounded to the alphabet: ``decode(encode(values))``."""
-        dtype = self._exact_dtype(values)
+        dtype = self.exact_dtype(values)
         scale, zero = self.scale.to(dtype), self.zero.to(dtype)
         codes = torch.round(values.to(dtype) / scale + zero).clamp_(0, self.levels - 1)
         return codes.sub_(zero).mul_(scale).to(values.dtype)
 
-    def _exact_dtype(self, values: Tensor) -> torch.dtype:
+    def exact_dtype(self, values: Tensor) -> torch.dtype:
+        """A dtype, that of ``values`` if it will do, in which every code is exact."""
         return values.dtype if self.levels <= _FLOAT32_LEVELS else torch.float64
 
 
@@ -71,36 +72,3 @@ def check_bits(bits: object) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise KdqError(f"bits={bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}")
     return bits
-
-
-def uniform(weight: Tensor, bits: int, shrinkages: int = 40) -> Alphabet:
-    """Exactly ``2^bits`` evenly spaced values per output channel, zero among them.
-
-    The scale of a channel is the one, of ``shrinkages`` candidates between a fraction of the full range and the full
-    range, that rounds the channel's weights with the least squared error. Clipping the few largest weights pays
-    at low widths: at 2 bits the best range of a Gaussian channel is about two standard deviations.
-
-    Args:
-        weight: ``(..., rows, columns)``.
-        bits: 2 to 32.
-    """
-    check_bits(bits)
-    half = 2 ** (bits - 1)
-    zero = torch.full_like(weight[..., :1], float(half))
-    # The largest positive code is half - 1: the full range must hold the positive and the negative extreme.
-    full = torch.maximum(weight.amax(-1, keepdim=True) / (half - 1), -weight.amin(-1, keepdim=True) / half)
-    full = full.clamp_min(torch.finfo(weight.dtype).tiny * 2**bits)
-    best = Alphabet(full, zero, 2**bits)
-    if bits > 8:  # the step is so fine that clipping never pays
-        return best
-    error = (best.nearest(weight) - weight).square().sum(-1, keepdim=True)
-    scale = full
-    for step in range(1, shrinkages):
-        candidate = full * (1 - 0.8 * step / shrinkages)
-        tried = (Alphabet(candidate, zero, 2**bits).nearest(weight) - weight).square().sum(-1, keepdim=True)
-        better = tried < error
-        error, scale = torch.where(better, tried, error), torch.where(better, candidate, scale)
-    return Alphabet(scale, zero, 2**bits)
-
-
-ALPHABETS = {"uniform": uniform}

@@ -37,13 +37,13 @@ tensor([[0., 1.]])
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kdq.quant.alphabet import Alphabet
+from kdq.quant.columns import BLOCK, solve_columns
 
 
-def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, block: int = 64) -> Tensor:
+def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, block: int = BLOCK) -> Tensor:
     """Quantize the rows of ``weight`` along the path of its columns.
 
     Leading dimensions are independent problems (the groups of a convolution).
@@ -59,19 +59,5 @@ def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, block:
         Values of the alphabet ``(..., N, d)``. A column whose input is always zero becomes ``Q(0)``, which is 0 for
         an alphabet that holds 0.
     """
-    columns = weight.shape[-1]
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)[..., None, :]
     numerator = weight @ cross.tril().mT
-    quantized = torch.empty_like(weight)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        # Within the block on a contiguous copy, so that each rounding touches a small piece of memory.
-        rest = numerator[..., start:stop].clone()
-        for t in range(start, stop):
-            here = t - start
-            q_t = alphabet.nearest(rest[..., here : here + 1] * inverse[..., t : t + 1])
-            quantized[..., t : t + 1] = q_t
-            rest[..., here + 1 :] -= q_t * gram[..., t : t + 1, t + 1 : stop]
-        numerator[..., stop:] -= quantized[..., start:stop] @ gram[..., start:stop, stop:]
-    return quantized
+    return solve_columns(numerator, gram.diagonal(dim1=-2, dim2=-1), gram, alphabet, block=block)

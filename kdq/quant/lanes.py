@@ -1,66 +1,70 @@
-"""One forward pass that carries the calibration images through several versions of a network at once.
+"""A network's activation in several versions of the network at once.
 
-A :class:`Lanes` stands for one activation of the network: lane 0 is the float network's, the others belong to the
-quantized versions (one per bit width), and every lane is cut into chunks of images. It is a ``torch.Tensor`` to the
-network's own code; every torch function called on it is carried out for each lane and chunk. Hence any forward
-method works as it is written, values are freed when it drops them, and the work of all versions shares one run.
+A :class:`Lanes` holds one tensor per version: lane 0 is the float network's, the others belong to quantized ones. It is
+a ``torch.Tensor`` to the network's own code; every torch function called on it is carried out for each lane. Hence any
+forward method works as it is written, values are freed when it drops them, and all versions share one run. What a
+function did can be noted on a :class:`kdq.quant.tape.Tape` and repeated for other images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from kdq.quant.tape import Tape
+
 
 class Lanes(Tensor):
-    """Tensors by lane and chunk that answer to torch functions as one.
+    """Tensors by lane that answer to torch functions as one.
 
-    Chunks have equal shapes, and metadata (``shape``, ``dtype``, ``device``) is a chunk's. Lanes that still agree,
-    such as all of them before the first quantized layer, hold the very same tensors and are computed once.
+    Metadata (``shape``, ``dtype``, ``device``) is lane 0's. Lanes that still agree, such as all of them before the
+    first quantized layer, hold the very same tensor and are computed once.
     """
 
-    lanes: list[list[Tensor]]
+    lanes: list[Tensor]
+    tape: Tape | None
+    key: int
 
     @staticmethod
-    def __new__(cls, lanes: Sequence[Sequence[Tensor]]) -> Lanes:
-        first = lanes[0][0]
+    def __new__(cls, lanes: Sequence[Tensor]) -> Lanes:
+        first = lanes[0]
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls, first.shape, dtype=first.dtype, device=first.device, requires_grad=False
         )
-        wrapper.lanes = [list(lane) for lane in lanes]
+        wrapper.lanes, wrapper.tape, wrapper.key = list(lanes), None, -1
         return wrapper
 
-    def __init__(self, lanes: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, lanes: Sequence[Tensor]) -> None:
         pass
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Lanes(lanes={len(self.lanes)}, chunks={len(self.lanes[0])}, chunk={tuple(self.lanes[0][0].shape)})"
+        return f"Lanes(lanes={len(self.lanes)}, shape={tuple(self.lanes[0].shape)})"
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = _lanes_in((args, kwargs))
+        found = list(lanes_in((args, kwargs)))
         if _writes_in_place(func, kwargs):
             _unshare(found[0], found[1:])
-        first = found[0]
-        results: list[list[Any]] = []
-        for lane in range(len(first.lanes)):
-            results.append([])
-            for chunk in range(len(first.lanes[0])):
-                earlier = _same_inputs(found, lane, chunk)
-                if earlier is not None:
-                    results[lane].append(results[earlier][chunk])
-                    continue
-                result = func(*_pick(args, lane, chunk), **_pick(kwargs, lane, chunk))
-                if result is not None and not _holds_tensor(result):
-                    return result  # metadata, the same for every lane and chunk
-                results[lane].append(result)
-        return None if results[0][0] is None else _gather(results)
+        results: list[Any] = []
+        for lane in range(len(found[0].lanes)):
+            if (earlier := _same_inputs(found, lane)) is not None:
+                results.append(results[earlier])
+                continue
+            result = func(*_pick(args, lane), **_pick(kwargs, lane))
+            if result is not None and not _holds_tensor(result):
+                return result  # metadata, the same for every lane
+            results.append(result)
+        gathered = None if results[0] is None else _gather(results)
+        if (tape := next((value.tape for value in found if value.tape is not None), None)) is not None:
+            tape.record(func, args, kwargs, gathered)
+        return gathered
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -69,36 +73,38 @@ class Lanes(Tensor):
         raise TypeError(f"{func} reached a Lanes without passing through torch's functions")
 
     def map(self, function: Callable[[int, Tensor], Tensor]) -> Lanes:
-        """``function(lane, chunk)`` for every chunk of every lane."""
-        return Lanes([[function(index, chunk) for chunk in lane] for index, lane in enumerate(self.lanes)])
+        """``function(lane, tensor)`` for every lane."""
+        return Lanes([function(lane, tensor) for lane, tensor in enumerate(self.lanes)])
 
 
-def _lanes_in(value: Any) -> list[Lanes]:
+def lanes_in(value: Any) -> Iterator[Lanes]:
+    """Every Lanes in nested lists, tuples and dicts, in order."""
     if isinstance(value, Lanes):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [lanes for item in value for lanes in _lanes_in(item)]
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from lanes_in(item)
 
 
-def _pick(value: Any, lane: int, chunk: int) -> Any:
-    """``value`` with every Lanes in it replaced by its tensor of ``lane`` and ``chunk``."""
-    if isinstance(value, Lanes):
-        return value.lanes[lane][chunk]
+def replace_lanes(value: Any, kind: type, replacement: Callable[[Any], Any]) -> Any:
+    """``value`` with everything of type ``kind`` in nested lists, tuples and dicts replaced."""
+    if isinstance(value, kind):
+        return replacement(value)
     if isinstance(value, dict):
-        return {key: _pick(item, lane, chunk) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        picked = [_pick(item, lane, chunk) for item in value]
-        return type(value)(picked) if type(value) in (list, tuple) else value
+        return {key: replace_lanes(item, kind, replacement) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(replace_lanes(item, kind, replacement) for item in value)
     return value
 
 
-def _same_inputs(found: list[Lanes], lane: int, chunk: int) -> int | None:
+def _pick(value: Any, lane: int) -> Any:
+    return replace_lanes(value, Lanes, lambda lanes: lanes.lanes[lane])
+
+
+def _same_inputs(found: list[Lanes], lane: int) -> int | None:
     """An earlier lane whose tensors are the very same ones, if there is one."""
     for earlier in range(lane):
-        if all(value.lanes[lane][chunk] is value.lanes[earlier][chunk] for value in found):
+        if all(value.lanes[lane] is value.lanes[earlier] for value in found):
             return earlier
     return None
 
@@ -112,10 +118,9 @@ def _writes_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
 def _unshare(target: Lanes, others: list[Lanes]) -> None:
     """Give a lane its own copy of a tensor it shares with a lane that is about to write something else into it."""
     for lane in range(1, len(target.lanes)):
-        for chunk, tensor in enumerate(target.lanes[lane]):
-            shared = any(target.lanes[earlier][chunk] is tensor for earlier in range(lane))
-            if shared and _same_inputs([target, *others], lane, chunk) is None:
-                target.lanes[lane][chunk] = tensor.clone()
+        shared = any(target.lanes[earlier] is target.lanes[lane] for earlier in range(lane))
+        if shared and _same_inputs([target, *others], lane) is None:
+            target.lanes[lane] = target.lanes[lane].clone()
 
 
 def _holds_tensor(result: Any) -> bool:
@@ -124,12 +129,12 @@ def _holds_tensor(result: Any) -> bool:
     return isinstance(result, Tensor)
 
 
-def _gather(results: list[list[Any]]) -> Any:
-    sample = results[0][0]
+def _gather(results: list[Any]) -> Any:
+    sample = results[0]
     if isinstance(sample, Tensor):
         return Lanes(results)
     gathered = (
-        Lanes([[value[index] for value in lane] for lane in results]) if isinstance(item, Tensor) else item
+        Lanes([value[index] for value in results]) if isinstance(item, Tensor) else item
         for index, item in enumerate(sample)
     )
     return list(gathered) if isinstance(sample, list) else tuple(gathered)

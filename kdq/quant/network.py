@@ -1,91 +1,39 @@
-"""Quantize a whole network in one forward pass: the walk that meets every layer in the order it runs."""
+"""Quantize a whole network on calibration images."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdq.errors import KdqError
-from kdq.quant.alphabet import ALPHABETS, Alphabet, check_bits, decode
-from kdq.quant.gpfq import gpfq
-from kdq.quant.lanes import Lanes
-from kdq.quant.layer import QUANTIZABLE, patches, weight_matrix
-from kdq.quant.rtn import rtn
+from kdq.quant.alphabet import check_bits
+from kdq.quant.layer import QUANTIZABLE
+from kdq.quant.moments import Moments
+from kdq.quant.recipe import SOLVERS, Recipe, Solver
+from kdq.quant.report import LayerReport, Report
+from kdq.quant.walk import Walk
+from kdq.quant.weights import QuantizedWeight, with_quantized_weights
 
-#: ``(weight, gram, cross, alphabet) -> quantized weight``; see :func:`kdq.quant.gpfq.gpfq` for the shapes.
-Solver = Callable[[Tensor, Tensor, Tensor, Alphabet], Tensor]
-SOLVERS: dict[str, Solver] = {"rtn": rtn, "gpfq": gpfq}
+__all__ = [
+    "SOLVERS",
+    "LayerReport",
+    "QuantizedWeight",
+    "Report",
+    "Solver",
+    "quantizable_layers",
+    "quantize",
+    "quantize_widths",
+    "with_quantized_weights",
+]
+
 #: One width for every layer, or the width of each layer by name.
 Bits = int | Mapping[str, int]
-#: Images pushed through a layer at a time, whatever batches the caller has, so that sums, and hence codes, do not
-#: depend on those.
-CHUNK = 64
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A layer's weight as stored: ``decode(codes)`` is the tensor the quantized network computes with.
-
-    Attributes:
-        codes: int64, in the weight's own shape.
-        scale, zero: float32 ``(out_channels,)``.
-        levels: size of the alphabet.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    levels: int
-
-    @property
-    def bits(self) -> int:
-        return max(1, (self.levels - 1).bit_length())
-
-    def decode(self) -> Tensor:
-        rows = self.codes.flatten(1)
-        return decode(rows, self.scale[:, None], self.zero[:, None], self.levels).view(self.codes.shape)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer. ``error`` is ``||Y - Y_q|| / ||Y||`` of its outputs on the calibration images, the
-    float layer fed by the float network and the quantized layer by the quantized network."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    bits: int
-    levels: int
-    error: float
-
-
-@dataclass
-class Report:
-    """Per-layer results in the order the layers ran, and the seconds of the pass (shared by all its widths)."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def weights(self) -> int:
-        return sum(_numel(layer.shape) for layer in self.layers)
-
-    @property
-    def weight_bits_total(self) -> int:
-        """Bits of all codes together."""
-        return sum(layer.bits * _numel(layer.shape) for layer in self.layers)
-
-    @property
-    def avg_bits(self) -> float:
-        """Bits per weight over the quantized layers."""
-        return self.weight_bits_total / self.weights
 
 
 def quantize(
@@ -97,7 +45,7 @@ def quantize(
         model: any network of convolutions and linear layers; it is not modified.
         batches: input tensors, or tuples whose first item is one. They are run in eval mode.
         bits: 2 to 32, or a mapping from layer name to bits that names every layer.
-        solver: ``"gpfq"``, ``"rtn"``, or a function ``(weight, gram, cross, alphabet) -> quantized weight``.
+        solver: one of :data:`SOLVERS`, or a function ``(weight, gram, cross, alphabet) -> quantized weight``.
         options: see :func:`quantize_widths`.
 
     Returns:
@@ -117,52 +65,50 @@ def quantize_widths(
     widths: Sequence[Bits],
     solver: str | Solver = "gpfq",
     *,
-    alphabet: str | Callable[[Tensor, int], Alphabet] = "uniform",
     exclude: Collection[str] = (),
+    first_last_bits: int | None = None,
+    act_bits: int | None = None,
+    act_range: str = "mse",
     on_layer: Callable[[str], None] | None = None,
+    moments: Callable[[nn.Module, bool], Any] = Moments,
+    **recipe: Any,
 ) -> list[tuple[nn.Module, Report]]:
     """:func:`quantize` for several widths in one pass that shares the float network's part.
 
     Args:
-        alphabet: ``"uniform"`` or a function ``(weight (groups, rows, columns), bits) -> Alphabet``.
         exclude: names of modules whose weights (and those of what is inside them) stay float.
+        first_last_bits: width of the first and the last layer that run, whatever the others have.
+        act_bits: round the inputs of every quantized layer too, one scale per tensor; None leaves them float.
+        act_range: ``"mse"`` or ``"percentile"``, see :meth:`kdq.quant.activations.Histogram.quantizer`.
         on_layer: called with a layer's name when it is done, for a progress bar.
+        moments: what sums G and H, see :class:`kdq.quant.moments.Moments`.
+        recipe: ``alphabet``, ``per_channel``, ``scale``, ``order``, ``refine``, see :class:`kdq.quant.recipe.Recipe`.
     """
     start = time.perf_counter()
     layers = quantizable_layers(model, exclude)
-    walk = _Walk(
-        layers={name: [_bits_of(width, name) for width in widths] for name in layers},
-        solver=_named(SOLVERS, solver, "solver"),
-        alphabet=_named(ALPHABETS, alphabet, "alphabet"),
-        on_layer=on_layer or (lambda name: None),
-    )
+    how = Recipe(solver=solver, **recipe)
+    runner = copy.deepcopy(model).eval()
+    by_layer = [{name: _bits_of(width, name) for name in layers} for width in widths]
     for width in widths:
         if isinstance(width, Mapping) and (unknown := sorted(set(width) - set(layers))):
             raise KdqError(f"bits name layers that are not quantized: {', '.join(unknown[:4])}")
-    runner = copy.deepcopy(model).eval()
-    inputs, walk.padding = _first_lanes(batches, len(widths) + 1, next(model.parameters()).device)
-    with torch.no_grad(), _rerouted(runner, walk, layers):
-        runner(inputs)
-    if missed := [name for name in layers if name not in walk.weights]:
-        raise KdqError(f"layers never ran on the calibration images: {', '.join(missed[:4])}; name them in exclude")
-    for report in walk.reports:
-        report.seconds = time.perf_counter() - start
-    return [
-        (with_quantized_weights(model, {name: walk.weights[name][index] for name in layers}), walk.reports[index])
-        for index in range(len(widths))
-    ]
-
-
-def with_quantized_weights(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> nn.Module:
-    """A copy of ``model`` in eval mode that computes with ``weights``, kept as its ``quantized_weights``."""
-    quantized = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameter = quantized.get_submodule(name).weight
-            assert isinstance(parameter, Tensor)
-            parameter.copy_(weight.decode())
-    quantized.quantized_weights = dict(weights)  # type: ignore[assignment]
-    return quantized
+    if act_bits is not None:
+        _check_act_bits(act_bits)
+    iterator = iter(batches)
+    if (head := next(iterator, None)) is not None:
+        batches = chain([head], iterator)
+        order = running_order(runner, head if isinstance(head, Tensor) else head[0], layers)
+        if first_last_bits is not None:
+            ends = dict.fromkeys((order[0], order[-1]), check_bits(first_last_bits))
+            by_layer = [bits | ends for bits in by_layer]
+    walk = Walk(runner, by_layer, how, act_bits, act_range, moments, on_layer or (lambda name: None))
+    walk.run(batches)
+    results = []
+    for version in walk.versions:
+        version.report.seconds = time.perf_counter() - start
+        version.report.float_weights = _float_weights(model, layers)
+        results.append((with_quantized_weights(model, version.weights, version.activations), version.report))
+    return results
 
 
 def quantizable_layers(model: nn.Module, exclude: Collection[str] = ()) -> list[str]:
@@ -196,136 +142,33 @@ def quantizable_layers(model: nn.Module, exclude: Collection[str] = ()) -> list[
     return layers
 
 
-@dataclass
-class _Walk:
-    """The state of one pass: what each layer's visit leaves behind.
+def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> list[str]:
+    """The layers in the order they first run, found by running the first image of ``images``.
 
-    ``padding`` is the share of the last chunk's rows that repeat an image to make the chunks equal; it counts nowhere.
+    Raises:
+        KdqError: one of them never runs.
     """
-
-    layers: dict[str, list[int]]
-    solver: Solver
-    alphabet: Callable[[Tensor, int], Alphabet]
-    on_layer: Callable[[str], None]
-    padding: float = 0.0
-    weights: dict[str, list[QuantizedWeight]] = field(default_factory=dict)
-    reports: list[Report] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.reports = [Report() for _ in next(iter(self.layers.values()))]
-
-    def visit(self, name: str, layer: nn.Module, inputs: Lanes) -> Lanes:
-        """Stand in for ``layer.forward``: quantize it for every lane, then pass each lane through its own version.
-
-        A layer that runs a second time keeps the codes of its first run.
-        """
-        first_time = name not in self.weights
-        if first_time:
-            self.weights[name] = self._solve(name, layer, inputs)
-        assert isinstance(layer.weight, Tensor)
-        versions = [layer.weight, *(weight.decode() for weight in self.weights[name])]
-
-        def run(lane: int, chunk: Tensor) -> Tensor:
-            return torch.func.functional_call(_Original(layer), {"layer.weight": versions[lane]}, chunk)
-
-        outputs = inputs.map(run)
-        if first_time:
-            self._report(name, layer, outputs)
-            self.on_layer(name)
-        return outputs
-
-    def _solve(self, name: str, layer: nn.Module, inputs: Lanes) -> list[QuantizedWeight]:
-        weight = weight_matrix(layer)
-        grams, crosses = second_moments(layer, inputs, self.padding)
-        solved = []
-        for gram, cross, bits in zip(grams, crosses, self.layers[name], strict=True):
-            alphabet = self.alphabet(weight, bits)
-            codes = alphabet.encode(self.solver(weight, gram, cross, alphabet))
-            assert isinstance(layer.weight, Tensor)
-            scale, zero = (value.expand_as(weight[..., :1]).flatten() for value in (alphabet.scale, alphabet.zero))
-            solved.append(QuantizedWeight(codes.view(layer.weight.shape), scale, zero, alphabet.levels))
-        return solved
-
-    def _report(self, name: str, layer: nn.Module, outputs: Lanes) -> None:
-        real = [_real(lane, self.padding) for lane in outputs.lanes]
-        reference = sum(float(chunk.double().square().sum()) for chunk in real[0])
-        for report, weight, lane in zip(self.reports, self.weights[name], real[1:], strict=True):
-            wrong = sum(float((a - b).double().square().sum()) for a, b in zip(real[0], lane, strict=True))
-            error = (wrong / reference) ** 0.5 if reference > 0 else 0.0
-            shape = tuple(weight.codes.shape)
-            report.layers.append(LayerReport(name, type(layer).__name__, shape, weight.bits, weight.levels, error))
-
-
-def second_moments(layer: nn.Module, inputs: Lanes, padding: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
-    """``G = X~'X~`` and ``H = X~'X`` of every quantized lane, each ``(groups, d, d)``, summed over the chunks.
-
-    Lanes that still agree with the float lane share one matrix, which then is both.
-    """
-    lanes = [_real(lane, padding) for lane in inputs.lanes]
-    agree = [all(a is b for a, b in zip(inputs.lanes[0], lane, strict=True)) for lane in inputs.lanes]
-    agree[0] = any(agree[1:])  # lane 0 stands for all that agree with it
-    sums: dict[int, tuple[Tensor, Tensor]] = {}
-    for chunk, float_chunk in enumerate(lanes[0]):
-        x = patches(layer, float_chunk)
-        for index, lane in enumerate(lanes):
-            if index == 0 and agree[0]:
-                gram = _add(sums, 0, 0, x, x)
-                sums[0] = (gram, gram)
-            elif index and not agree[index]:
-                x_tilde = patches(layer, lane[chunk])
-                sums[index] = (_add(sums, index, 0, x_tilde, x_tilde), _add(sums, index, 1, x_tilde, x))
-    pairs = [sums[0 if agree[index] else index] for index in range(1, len(lanes))]
-    return [gram for gram, _ in pairs], [cross for _, cross in pairs]
-
-
-def _add(sums: Mapping[int, tuple[Tensor, Tensor]], index: int, which: int, left: Tensor, right: Tensor) -> Tensor:
-    if index not in sums:
-        return left.mT @ right
-    return sums[index][which].baddbmm_(left.mT, right)
-
-
-def _real(chunks: list[Tensor], padding: float) -> list[Tensor]:
-    """``chunks`` without the padding rows of the last one."""
-    last = chunks[-1]
-    return [*chunks[:-1], last[: len(last) - round(padding * len(last))]]
-
-
-class _Original(nn.Module):
-    """A layer's own forward method, beneath the one :func:`_rerouted` put over it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return type(self.layer).forward(self.layer, inputs)
-
-
-@contextmanager
-def _rerouted(model: nn.Module, walk: _Walk, layers: Collection[str]) -> Iterator[None]:
-    """While it lasts, the named layers of ``model`` call ``walk.visit`` in place of their forward methods."""
-    modules = {name: model.get_submodule(name) for name in layers}
+    device = next(model.parameters()).device
+    order: dict[str, None] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
+        for name in layers
+    ]
     try:
-        for name, module in modules.items():
-            module.forward = lambda inputs, name=name, module=module: walk.visit(name, module, inputs)
-        yield
+        with torch.no_grad():
+            if len(images):
+                model(images[:1].to(device))
     finally:
-        for module in modules.values():
-            del module.forward
+        for handle in handles:
+            handle.remove()
+    if len(images) and (missed := [name for name in layers if name not in order]):
+        raise KdqError(f"layers never ran on the calibration images: {', '.join(missed[:4])}; name them in exclude")
+    return list(order) or list(layers)
 
 
-def _first_lanes(batches: Iterable[Any], lanes: int, device: torch.device) -> tuple[Lanes, float]:
-    """All calibration inputs in equal chunks, every lane starting from the same tensors, and the share of the last
-    chunk that had to be padded with copies of its last image."""
-    tensors = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
-    if not tensors or not sum(map(len, tensors)):
-        raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")
-    images = torch.cat([tensor.to(device) for tensor in tensors])
-    count = -(-len(images) // CHUNK)
-    size = -(-len(images) // count)
-    padding = count * size - len(images)
-    chunks = list(torch.cat([images, images[-1:].expand(padding, *images.shape[1:])]).split(size))
-    return Lanes([chunks] * lanes), padding / size
+def _float_weights(model: nn.Module, layers: Collection[str]) -> int:
+    kept = (m for name, m in model.named_modules() if name not in layers)
+    return sum(p.numel() for module in kept for p in module.parameters(recurse=False) if p.ndim >= 2)
 
 
 def _bits_of(width: Bits, name: str) -> int:
@@ -336,16 +179,6 @@ def _bits_of(width: Bits, name: str) -> int:
     return check_bits(width)
 
 
-def _named(known: Mapping[str, Any], value: Any, what: str) -> Any:
-    if isinstance(value, str):
-        if value not in known:
-            raise KdqError(f"{what}={value!r} is unknown: use one of {', '.join(known)}, or pass a function")
-        return known[value]
-    return value
-
-
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _check_act_bits(bits: object) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise KdqError(f"act_bits={bits!r} is not a whole number from 2 to 8, or none")

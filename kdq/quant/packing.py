@@ -8,8 +8,11 @@ layers left float) is stored as it is. The metadata entry ``kdq`` is a JSON head
     net         the architecture's recipe (a builder of kdq.models or torchvision.models, its arguments), or null
     preprocess  {"mean": [...], "std": [...]} the network expects its input normalised with, or null
     layers      {name: {"shape": [...], "levels": n, "zero": z}} in execution order
+    activations {name: {"scale": s, "zero": z, "bits": b}} of the layers whose inputs are rounded (since format 2)
 
-and ``sha256`` is a checksum over the header and all tensors. Nothing in it is code, and reading it runs none.
+A zero that differs between channels is a tensor ``<layer>.zero``: int8 ``2 * zero - (levels - 1)``, its distance from
+the middle of the alphabet in half steps, where that fits, else the zero itself. ``sha256`` is a checksum over the
+header and all tensors. Nothing in it is code, and reading it runs none.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ from torch import Tensor, nn
 from kdq.errors import KdqError
 from kdq.files import replacing
 from kdq.models import build_trusted
+from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.alphabet import MAX_BITS
-from kdq.quant.network import QuantizedWeight, with_quantized_weights
+from kdq.quant.weights import QuantizedWeight, with_quantized_weights
 
-FORMAT = 1
+FORMAT = 2
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -104,13 +108,18 @@ def save_packed(network: nn.Module, path: str | Path, preprocess: Mapping[str, A
         if bool((weight.zero == weight.zero[0]).all()):
             layers[name]["zero"] = weight.zero[0].item()
         else:
-            tensors[f"{name}.zero"] = weight.zero
+            tensors[f"{name}.zero"] = _zero_stored(weight)
+    activations = {
+        name: {"scale": quantizer.scale, "zero": quantizer.zero, "bits": quantizer.bits}
+        for name, quantizer in getattr(network, "quantized_activations", {}).items()
+    }
     header = json.dumps(
         {
             "format": FORMAT,
             "net": getattr(network, "kdq_net", None),
             "preprocess": dict(preprocess) if preprocess else None,
             "layers": layers,
+            "activations": activations,
         },
         separators=(",", ":"),
     )
@@ -147,8 +156,8 @@ def load_packed(path: str | Path, network: nn.Module | None = None) -> nn.Module
             2 + ("zero" not in x) for x in header["layers"].values()
         ):
             raise KdqError(f"{path} does not fit the network: they name different tensors")
-        network = with_quantized_weights(network, weights)
-        network.load_state_dict(floats, strict=False)
+        activations = {name: _activation(fields) for name, fields in header.get("activations", {}).items()}
+        network = with_quantized_weights(network, weights, activations, floats)
     except KdqError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -181,10 +190,25 @@ def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -
         raise KdqError(f"layer {name} has {levels} levels")
     scale = tensors[f"{name}.scale"]
     zero = torch.full_like(scale, layer["zero"]) if "zero" in layer else tensors[f"{name}.zero"]
+    if zero.dtype == torch.int8:
+        zero = ((zero.double() + levels - 1) / 2).to(scale.dtype)
     codes = unpack_bits(tensors[f"{name}.codes"], shape.numel(), (levels - 1).bit_length())
     if codes.numel() and int(codes.max()) >= levels:
         raise KdqError(f"layer {name} has a code beyond its {levels} levels")
     return QuantizedWeight(codes.view(shape), scale, zero, levels)
+
+
+def _zero_stored(weight: QuantizedWeight) -> Tensor:
+    offset = 2 * weight.zero.double() - (weight.levels - 1)
+    small = bool((offset == offset.round()).all()) and bool(offset.abs().max() <= 127) and weight.levels <= 2**20
+    return offset.to(torch.int8) if small else weight.zero
+
+
+def _activation(fields: Mapping[str, Any]) -> ActivationQuantizer:
+    scale, zero, bits = float(fields["scale"]), int(fields["zero"]), int(fields["bits"])
+    if not (scale > 0 and 2 <= bits <= 8 and 0 <= zero < 2**bits):
+        raise KdqError(f"an activation quantizer of {bits} bits, scale {scale} and zero {zero} makes no sense")
+    return ActivationQuantizer(scale, zero, bits)
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:

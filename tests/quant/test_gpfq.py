@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from kdq.bench import literal
-from kdq.quant.alphabet import Alphabet, uniform
+from kdq.quant.alphabet import Alphabet
+from kdq.quant.alphabets import symmetric as uniform
 from kdq.quant.gpfq import gpfq
 
 

@@ -97,3 +97,18 @@ def test_files_of_a_later_format_and_foreign_architectures_are_refused(tmp_path:
     kdq.save(quantized, path)
     with pytest.raises(KdqError, match="architecture"):
         kdq.load(path)
+
+
+@pytest.mark.parametrize("alphabet", ["uniform", "symmetric", "asymmetric", "ternary", "paper"])
+@pytest.mark.parametrize("act_bits", [None, 4])
+def test_every_alphabet_and_activation_quantizer_loads_back(
+    tmp_path: Path, relu_net: nn.Module, alphabet: str, act_bits: int | None
+) -> None:
+    images = torch.randn(8, 3, 9, 9)
+    quantized, _ = kdq.quantize(relu_net, [images], bits=3, alphabet=alphabet, act_bits=act_bits)
+    kdq.save(quantized, tmp_path / "net.kdq")
+    loaded = kdq.load(tmp_path / "net.kdq", network=type(relu_net)())
+    with torch.no_grad():
+        assert torch.equal(loaded(images), quantized(images))
+    assert loaded.quantized_activations == quantized.quantized_activations
+    assert kdq.save(loaded, tmp_path / "again.kdq") == (tmp_path / "net.kdq").stat().st_size

@@ -1,0 +1,35 @@
+"""Qronos (Zhang et al. 2025, arXiv 2505.11695): first correct the error of the layers before, then diffuse one's own.
+
+The best real weight on the quantized network's inputs is the ridge projection ``V = W H' (G + lambda I)^-1``, with
+``X~ V' ~ X W'``; :mod:`kdq.quant.gptq`'s diffusion then rounds V. The order of the steps is what GPFQ and GPTQ do each
+in their own way, one column at a time. O(N d^2 + d^3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdq.errors import KdqError
+from kdq.quant.alphabet import Alphabet
+from kdq.quant.gptq import diffuse
+
+#: lambda as a share of G's largest eigenvalue.
+RIDGE = 1e-6
+
+
+def qronos(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet) -> Tensor:
+    """Quantize the projection of ``weight``; the arguments are those of :func:`kdq.quant.gpfq.gpfq`."""
+    return diffuse(project(weight, gram, cross), gram, alphabet)
+
+
+def project(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """``V = W H' (G + lambda I)^-1`` ``(..., N, d)``, in float64: what full precision would do in the layer's place."""
+    G = gram.double()
+    # The largest row sum bounds the largest eigenvalue, closely where entries are non-negative, and costs one pass.
+    largest = G.abs().sum(-1).amax(-1)[..., None, None]
+    ridge = (RIDGE * largest).clamp_min(torch.finfo(gram.dtype).tiny)
+    factor, failed = torch.linalg.cholesky_ex(G + ridge * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device))
+    if bool(failed.any()):
+        raise KdqError("the layer's inputs are not finite")
+    return torch.cholesky_solve(cross.double() @ weight.double().mT, factor).mT.to(weight.dtype)

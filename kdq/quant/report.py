@@ -1,0 +1,44 @@
+"""What a quantization did to each layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer. ``error`` is ``||Y - Y_q|| / ||Y||`` of its outputs on the calibration images, the
+    float layer fed by the float network and the quantized layer by the quantized network."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bits: int
+    levels: int
+    error: float
+
+
+@dataclass
+class Report:
+    """Per-layer results in the order the layers ran, the seconds of the pass (shared by all its widths), and how many
+    weights of convolutions and linear layers were left float."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: float = 0.0
+    float_weights: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Weights of all layers, those left float included."""
+        return sum(math.prod(layer.shape) for layer in self.layers) + self.float_weights
+
+    @property
+    def weight_bits_total(self) -> int:
+        """Bits of all codes, and of the weights left float, together."""
+        return sum(layer.bits * math.prod(layer.shape) for layer in self.layers) + 32 * self.float_weights
+
+    @property
+    def avg_bits(self) -> float:
+        """Bits per weight; a weight left float counts with its 32."""
+        return self.weight_bits_total / self.weights

@@ -1,0 +1,131 @@
+"""Calibration images in chunks: the network's own code runs once, on the first; the others repeat what it did.
+
+While the first chunk runs, every torch function it passes through is noted on a :class:`Tape`. When it stops at a layer
+that waits for all chunks, each of them in turn is taken from :class:`Chunks`, repeats the calls noted since the last
+stop, and is put back with only the values that the network's code still holds. So a pass costs what a forward pass
+costs, and memory holds the activations of one chunk plus a fixed number of bytes, beyond which the waiting chunks lie
+in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from kdq.quant.lanes import Lanes, lanes_in, replace_lanes
+
+#: Bytes of waiting chunks that stay in memory.
+IN_MEMORY = 512 * 2**20
+
+#: The values of one chunk, by the keys a tape knows them under.
+Values = dict[int, Lanes]
+
+
+@dataclass(frozen=True)
+class _Value:
+    key: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    func: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    needs: list[int]
+    results: list[int]
+
+
+class Tape:
+    """The calls that the first chunk made since the last stop."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self._alive: WeakValueDictionary[int, Lanes] = WeakValueDictionary()
+        self._count = 0
+
+    def watch(self, lanes: Lanes) -> Lanes:
+        """Give ``lanes`` a key, and note from now on what is done with it."""
+        lanes.tape, lanes.key = self, self._count
+        self._alive[lanes.key] = lanes
+        self._count += 1
+        return lanes
+
+    def record(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
+        """Note a call and what came out of it."""
+        needs = [lanes.key for lanes in lanes_in((args, kwargs))]
+        args, kwargs = (replace_lanes(x, Lanes, lambda lanes: _Value(lanes.key)) for x in (args, kwargs))
+        results = [self.watch(lanes).key for lanes in lanes_in(result)]
+        self.calls.append(_Call(func, args, kwargs, needs, results))
+
+    def alive(self) -> set[int]:
+        """Keys of the values that the network's code still holds."""
+        return set(self._alive.keys())
+
+    def replay(self, values: Values) -> Values:
+        """Carry out the noted calls on another chunk's values; what remains of these afterwards."""
+        alive = self.alive()
+        last_use: dict[int, int] = {}
+        for index, call in enumerate(self.calls):
+            last_use |= dict.fromkeys([*call.needs, *call.results], index)
+        for index, call in enumerate(self.calls):
+            result = _repeat(call, values)
+            values |= dict(zip(call.results, lanes_in(result), strict=True))
+            del result
+            values = {k: v for k, v in values.items() if k in alive or last_use.get(k, -1) > index}
+        return {key: value for key, value in values.items() if key in alive}
+
+
+class Chunks:
+    """The values of the chunks that wait, in memory up to :data:`IN_MEMORY` bytes, else in a temporary folder."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._stored: dict[int, dict[int, list[Tensor]] | Path] = {}
+        self._bytes: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def put(self, index: int, values: Values) -> None:
+        tensors = {key: value.lanes for key, value in values.items()}
+        size = _bytes(tensors)
+        if size + sum(self._bytes.values()) <= IN_MEMORY:
+            self._stored[index], self._bytes[index] = tensors, size
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="kdq-calibration-")
+        path = Path(self._folder.name) / f"{index}.pt"
+        torch.save(tensors, path)
+        self._stored[index] = path
+
+    def take(self, index: int) -> Values:
+        stored = self._stored[index]
+        if isinstance(stored, Path):
+            # One save holds a tensor that lanes share once, and loads it so; weights_only refuses anything but tensors.
+            stored = torch.load(stored, map_location=self.device, weights_only=True)
+        self._stored[index] = {}
+        self._bytes.pop(index, None)
+        return {key: Lanes(tensors) for key, tensors in stored.items()}
+
+    def close(self) -> None:
+        """Remove the temporary folder."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _repeat(call: _Call, values: Values) -> Any:
+    args, kwargs = (replace_lanes(x, _Value, lambda value: values[value.key]) for x in (call.args, call.kwargs))
+    return call.func(*args, **kwargs)
+
+
+def _bytes(tensors: dict[int, list[Tensor]]) -> int:
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for xs in tensors.values() for x in xs}
+    return sum(storages.values())

@@ -1,0 +1,286 @@
+"""One forward pass that meets every layer in the order it runs, quantizes it for every width, and goes on.
+
+The calibration images run as :class:`kdq.quant.lanes.Lanes`: the float network's activations X beside each quantized
+network's X~. At a layer, G and H are summed over all chunks of images, the weight is solved, and the float lane passes
+through W, the others through their Q. No layer is evaluated twice: O(L) for L layers.
+
+From :data:`WIDE` bits up, X~ agrees with X to the precision of what is solved, so wide widths have no lane: they take
+``G = H = X'X`` from the float lane, whichever widths share the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdq.errors import KdqError
+from kdq.quant.activations import ActivationQuantizer, Histogram
+from kdq.quant.distributed import summed
+from kdq.quant.lanes import Lanes
+from kdq.quant.layer import weight_matrix
+from kdq.quant.recipe import Recipe
+from kdq.quant.report import LayerReport, Report
+from kdq.quant.tape import Chunks, Tape
+from kdq.quant.weights import QuantizedWeight
+
+#: Images pushed through a layer at a time, whatever batches the caller has, so that sums, and hence codes, do not
+#: depend on those.
+CHUNK = 64
+#: Bits from which a width needs no lane of its own.
+WIDE = 8
+
+
+@dataclass
+class Version:
+    """One width's network in the making."""
+
+    bits: Mapping[str, int]
+    lane: int
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
+    report: Report = field(default_factory=Report)
+
+
+class Walk:
+    """The state of one pass over ``model``, which is not modified.
+
+    Args:
+        widths: for each width, the bits of every layer by name.
+        act_bits: quantize the inputs of every layer too, to that many bits.
+        on_layer: called with a layer's name when it is solved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        widths: Sequence[Mapping[str, int]],
+        recipe: Recipe,
+        act_bits: int | None,
+        act_range: str,
+        sampled: Callable[[nn.Module, bool], Any],
+        on_layer: Callable[[str], None],
+    ) -> None:
+        self.model, self.recipe, self.on_layer = model, recipe, on_layer
+        self.act_bits, self.act_range, self.sampled = act_bits, act_range, sampled
+        self.versions: list[Version] = []
+        lanes = 1
+        for bits in widths:
+            wide = act_bits is None and min(bits.values()) >= WIDE
+            self.versions.append(Version(bits, 0 if wide else lanes))
+            lanes += not wide
+        self.lanes = lanes
+        self.tape = Tape()
+        self.chunks = Chunks(next(model.parameters()).device)
+        self.images: list[int] = []
+        self.current = 0
+        self.errors: dict[str, Tensor] = {}
+
+    def run(self, batches: Iterable[Any]) -> None:
+        """Quantize every layer; the results are in ``versions``."""
+        device = self.chunks.device
+        first: Tensor | None = None
+        for images, count in _in_chunks(batches, device):
+            if first is None:
+                first = images
+            else:
+                self.chunks.put(len(self.images), {0: Lanes([images] * self.lanes)})
+            self.images.append(count)
+        if first is None:
+            raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")
+        try:
+            with torch.no_grad(), _exact_kernels(), _rerouted(self.model, self, self.versions[0].bits):
+                self.model(self.tape.watch(Lanes([first] * self.lanes)))
+                for _ in self._each_chunk(None):
+                    pass
+            self._finish_errors()
+        finally:
+            self.chunks.close()
+
+    def visit(self, name: str, layer: nn.Module, inputs: Lanes) -> Lanes:
+        """Stand in for ``layer.forward``: quantize it for every version, then pass each lane through its own.
+
+        A layer that runs a second time keeps the codes of its first run.
+        """
+        first_time = name not in self.versions[0].weights
+        if first_time:
+            if self.act_bits is not None:
+                self._fit_activations(name, inputs, self.act_bits)
+            self._solve(name, layer, inputs)
+        forward = self._forward(name, layer, first_time)
+        outputs = forward(inputs)
+        self.tape.record(forward, (inputs,), {}, outputs)
+        if first_time:
+            self.on_layer(name)
+        return outputs
+
+    def _forward(self, name: str, layer: nn.Module, measured: bool) -> Callable[[Lanes], Lanes]:
+        assert isinstance(layer.weight, Tensor)
+        weights: dict[int, Tensor] = {0: layer.weight}
+        quantizers: dict[int, ActivationQuantizer] = {}
+        for version in self.versions:
+            if version.lane:
+                weights[version.lane] = version.weights[name].decode()
+                if name in version.activations:
+                    quantizers[version.lane] = version.activations[name]
+
+        def run(lane: int, x: Tensor) -> Tensor:
+            x = quantizers[lane].nearest(x) if lane in quantizers else x
+            return torch.func.functional_call(_Original(layer), {"layer.weight": weights[lane]}, x)
+
+        def forward(inputs: Lanes) -> Lanes:
+            outputs = inputs.map(run)
+            if measured:
+                self._add_error(name, outputs)
+            return outputs
+
+        return forward
+
+    def _each_chunk(self, inputs: Lanes | None) -> Iterator[Lanes]:
+        """Bring every waiting chunk to where the first one is, and give the values of ``inputs`` in each."""
+        if inputs is not None:
+            self.current = 0
+            yield self._real(inputs)
+        for index in range(1, len(self.images)):
+            self.current = index
+            values = self.tape.replay(self.chunks.take(index))
+            if inputs is not None:
+                yield self._real(values[inputs.key])
+            self.chunks.put(index, values)
+        self.tape.calls.clear()
+        self.current = 0
+
+    def _real(self, value: Lanes) -> Lanes:
+        """``value`` without the rows that repeat an image to fill the last chunk."""
+        if (count := self.images[self.current]) == self.images[0]:
+            return value
+        return Lanes(_same([lane[: len(lane) * count // self.images[0]] for lane in value.lanes], value.lanes))
+
+    def _fit_activations(self, name: str, inputs: Lanes, bits: int) -> None:
+        histograms = {version.lane: Histogram() for version in self.versions}
+        for chunk in self._each_chunk(inputs):
+            for lane, histogram in histograms.items():
+                histogram.add(chunk.lanes[lane])
+        for version in self.versions:
+            version.activations[name] = histograms[version.lane].quantizer(bits, self.act_range)
+
+    def _solve(self, name: str, layer: nn.Module, inputs: Lanes) -> None:
+        weight = weight_matrix(layer)
+        for version, gram, cross in self._moments(name, layer, inputs):
+            values, alphabet = self.recipe.solve(weight, gram, cross, version.bits[name])
+            assert isinstance(layer.weight, Tensor)
+            scale, zero = (x.expand_as(weight[..., :1]).flatten() for x in (alphabet.scale, alphabet.zero))
+            codes = alphabet.encode(values).view(layer.weight.shape)
+            version.weights[name] = QuantizedWeight(codes, scale.contiguous(), zero.contiguous(), alphabet.levels)
+            error = 0.0
+            if version.lane == 0:  # its outputs are never computed, but G knows their error
+                wrong = alphabet.decode(alphabet.encode(values)) - weight
+                size = ((weight @ gram) * weight).sum()
+                error = float((((wrong @ gram) * wrong).sum().clamp_min(0) / size) ** 0.5) if size > 0 else 0.0
+            kind, shape = type(layer).__name__, tuple(layer.weight.shape)
+            weights = version.weights[name]
+            version.report.layers.append(LayerReport(name, kind, shape, weights.bits, weights.levels, error))
+
+    def _moments(self, name: str, layer: nn.Module, inputs: Lanes) -> Iterator[tuple[Version, Tensor, Tensor]]:
+        """``G = X~'X~`` and ``H = X~'X`` for every version, each ``(groups, d, d)``.
+
+        Lanes that still agree with the float lane share one matrix, which then is both.
+        """
+        own = {
+            version.lane: version.activations.get(name)
+            for version in self.versions
+            if inputs.lanes[version.lane] is not inputs.lanes[0] or name in version.activations
+        }
+        grams = {lane: self.sampled(layer, True) for lane in own}
+        crosses = {lane: self.sampled(layer, False) for lane in own}
+        if len(own) < len({version.lane for version in self.versions}):
+            grams[0] = self.sampled(layer, True)
+        for chunk in self._each_chunk(inputs):
+            x = chunk.lanes[0]
+            if 0 in grams:
+                grams[0].add(x, x)
+            for lane, quantizer in own.items():
+                x_tilde = chunk.lanes[lane] if quantizer is None else quantizer.nearest(chunk.lanes[lane])
+                grams[lane].add(x_tilde, x_tilde)
+                crosses[lane].add(x_tilde, x)
+        totals: dict[int, tuple[Tensor, Tensor]] = {}
+        for version in self.versions:
+            lane = version.lane if version.lane in own else 0
+            if lane not in totals:
+                gram = grams.pop(lane).total()
+                totals[lane] = (gram, crosses.pop(lane).total() if lane in own else gram)
+            yield (version, *totals[lane])
+            if lane:
+                del totals[lane]
+
+    def _add_error(self, name: str, outputs: Lanes) -> None:
+        y = self._real(outputs).lanes
+        sums = torch.stack([y[0].double().square().sum(), *((x - y[0]).double().square().sum() for x in y[1:])])
+        self.errors[name] = self.errors[name] + sums if name in self.errors else sums
+
+    def _finish_errors(self) -> None:
+        for version in self.versions:
+            if not version.lane:
+                continue
+            for index, layer in enumerate(version.report.layers):
+                sums = summed(self.errors[layer.name].clone())
+                error = float((sums[version.lane] / sums[0]) ** 0.5) if sums[0] > 0 else 0.0
+                version.report.layers[index] = LayerReport(**(vars(layer) | {"error": error}))
+
+
+class _Original(nn.Module):
+    """A layer's own forward method, beneath the one :func:`_rerouted` put over it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return type(self.layer).forward(self.layer, inputs)
+
+
+@contextmanager
+def _rerouted(model: nn.Module, walk: Walk, layers: Collection[str]) -> Iterator[None]:
+    """While it lasts, the named layers of ``model`` call ``walk.visit`` in place of their forward methods."""
+    modules = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, module in modules.items():
+            module.forward = lambda inputs, name=name, module=module: walk.visit(name, module, inputs)
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+@contextmanager
+def _exact_kernels() -> Iterator[None]:
+    """Float32 sums in float32, the same every time: no TF32, no kernel that adds in a random order."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def _same(made: list[Tensor], of: list[Tensor]) -> list[Tensor]:
+    """``made`` with one object wherever ``of`` has one."""
+    return [made[next(i for i, other in enumerate(of) if other is tensor)] for tensor in of]
+
+
+def _in_chunks(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, int]]:
+    """The inputs in chunks of one size, and how many of each chunk's images are real: the last chunk is filled up with
+    copies of its last image."""
+    waiting: list[Tensor] = []
+    size = None
+    for batch in batches:
+        images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
+        waiting.append(images)
+        while sum(map(len, waiting)) >= CHUNK:
+            together = torch.cat(waiting)
+            waiting, size = [together[CHUNK:]], CHUNK
+            yield together[:CHUNK].clone(), CHUNK
+    if rest := sum(map(len, waiting)):
+        images = torch.cat(waiting)
+        padding = 0 if size is None else size - rest
+        yield torch.cat([images, images[-1:].expand(padding, *images.shape[1:])]), rest
