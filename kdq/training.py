@@ -86,9 +86,14 @@ def train(
         check_fit(cell, network, spec.networks[name].name)
     student, others = spec.networks["student"], {n: net for n, net in networks.items() if n != "student"}
     recipe, classes = Recipe(**spec.recipe), cell.cfg.data.num_classes
-    module = hydra.utils.instantiate(dict(spec.method), networks["student"], recipe, classes, student.seed, **others)
-    if not isinstance(module, Baseline):
-        raise KdqError(f"{spec.method['_target_']} is not a kdq.distill.baseline.Baseline: derive your method from it")
+    target, options = spec.method["_target_"], {key: v for key, v in spec.method.items() if key != "_target_"}
+    kind = hydra.utils.get_class(target)
+    if not issubclass(kind, Baseline):
+        raise KdqError(f"{target} is not a kdq.distill.baseline.Baseline: derive your method from it")
+    try:
+        module = kind(networks["student"], recipe, classes, student.seed, **others, **options)
+    except TypeError as error:
+        raise KdqError(f"{target} does not take these options ({error}): {', '.join(options)}") from error
     trainer, title = plain(cell.cfg.trainer), f"training {spec.label} {student.name}"
     if trainer["devices"] in ALL_DEVICES:
         trainer["devices"] = world_size

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,6 @@ METHODS: dict[str, tuple[type[Baseline], dict[str, Any], dict[str, Any]]] = {
     "dkd": (DKD, {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup": 0.5}, {"schedule": "cosine"}),
     "dml": (DML, {"schedule": "kl_first"}, {"ema": 0.9, "clip_grad": 0.5, "accumulate": 2}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """More threads than that cost these small networks time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_images(train_limit: int | None = 256) -> Images:
@@ -304,7 +295,7 @@ def _die_in_the_second_epoch(trained: Baseline) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as in tests/conftest.py
     for name in METHODS:
         child = os.fork()  # torch is imported once, and has not started its threads yet
         if child == 0:

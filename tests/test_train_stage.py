@@ -1,0 +1,149 @@
+"""What a cell trains and what it takes from the store; where students start; which of two is published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from torchvision.models import ResNet18_Weights, resnet18
+
+import kdq.train_stage
+from kdq.app import CONFIG_PATH
+from kdq.cell import Cell
+from kdq.errors import KdqError
+from kdq.fit import Best
+from kdq.pipeline import run
+from kdq.train_stage import float_model
+from kdq.training import TrainingSpec
+
+SMALL = [
+    "data.train_limit=64",
+    "model@teacher=resnet20",
+    "teacher.net.width=0.25",
+    "teacher.recipe.epochs=1",
+    "student.net.depth=8",
+    "student.net.width=0.25",
+    "student.recipe.epochs=1",
+    "trainer=cpu",
+    "trainer.precision=32-true",
+    "quant=none",
+    "logger=none",
+]
+
+
+def cell(output: Path, *overrides: str) -> Cell:
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        return Cell(hydra.compose("config", [*SMALL, *overrides, f"paths.output_dir={output}"]))
+
+
+def entries(output: Path) -> list[str]:
+    return sorted(path.name[:-17] for path in (output / "store").glob("digits-*"))
+
+
+@pytest.fixture
+def specs(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSpec]:
+    """The trainings that are run, in order."""
+    seen: list[TrainingSpec] = []
+    real = kdq.train_stage.run_training
+
+    def record(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, Best], dict[str, Any]]:
+        seen.append(spec)
+        return real(cell, spec, work)
+
+    monkeypatch.setattr(kdq.train_stage, "run_training", record)
+    return seen
+
+
+def test_a_teacher_is_trained_once_for_all_methods(tmp_path: Path, specs: list[TrainingSpec]) -> None:
+    for method in ("vkd", "mixup", "dkd", "vkd"):
+        float_model(cell(tmp_path, f"method={method}"))
+    assert [spec.label for spec in specs] == ["teacher", "vkd", "mixup", "dkd"]
+    float_model(cell(tmp_path, "method=vkd", "method.standardize=true"))
+    float_model(cell(tmp_path, "method=vkd", "student.recipe.ema=0.9"))
+    assert [spec.label for spec in specs[4:]] == ["vkd", "vkd"]
+    assert len(entries(tmp_path)) == 6
+
+
+def test_function_matching_is_a_preset(tmp_path: Path, specs: list[TrainingSpec]) -> None:
+    float_model(cell(tmp_path, "method=mixup_fm", "student.recipe.epochs=1"))
+    assert specs[-1].label == "mixup_fm"
+    assert specs[-1].method["alpha"] == 1.0
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        assert hydra.compose("config", ["method=mixup_fm"]).student.recipe.epochs == 300
+
+
+def test_students_start_where_they_are_told(tmp_path: Path, specs: list[TrainingSpec]) -> None:
+    """With a learning rate of zero the trained weights are those of the start."""
+    frozen = ["student.recipe.lr=0"]
+    random = float_model(cell(tmp_path, "method=baseline", *frozen))
+    other = float_model(cell(tmp_path, "method=baseline", "seed=3", *frozen))
+    file = other.path / "weights.safetensors"
+    from_file = float_model(cell(tmp_path, "method=baseline", f"student.weights={file}", *frozen))
+    dml = float_model(cell(tmp_path, "method=dml", "method.weights=baseline", "method.peer.seed=3", *frozen))
+    assert [spec.label for spec in specs] == ["baseline", "baseline", "baseline", "dml"]  # the stored one is reused
+    starts = {name: network.build().state_dict() for name, network in specs[-1].networks.items()}
+    for name, tensor in starts["student"].items():
+        assert torch.equal(tensor, random.weights()[name])
+        if name.endswith("conv1.weight"):
+            assert torch.equal(starts["peer"][name], other.weights()[name])
+            assert torch.equal(from_file.weights()[name], other.weights()[name])
+    assert dml.metrics["learner"] in ("student", "peer")
+
+
+def test_a_student_starts_from_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = resnet18().state_dict()
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, **_: state)
+    small = [override for override in SMALL if not override.startswith("student.net")]
+    small += ["data.train_limit=8", "student.recipe.batch_size=4", "student.recipe.lr=0"]
+    asked = ["model@student=resnet18", "method=baseline", "student.weights=imagenet"]
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        cfg = hydra.compose("config", [*small, *asked, f"paths.output_dir={tmp_path}"])
+    entry = float_model(Cell(cfg))
+    torch.testing.assert_close(entry.weights()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("student", "peer", "winner"), [(0.9, 0.8, "student"), (0.8, 0.9, "peer"), (0.8, 0.8, "student")]
+)
+def test_the_better_student_of_dml_is_published(
+    student: float, peer: float, winner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whatever architecture it is; the other one lies beside it, and the row names what was published."""
+
+    def trained(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, Best], dict[str, Any]]:
+        states = {name: network.build().state_dict() for name, network in spec.networks.items()}
+        scores = {"student": student, "peer": peer}
+        return {name: Best(scores[name], 0, states[name]) for name in states}, {"train_seconds": 1.0}
+
+    monkeypatch.setattr(kdq.train_stage, "run_training", trained)
+    asked = cell(tmp_path, "method=dml", "+model@method.peer=resnet32", "method.peer.net.width=0.25")
+    (row,) = run(asked.cfg)
+    loser = "peer" if winner == "student" else "student"
+    assert entries(tmp_path) == ["digits-dml-resnet20-s0", f"digits-dml-resnet20-s0-{loser}"]
+    entry = float_model(asked)
+    assert entry.metrics["learner"] == winner
+    assert entry.metrics["val_top1"] == 100 * max(student, peer)
+    assert entry.metrics[f"val_top1_{loser}"] == 100 * min(student, peer)
+    assert row.arch == ("resnet20" if winner == "student" else "resnet32")
+
+
+def test_dml_trains_two_architectures_together(tmp_path: Path) -> None:
+    entry = float_model(cell(tmp_path, "method=dml", "+model@method.peer=resnet20", "method.peer.net.width=0.5"))
+    assert {"val_top1_peer", "val_top1_student"} & set(entry.metrics)
+
+
+def test_two_equal_students_are_refused(tmp_path: Path) -> None:
+    both = ["method.weights=baseline", "method.peer.weights=baseline"]
+    float_model(cell(tmp_path, "method=dml", *both))  # the peer's baseline has the next seed
+    with pytest.raises(KdqError, match="start from equal weights"):
+        float_model(cell(tmp_path, "method=dml", *both, "method.peer.seed=0"))
+
+
+def test_a_method_of_ones_own_must_be_one(tmp_path: Path) -> None:
+    with pytest.raises(KdqError, match="is not a kdq"):
+        float_model(cell(tmp_path, "method=baseline", "method._target_=torch.nn.Linear"))
+    with pytest.raises(KdqError, match=r"does not take these options \(.*'gamma'\): gamma"):
+        float_model(cell(tmp_path, "method=baseline", "+method.gamma=1"))
