@@ -25,6 +25,9 @@ from kdq.results import Row, write_row
 from kdq.store import Entry
 from kdq.tracking import run_folder
 
+#: Entries of the ``quant`` config that are options of :func:`kdq.quant.network.quantize_widths`.
+OPTIONS = ("alphabet", "per_channel", "scale", "order", "refine", "first_last_bits", "act_bits", "act_range")
+
 
 def asked_bits(cell: Cell) -> list[int]:
     """The widths in ``quant.bits``, each once.
@@ -103,9 +106,10 @@ def _versions(cell: Cell, network: nn.Module, widths: list[int]) -> dict[int, tu
             cell.images.calibration(quant.images, quant.seed, cell.device),
             widths,
             solver,
-            alphabet=quant.alphabet,
             exclude=list(quant.keep_float),
             on_layer=on_layer,
+            **({} if quant.moments is None else {"moments": hydra.utils.instantiate(quant.moments)}),
+            **{name: quant[name] for name in OPTIONS},
         )
     return dict(zip(widths, results, strict=True))
 
@@ -129,6 +133,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "float_bytes": (entry.path / "weights.safetensors").stat().st_size,
         "macs": multiply_adds(network, image),
         "calibration_images": images,
+        "act_bits": 32 if cfg.quant.act_bits is None else cfg.quant.act_bits,
         "latency_ms_torch": latency_ms(network, image),
         "train_seconds": float(entry.metrics["train_seconds"]),
         "device": _device_name(cell.device),

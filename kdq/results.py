@@ -56,6 +56,7 @@ class Row:
     config_hash: str
     wandb_run: str
     artifact: str
+    act_bits: int = 32
     row_format: int = ROW_FORMAT
 
     @property

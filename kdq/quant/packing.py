@@ -10,9 +10,10 @@ layers left float) is stored as it is. The metadata entry ``kdq`` is a JSON head
     layers      {name: {"shape": [...], "levels": n, "zero": z}} in execution order
     activations {name: {"scale": s, "zero": z, "bits": b}} of the layers whose inputs are rounded (since format 2)
 
-A zero that differs between channels is a tensor ``<layer>.zero``: int8 ``2 * zero - (levels - 1)``, its distance from
-the middle of the alphabet in half steps, where that fits, else the zero itself. ``sha256`` is a checksum over the
-header and all tensors. Nothing in it is code, and reading it runs none.
+Where zeros differ between channels the layer has no ``"zero"``. If they all lie near the middle of the alphabet, their
+distances in half steps, ``2 * zero - (levels - 1)``, are in the one int8 tensor ``.zeros``, all such layers' one after
+the other (since format 2); else there is a tensor ``<layer>.zero``. ``sha256`` is a checksum over the header and all
+tensors. Nothing in it is code, and reading it runs none.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from kdq.quant.alphabet import MAX_BITS
 from kdq.quant.weights import QuantizedWeight, with_quantized_weights
 
 FORMAT = 2
+#: Name of the tensor of zeros near the middle; no entry of a state dict starts with a dot.
+ZEROS = ".zeros"
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -101,14 +104,19 @@ def save_packed(network: nn.Module, path: str | Path, preprocess: Mapping[str, A
     quantized = {f"{name}.weight" for name in weights}
     tensors = {name: value for name, value in network.state_dict().items() if name not in quantized}
     layers: dict[str, dict[str, Any]] = {}
+    near: list[Tensor] = []
     for name, weight in weights.items():
         layers[name] = {"shape": list(weight.codes.shape), "levels": weight.levels}
         tensors[f"{name}.codes"] = pack_bits(weight.codes.flatten(), weight.bits)
         tensors[f"{name}.scale"] = weight.scale
         if bool((weight.zero == weight.zero[0]).all()):
             layers[name]["zero"] = weight.zero[0].item()
+        elif (offsets := _offsets(weight)) is not None:
+            near.append(offsets)
         else:
-            tensors[f"{name}.zero"] = _zero_stored(weight)
+            tensors[f"{name}.zero"] = weight.zero
+    if near:
+        tensors[ZEROS] = torch.cat(near)
     activations = {
         name: {"scale": quantizer.scale, "zero": quantizer.zero, "bits": quantizer.bits}
         for name, quantizer in getattr(network, "quantized_activations", {}).items()
@@ -148,6 +156,7 @@ def load_packed(path: str | Path, network: nn.Module | None = None) -> nn.Module
             if header["net"] is None:
                 raise KdqError(f"{path} does not say its architecture: build it and pass load(path, network=...)")
             network = build_trusted(header["net"])
+        tensors = _with_zeros(header, tensors)
         weights = {name: _layer(tensors, name, layer) for name, layer in header["layers"].items()}
         state = network.state_dict()
         floats = {name: value for name, value in tensors.items() if name in state}
@@ -190,18 +199,28 @@ def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -
         raise KdqError(f"layer {name} has {levels} levels")
     scale = tensors[f"{name}.scale"]
     zero = torch.full_like(scale, layer["zero"]) if "zero" in layer else tensors[f"{name}.zero"]
-    if zero.dtype == torch.int8:
-        zero = ((zero.double() + levels - 1) / 2).to(scale.dtype)
     codes = unpack_bits(tensors[f"{name}.codes"], shape.numel(), (levels - 1).bit_length())
     if codes.numel() and int(codes.max()) >= levels:
         raise KdqError(f"layer {name} has a code beyond its {levels} levels")
     return QuantizedWeight(codes.view(shape), scale, zero, levels)
 
 
-def _zero_stored(weight: QuantizedWeight) -> Tensor:
-    offset = 2 * weight.zero.double() - (weight.levels - 1)
-    small = bool((offset == offset.round()).all()) and bool(offset.abs().max() <= 127) and weight.levels <= 2**20
-    return offset.to(torch.int8) if small else weight.zero
+def _offsets(weight: QuantizedWeight) -> Tensor | None:
+    """How many half steps the zeros lie off the middle of the alphabet, int8, where that says it all."""
+    offsets = 2 * weight.zero.double() - (weight.levels - 1)
+    fits = weight.levels <= 2**20 and bool((offsets == offsets.round()).all()) and bool(offsets.abs().max() <= 127)
+    return offsets.to(torch.int8) if fits else None
+
+
+def _with_zeros(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with a ``<layer>.zero`` of its own for every layer whose zeros lie in :data:`ZEROS`."""
+    near = {k: layer for k, layer in header["layers"].items() if "zero" not in layer and f"{k}.zero" not in tensors}
+    tensors = dict(tensors)
+    parts = tensors.pop(ZEROS, torch.zeros(0)).split([layer["shape"][0] for layer in near.values()])
+    for (name, layer), offsets in zip(near.items(), parts, strict=True):
+        dtype = tensors[f"{name}.scale"].dtype
+        tensors[f"{name}.zero"] = ((offsets.double() + layer["levels"] - 1) / 2).to(dtype)
+    return tensors
 
 
 def _activation(fields: Mapping[str, Any]) -> ActivationQuantizer:
