@@ -1,0 +1,123 @@
+"""Networks as others write them; activations; memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import kdq
+from kdq import KdqError
+from kdq.quant import tape
+from kdq.quant.activations import ActivationQuantizer, Histogram
+from kdq.quant.layer import QUANTIZABLE
+from kdq.quant.network import quantize_widths
+
+
+def vgg(**kwargs: int) -> nn.Module:
+    features = torchvision.models.vgg11_bn().features
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11_bn", "densenet121", "shufflenet_v2_x0_5"])
+def test_torchvision_networks(name: str) -> None:
+    torch.manual_seed(0)
+    net = vgg() if name == "vgg11_bn" else getattr(torchvision.models, name)(num_classes=10)
+    images = torch.randn(6, 3, 32, 32)
+    wide, report = kdq.quantize(net, [images], bits=32)
+    names = {name for name, module in net.named_modules() if isinstance(module, QUANTIZABLE)}
+    assert {layer.name for layer in report.layers} == names
+    with torch.no_grad():
+        assert torch.allclose(wide(images), net.eval()(images), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("act_bits", [None, 6])
+def test_chunks_in_a_temporary_folder_give_the_same_codes(
+    relu_net: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, act_bits: int | None
+) -> None:
+    images = torch.randn(200, 3, 9, 9)
+    reference = quantize_widths(relu_net, [images], [2, 4, 8], act_bits=act_bits)
+    monkeypatch.setattr(tape, "IN_MEMORY", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spilled = quantize_widths(relu_net, [images], [2, 4, 8], act_bits=act_bits)
+    for (one, report), (other, other_report) in zip(reference, spilled, strict=True):
+        for name, weight in one.quantized_weights.items():
+            assert torch.equal(weight.codes, other.quantized_weights[name].codes)
+        assert report.layers == other_report.layers
+        assert one.quantized_activations == other.quantized_activations
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_one_chunk_is_alive_at_a_time(relu_net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[int] = []
+    put = tape.Chunks.put
+
+    def counted(self: tape.Chunks, index: int, values: tape.Values) -> None:
+        put(self, index, values)
+        waiting.append(sum(isinstance(stored, dict) and bool(stored) for stored in self._stored.values()))
+
+    monkeypatch.setattr(tape.Chunks, "put", counted)
+    monkeypatch.setattr(tape, "IN_MEMORY", 200_000)
+    kdq.quantize(relu_net, torch.randn(640, 3, 9, 9).split(10), bits=2)
+    assert max(waiting) <= 4
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_activations_take_the_values_of_their_grid(relu_net: nn.Module, bits: int) -> None:
+    images = torch.randn(60, 3, 9, 9)
+    quantized, report = kdq.quantize(relu_net, [images], bits=8, act_bits=bits)
+    seen: dict[str, Tensor] = {}
+    for name in quantized.quantized_activations:
+        layer = quantized.get_submodule(name)
+        layer.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, args[0]))
+    with torch.no_grad():
+        quantized(images)
+    assert set(seen) == {layer.name for layer in report.layers}
+    for name, values in seen.items():
+        quantizer = quantized.quantized_activations[name]
+        codes = (values / quantizer.scale).round()
+        assert torch.allclose(codes * quantizer.scale, values, atol=1e-6)
+        assert len(codes.unique()) <= 2**bits
+        assert quantizer.zero == (2 ** (bits - 1) if (values < 0).any() else 0)
+
+
+def test_activation_error_falls_with_bits_and_the_solver_answers_to_it(relu_net: nn.Module) -> None:
+    images = torch.randn(200, 3, 9, 9)
+    errors = [kdq.quantize(relu_net, [images], bits=8, act_bits=bits)[1].layers[-1].error for bits in (4, 6, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05
+
+
+@pytest.mark.parametrize("choice", ["mse", "percentile"])
+def test_the_range_is_near_the_best_of_all_ranges(choice: str) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(100_000).relu()
+    histogram = Histogram()
+    for part in values.split(30_000):
+        histogram.add(part)
+    quantizer = histogram.quantizer(4, choice)
+    if choice == "percentile":
+        assert quantizer.scale * 15 == pytest.approx(float(values.quantile(0.9999)), rel=0.03)
+        return
+
+    def error(scale: float) -> float:
+        return float((ActivationQuantizer(scale, 0, 4).nearest(values) - values).square().mean())
+
+    assert error(quantizer.scale) <= 1.05 * min(error(0.01 * step) for step in range(5, 40))
+
+
+def test_layers_left_float_count_with_32_bits_and_ends_with_theirs(relu_net: nn.Module) -> None:
+    images = torch.randn(9, 3, 9, 9)
+    _, report = kdq.quantize(relu_net, [images], bits=2, exclude=["mix"], first_last_bits=8)
+    bits = {layer.name: layer.bits for layer in report.layers}
+    assert bits == {"stem": 8, "grouped": 2, "depthwise": 2, "shortcut": 2, "head": 8}
+    count = {name: relu_net.get_submodule(name).weight.numel() for name in [*bits, "mix"]}
+    total = sum(count[name] * bits[name] for name in bits) + 32 * count["mix"]
+    assert report.weight_bits_total == total
+    assert report.avg_bits == pytest.approx(total / sum(count.values()))
+
+
+def test_a_recurrent_layer_is_refused_by_name() -> None:
+    with pytest.raises(KdqError, match="LSTM"):
+        kdq.quantize(nn.Sequential(nn.LSTM(4, 4)), [torch.randn(2, 3, 4)])
