@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from kdq.cell import Cell
-from kdq.quantize_stage import asked_bits, quantize, row_spec
+from kdq.quantize_stage import asked_widths, quantize, row_spec
 from kdq.results import Row, read_rows
 from kdq.store import key_of
 from kdq.train_stage import float_model
@@ -18,10 +18,10 @@ def run(cfg: DictConfig) -> list[Row]:
         KdqError: with one line that says what is wrong with the config, the data or a stored file.
     """
     cell = Cell(cfg)
-    widths, _ = asked_bits(cell), cell.device  # wrong settings are refused before anything is trained
+    asked, _ = asked_widths(cell), cell.device  # wrong settings are refused before anything is trained
     entry = float_model(cell)
-    keys = {bits: key_of(row_spec(cell, entry, bits)) for bits in widths}
+    keys = {width: key_of(row_spec(cell, entry, width)) for width in asked}
     known = {row.config_hash: row for row in read_rows(cell.output / "rows")}
-    missing = {bits: key for bits, key in keys.items() if key not in known}
+    missing = {width: key for width, key in keys.items() if key not in known}
     made = quantize(cell, entry, missing) if missing else {}
-    return [made[bits] if bits in made else known[keys[bits]] for bits in widths]
+    return [made[width] if width in made else known[keys[width]] for width in asked]

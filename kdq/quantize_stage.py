@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import subprocess
 from collections.abc import Mapping
 from functools import cache
@@ -10,27 +12,37 @@ from typing import Any
 
 import hydra.utils
 import torch
+from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from torch import nn
 
 import kdq
 from kdq.cell import Cell, plain
+from kdq.data.loader import EvalLoader
 from kdq.errors import KdqError
 from kdq.evaluate import evaluate, latency_ms, multiply_adds
 from kdq.progress import progress
 from kdq.quant.alphabet import check_bits
+from kdq.quant.mixed import first_batches, search_bits
 from kdq.quant.network import Report, quantizable_layers, quantize_widths
 from kdq.quant.packing import save_packed
 from kdq.results import Row, write_row
-from kdq.store import Entry
+from kdq.store import Entry, key_of
 from kdq.tracking import run_folder
+
+log = logging.getLogger(__name__)
 
 #: Entries of the ``quant`` config that are options of :func:`kdq.quant.network.quantize_widths`.
 OPTIONS = ("alphabet", "per_channel", "scale", "order", "refine", "first_last_bits", "act_bits", "act_range")
 
 
-def asked_bits(cell: Cell) -> list[int]:
-    """The widths in ``quant.bits``, each once.
+
+#: What makes one row: a width for every layer, or the candidate widths of a bit search.
+Width = int | tuple[int, ...]
+
+
+def asked_widths(cell: Cell) -> list[Width]:
+    """The widths in ``quant.bits``, each once; with a bit search they are the candidates of one row.
 
     Raises:
         KdqError: there is none, or one is not a whole number from 2 to 32.
@@ -40,10 +52,11 @@ def asked_bits(cell: Cell) -> list[int]:
     if not asked:
         raise KdqError("quant.bits is empty: give a width from 2 to 32, or a list of them")
     assert isinstance(asked, list)
-    return [check_bits(width) for width in dict.fromkeys(asked)]
+    widths = [check_bits(width) for width in dict.fromkeys(asked)]
+    return [tuple(widths)] if cell.cfg.quant.get("search") else list(widths)
 
 
-def row_spec(cell: Cell, entry: Entry, bits: int) -> dict[str, Any]:
+def row_spec(cell: Cell, entry: Entry, width: Width) -> dict[str, Any]:
     """Everything that a row of the model ``entry`` depends on; its hash is the row's ``config_hash``."""
     quant = {name: value for name, value in plain(cell.cfg.quant).items() if name != "bits"}
     data = cell.images.spec() | {"test_limit": cell.cfg.data.test_limit}
@@ -55,11 +68,11 @@ def row_spec(cell: Cell, entry: Entry, bits: int) -> dict[str, Any]:
         "seed": seed,
         "data": data,
         "quant": quant,
-        "bits": bits,
+        "bits": width if isinstance(width, int) else list(width),
     }
 
 
-def quantize(cell: Cell, entry: Entry, keys: Mapping[int, str]) -> dict[int, Row]:
+def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str]) -> dict[Width, Row]:
     """Quantize the model to the widths of ``keys`` in one pass, measure each on the test set, and write its packed
     file and its row.
 
@@ -70,48 +83,95 @@ def quantize(cell: Cell, entry: Entry, keys: Mapping[int, str]) -> dict[int, Row
     network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
     name = f"{cfg.method.name}-{role.name}-s{role.seed}-{cfg.quant.name}"
     with cell.tracked("quantize", name, {"method": cfg.method.name, "model_key": entry.key}) as logger:
-        versions = _versions(cell, network, list(keys))
+        versions = _versions(cell, entry, network, list(keys), logger)
         with progress(f"evaluating {name}", len(keys) + 1, "width") as bar:
             test = cell.images.evaluation("test", cell.device)
             reference = evaluate(network, test, cfg.data.num_classes)
             bar.update()
             common = _common(cell, entry, network) | {"wandb_run": run_folder(logger)}
             rows = {}
-            for bits, key in keys.items():
-                version, report = versions[bits]
+            for width, key in keys.items():
+                version, report = versions[width]
                 found = reference if version is network else evaluate(version, test, cfg.data.num_classes)
-                rows[bits] = _row(cell, bits, key, version, report, reference, found, common)
-                write_row(cell.output / "rows", rows[bits])
+                bits = width if isinstance(width, int) else math.ceil(report.avg_bits)
+                rows[width] = _row(cell, bits, key, version, report, reference, found, common)
+                write_row(cell.output / "rows", rows[width])
                 if logger is not None:
                     logged = ("bits", "top1", "drop", "nll", "ece", "size_bytes", "avg_bits")
-                    logger.log_metrics({f"quantize/{column}": getattr(rows[bits], column) for column in logged})
+                    logger.log_metrics({f"quantize/{column}": getattr(rows[width], column) for column in logged})
                 bar.update()
     return rows
 
 
-def _versions(cell: Cell, network: nn.Module, widths: list[int]) -> dict[int, tuple[nn.Module, Report]]:
+def _versions(
+    cell: Cell, entry: Entry, network: nn.Module, widths: list[Width], logger: Logger | None
+) -> dict[Width, tuple[nn.Module, Report]]:
     """The quantized networks by width; with ``quant=none`` the float network itself."""
     quant = cell.cfg.quant
     if quant.solver is None:
-        return {bits: (network, Report()) for bits in widths}
-    solver = quant.solver if isinstance(quant.solver, str) else hydra.utils.instantiate(quant.solver)
+        return {width: (network, Report()) for width in widths}
+    calibration = cell.images.calibration(quant.images, quant.seed, cell.device)
+    if quant.get("search"):
+        return {width: _searched(cell, entry, network, calibration, width, logger) for width in widths}
     layers = len(quantizable_layers(network, list(quant.keep_float)))
     with progress(f"quantizing with {quant.name}", layers, "layer") as bar:
 
         def on_layer(name: str) -> None:
             bar.update()
 
-        results = quantize_widths(
-            network,
-            cell.images.calibration(quant.images, quant.seed, cell.device),
-            widths,
-            solver,
-            exclude=list(quant.keep_float),
-            on_layer=on_layer,
-            **({} if quant.moments is None else {"moments": hydra.utils.instantiate(quant.moments)}),
-            **{name: quant[name] for name in OPTIONS},
-        )
+        results = quantize_widths(network, calibration, widths, **_options(cell), on_layer=on_layer)  # type: ignore[arg-type]
     return dict(zip(widths, results, strict=True))
+
+
+def _searched(
+    cell: Cell, entry: Entry, network: nn.Module, calibration: EvalLoader, width: Width, logger: Logger | None
+) -> tuple[nn.Module, Report]:
+    """The network with the widths that the bit search chooses. What it measures depends on everything but the budget,
+    so searches of the same model with other budgets share one trace."""
+    assert isinstance(width, tuple)
+    search = plain(cell.cfg.quant.search)
+    images, budgets = search.pop("images"), ("avg_bits", "size_bytes", "max_drop", "cost")
+    spec = row_spec(cell, entry, width)
+    spec["quant"]["search"] = {name: value for name, value in search.items() if name not in budgets}
+    measured = key_of(spec | {"images": images})
+    folder = cell.output / "store" / "search"
+    with progress("searching bits", None, "step") as bar:
+
+        def on_step(line: str) -> None:
+            bar.set_postfix_str(line, refresh=False)
+            bar.update()
+
+        found = search_bits(
+            network,
+            calibration,
+            first_batches(cell.images.evaluation("val", cell.device), images),
+            candidates=width,
+            trace=folder / f"trace-{measured}.json",
+            key=measured,
+            on_step=on_step,
+            **search,
+            **_options(cell),
+        )
+    found.write_frontier(folder / f"frontier-{key_of(row_spec(cell, entry, width))}.json")
+    log.info(
+        "bit search: %d evaluations, %.1f s, %.1f s of them to quantize every layer at every width",
+        found.found.evaluations,
+        found.seconds,
+        found.bank_seconds,
+    )
+    for metrics in found.metrics() if logger is not None else []:
+        logger.log_metrics(metrics)  # type: ignore[union-attr]
+    return found.network, found.report
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    """How layers are quantized, whatever their widths: the arguments of :func:`quantize_widths`."""
+    quant = cell.cfg.quant
+    options = {name: quant[name] for name in OPTIONS} | {"exclude": list(quant.keep_float)}
+    options["solver"] = quant.solver if isinstance(quant.solver, str) else hydra.utils.instantiate(quant.solver)
+    if quant.moments is not None:
+        options["moments"] = hydra.utils.instantiate(quant.moments)
+    return options
 
 
 def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
@@ -127,7 +187,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "seed": role.seed,
         "quantizer": cfg.quant.name,
         "alphabet": "" if cfg.quant.solver is None else cfg.quant.alphabet,
-        "search": "",
+        "search": "greedy" if cfg.quant.get("search") else "",
         "val_top1": float(entry.metrics["val_top1"]),
         "params": sum(parameter.numel() for parameter in network.parameters()),
         "float_bytes": (entry.path / "weights.safetensors").stat().st_size,

@@ -110,7 +110,7 @@ def _figures(frame: pd.DataFrame, folder: Path) -> list[Path]:
     written = []
     sets = list(frame.groupby("data"))
     for stem, x, label in (
-        ("accuracy_vs_bits", "bits", "bits per weight"),
+        ("accuracy_vs_bits", "avg_bits", "bits per weight"),
         ("accuracy_vs_bytes", "size_bytes", "packed size (bytes)"),
     ):
         figure = Figure(figsize=(1.5 + 4.5 * len(sets), 4.2), layout="constrained")
@@ -136,7 +136,7 @@ def _figures(frame: pd.DataFrame, folder: Path) -> list[Path]:
                 panel.axhline(group["top1_float"].mean(), color=color, lw=0.8, ls=":")
             panel.set(xscale="log", xlabel=label, ylabel="top-1 (%)", title=str(data))
             panel.grid(alpha=0.3)
-            if x == "bits":
+            if x == "avg_bits":
                 ticks = sorted(part["bits"].unique())
                 panel.xaxis.set_major_locator(FixedLocator(ticks))
                 panel.xaxis.set_minor_locator(NullLocator())

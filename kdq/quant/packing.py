@@ -85,6 +85,13 @@ def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
     return torch.from_numpy(codes.astype(np.int64))
 
 
+def stored_bytes(weight: QuantizedWeight) -> int:
+    """Bytes that a layer's tensors take in the file: codes, scales, and zeros where they differ."""
+    constant = bool((weight.zero == weight.zero[0]).all())
+    zeros = 0 if constant else _zero_stored(weight).nbytes
+    return packed_bytes(weight.codes.numel(), weight.bits) + weight.scale.nbytes + zeros
+
+
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that ``count`` codes of ``bits`` bits take: ``count * bits / 8``, rounded up in each plane."""
     return sum(_plane_bytes(count, min(8, bits - low)) for low in range(0, bits, 8))

@@ -1,0 +1,75 @@
+"""The bit search as a Lightning callback, for any LightningModule."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from kdq.errors import KdqError
+from kdq.quant.mixed import MixedPrecision, first_batches, search_bits
+
+
+class GreedyBitSearch(Callback):
+    """When training ends, searches each layer's width on a copy of the best weights and quantizes that copy.
+
+        search = GreedyBitSearch(avg_bits=3)
+        trainer = L.Trainer(callbacks=[search, ModelCheckpoint(monitor="val/acc", mode="max")])
+        trainer.fit(module, train_loader, val_loader)
+        kdq.save(search.result.network, "model.kdq")
+
+    It runs in ``on_train_end``, while the model is still on its device and the process group still stands, on every
+    rank alike: a rank that skipped it would leave the others waiting in the sums over the calibration images. The
+    model in training is left as it is. Each step is logged as ``bits/...``.
+
+    Args:
+        network: name of the module's attribute that holds the network; empty: the module itself, called on images.
+        calibration_images: taken from the training loader.
+        validation_images: taken from the first validation loader; both loaders give ``(images, labels)``.
+        options: budget, candidates, solver and whatever else :func:`kdq.quant.mixed.search_bits` takes.
+
+    Attributes:
+        result: the :class:`~kdq.quant.mixed.MixedPrecision` found; None before.
+    """
+
+    def __init__(
+        self, network: str = "", calibration_images: int = 1024, validation_images: int = 512, **options: Any
+    ) -> None:
+        self.network, self.options = network, options
+        self.calibration_images, self.validation_images = calibration_images, validation_images
+        self.result: MixedPrecision | None = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        model = self._best_copy(trainer, pl_module)
+        training, validation = trainer.train_dataloader, trainer.val_dataloaders
+        if isinstance(validation, (list, tuple)):
+            validation = validation[0]
+        if training is None or validation is None:
+            raise KdqError("GreedyBitSearch needs a training and a validation loader: pass both to trainer.fit")
+        device = pl_module.device
+        self.result = search_bits(
+            model.to(device),
+            [images.to(device) for images, _ in first_batches(training, self.calibration_images)],
+            first_batches(validation, self.validation_images),
+            on_step=lambda line: rank_zero_info(f"bit search: {line}"),
+            **self.options,
+        )
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            for metrics in self.result.metrics():
+                logger.log_metrics(metrics)
+
+    def _best_copy(self, trainer: L.Trainer, module: L.LightningModule) -> nn.Module:
+        """The network with the weights of the best checkpoint, if a ModelCheckpoint monitored something."""
+        module = copy.deepcopy(module)
+        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        if checkpoint is not None and checkpoint.monitor and Path(checkpoint.best_model_path).is_file():
+            stored = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
+            module.load_state_dict(stored["state_dict"])
+        network = module.get_submodule(self.network)
+        return network.eval()

@@ -1,0 +1,341 @@
+"""Which layer gets how many bits: the search, knowing nothing of networks.
+
+An *assignment* maps layer names to widths. Two things are given: ``evaluate``, which measures the loss of an
+assignment (in whatever context the caller builds), and a *cost table*, ``costs[layer][bits]``, in any additive unit:
+weight bits, packed bytes, or bits times multiply-adds.
+
+:func:`greedy` starts with every layer at its widest candidate and lowers, again and again, the layer whose next step
+costs the least loss for the cost it saves. Measuring every possible step before each move would take
+(layers x steps)^2 evaluations, so
+
+- a step's price is measured when it is about to be taken, in the context of all steps taken before (prices from an
+  untouched network mislead below four bits), and kept until another layer's step looks cheaper;
+- until then a step is priced by the noise law of a uniform grid, whose squared error is proportional to ``4^-bits``,
+  scaled by one measurement per layer. Down to :data:`TRUSTED_BITS` the law holds well enough to take the step on it:
+  the losses there are too small to tell apart.
+
+:func:`exact` and :func:`sensitivity_once` work on the table of losses of single changes, as mixed-precision tools
+usually do: the first by an integer programme, the second by sorting once and cutting the list where the budget is met.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kdq.errors import KdqError
+from kdq.files import write_text
+
+Assignment = dict[str, int]
+#: ``costs[layer][bits]``; its keys are the layers and their candidate widths.
+Costs = Mapping[str, Mapping[int, float]]
+#: Width at which each layer's sensitivity is measured once.
+PROBE_BITS = 4
+#: Steps that end at this width or above are taken on the noise law, without being measured.
+TRUSTED_BITS = 5
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What ``evaluate`` finds: a smooth ``loss`` (lower is better) and the accuracy ``top1`` in percent."""
+
+    loss: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One assignment on the frontier. ``measure`` is None where a step was taken on the noise law."""
+
+    assignment: Assignment
+    cost: float
+    measure: Measure | None
+    step: tuple[str, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search: its choice, every point on the way to it, and what it took."""
+
+    chosen: Point
+    points: list[Point]
+    evaluations: int
+
+
+class Trace:
+    """Remembers every evaluation, on disk if there is a path, so that a killed search goes on where it stopped.
+
+    A search is a deterministic function of its evaluations: run again, it meets the remembered ones first.
+
+    Args:
+        evaluate: the measurement.
+        path: a JSON file, rewritten after every evaluation.
+        key: identifies everything the measurements depend on.
+
+    Raises:
+        KdqError: the file belongs to another key, or is damaged.
+    """
+
+    def __init__(self, evaluate: Callable[[Assignment], Measure], path: Path | None = None, key: str = "") -> None:
+        self._evaluate, self.path, self.key = evaluate, path, key
+        self.entries: dict[tuple[tuple[str, int], ...], Measure] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def __call__(self, assignment: Assignment) -> Measure:
+        name = tuple(sorted(assignment.items()))
+        if name not in self.entries:
+            measure = self._evaluate(dict(assignment))
+            if not np.isfinite(measure.loss):
+                raise KdqError(f"the loss became {measure.loss} during the bit search: check the float network")
+            self.entries[name] = measure
+            self._write()
+        return self.entries[name]
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        rows = [{"bits": dict(name), "loss": m.loss, "top1": m.top1} for name, m in self.entries.items()]
+        write_text(self.path, json.dumps({"key": self.key, "evaluations": rows}))
+
+    def _read(self, path: Path) -> None:
+        try:
+            stored = json.loads(path.read_text())
+            key = stored["key"]
+            for row in stored["evaluations"]:
+                name = tuple(sorted((str(layer), int(bits)) for layer, bits in row["bits"].items()))
+                self.entries[name] = Measure(float(row["loss"]), float(row["top1"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise KdqError(f"the search trace {path} is damaged ({error}): delete it to search anew") from error
+        if key != self.key:
+            raise KdqError(
+                f"the search trace {path} belongs to another model or setting: delete it, or search in another folder"
+            )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop: at the first assignment that meets every limit, or at the last that loses at most ``max_drop``
+    points of accuracy against ``top1``, whichever comes first.
+
+    Attributes:
+        limits: pairs of a cost table and the most that an assignment may cost by it.
+        max_drop: in points.
+        top1: the accuracy that drops are counted from, in percent.
+    """
+
+    limits: Sequence[tuple[Costs, float]] = ()
+    max_drop: float | None = None
+    top1: float = 100.0
+
+    def __post_init__(self) -> None:
+        if not self.limits and self.max_drop is None:
+            raise KdqError("the bit search has no budget: give avg_bits, size_bytes or max_drop")
+        if self.max_drop is not None and self.max_drop < 0:
+            raise KdqError(f"max_drop={self.max_drop} must not be negative")
+        for costs, limit in self.limits:
+            check_reachable(costs, limit)
+
+    def met(self, assignment: Assignment) -> bool:
+        """Whether every limit is met; without limits the search goes on until ``max_drop`` stops it."""
+        return bool(self.limits) and all(cost_of(costs, assignment) <= limit for costs, limit in self.limits)
+
+    def drops_too_far(self, measure: Measure) -> bool:
+        return self.max_drop is not None and self.top1 - measure.top1 > self.max_drop
+
+
+def cost_of(costs: Costs, assignment: Mapping[str, int]) -> float:
+    """The cost of all layers together."""
+    return sum(costs[layer][bits] for layer, bits in assignment.items())
+
+
+def widest(costs: Costs) -> Assignment:
+    """Every layer at its widest candidate."""
+    return {layer: max(widths) for layer, widths in costs.items()}
+
+
+def greedy(
+    costs: Costs,
+    evaluate: Callable[[Assignment], Measure],
+    budget: Budget,
+    on_step: Callable[[Point], None] = lambda point: None,
+) -> Found:
+    """Lower the cheapest layer until the budget is met; see the module's text.
+
+    Args:
+        costs: what a step saves is counted in them.
+        on_step: called with every new point.
+    """
+    trace = evaluate if isinstance(evaluate, Trace) else Trace(evaluate)
+    search = _Greedy(costs, trace, budget, on_step)
+    return Found(search.run(), search.points, len(trace.entries))
+
+
+@dataclass
+class _Greedy:
+    costs: Costs
+    evaluate: Trace
+    budget: Budget
+    on_step: Callable[[Point], None]
+    points: list[Point] = field(default_factory=list)
+
+    def run(self) -> Point:
+        now = widest(self.costs)
+        here = self._reach(Point(now, cost_of(self.costs, now), self.evaluate(now)))
+        sensitivity = self._probe(here)
+        # Entries: price, layer (breaks ties), width after the step, and the number of steps taken when it was measured.
+        heap = [
+            self._predicted(layer, now[layer], sensitivity[layer]) for layer in self.costs if self._next(layer, now)
+        ]
+        heapq.heapify(heap)
+        while heap and not self.budget.met(here.assignment):
+            _, layer, to, measured_at = heapq.heappop(heap)
+            taken = {**here.assignment, layer: to}
+            measure = None
+            if to < TRUSTED_BITS:
+                if measured_at != len(self.points):
+                    price = self._price(here, layer, to, self.evaluate(taken))
+                    heapq.heappush(heap, (price, layer, to, len(self.points)))
+                    continue
+                measure = self.evaluate(taken)
+                if self.budget.drops_too_far(measure):
+                    continue  # this layer stays as it is; a cheaper one may still have a step to give
+            step = (layer, here.assignment[layer], to)
+            here = self._reach(Point(taken, cost_of(self.costs, taken), measure, step))
+            if self._next(layer, taken):
+                heapq.heappush(heap, self._predicted(layer, to, sensitivity[layer]))
+        return self._measured(here)
+
+    def _probe(self, start: Point) -> dict[str, float]:
+        """Each layer's loss over the noise law's value, from one measurement at about PROBE_BITS."""
+        assert start.measure is not None
+        sensitivity = {}
+        for layer in reversed(list(self.costs)):  # from the last to the first: prefixes stay cached
+            widths = self.costs[layer]
+            wide = start.assignment[layer]
+            narrower = [width for width in widths if width < wide]
+            if narrower:
+                probe = min(narrower, key=lambda width: (abs(width - PROBE_BITS), width))
+                loss = self.evaluate({**start.assignment, layer: probe}).loss - start.measure.loss
+                sensitivity[layer] = max(loss, 0.0) / (_noise(probe) - _noise(wide))
+        return sensitivity
+
+    def _predicted(self, layer: str, now: int, sensitivity: float) -> tuple[float, str, int, int]:
+        to = max(width for width in self.costs[layer] if width < now)
+        loss = sensitivity * (_noise(to) - _noise(now))
+        return loss / (self.costs[layer][now] - self.costs[layer][to]), layer, to, -1
+
+    def _price(self, here: Point, layer: str, to: int, measure: Measure) -> float:
+        base = here.measure or self.evaluate(here.assignment)
+        saved = self.costs[layer][here.assignment[layer]] - self.costs[layer][to]
+        return (measure.loss - base.loss) / saved
+
+    def _next(self, layer: str, assignment: Assignment) -> bool:
+        return any(width < assignment[layer] for width in self.costs[layer])
+
+    def _reach(self, point: Point) -> Point:
+        self.points.append(point)
+        self.on_step(point)
+        return point
+
+    def _measured(self, point: Point) -> Point:
+        """The chosen point with its measurement, and, should steps taken on trust have dropped too far, the last point
+        that did not."""
+        for candidate in [*reversed(self.points)]:
+            measure = candidate.measure or self.evaluate(candidate.assignment)
+            if not self.budget.drops_too_far(measure):
+                return Point(candidate.assignment, candidate.cost, measure, candidate.step)
+        raise KdqError(f"even the widest candidates lose more than max_drop={self.budget.max_drop} points")
+
+
+def sensitivities(costs: Costs, evaluate: Callable[[Assignment], Measure]) -> dict[str, dict[int, float]]:
+    """``table[layer][bits]``: the loss that this one change adds to the network with every layer at its widest."""
+    start = widest(costs)
+    base = evaluate(start).loss
+    table: dict[str, dict[int, float]] = {}
+    for layer in reversed(list(costs)):
+        table[layer] = {bits: evaluate({**start, layer: bits}).loss - base for bits in sorted(costs[layer])}
+    return {layer: table[layer] for layer in costs}
+
+
+def exact(costs: Costs, table: Mapping[str, Mapping[int, float]], cost: float) -> Assignment:
+    """The assignment with the least sum of ``table`` among those that cost at most ``cost``: an integer programme with
+    one binary variable per layer and width, solved by scipy's milp.
+
+    Raises:
+        KdqError: no assignment is that cheap.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    check_reachable(costs, cost)
+    variables = [(layer, bits) for layer in costs for bits in sorted(costs[layer])]
+    one_each = np.array([[float(layer == owner) for owner, _ in variables] for layer in costs])
+    price = np.array([[costs[layer][bits] for layer, bits in variables]])
+    # Scaled to about one: the losses of wide layers are far below the solver's tolerances.
+    losses = np.array([table[layer][bits] for layer, bits in variables])
+    result = milp(
+        losses / (np.abs(losses).max() or 1.0),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(price / cost, -np.inf, 1)],
+        integrality=np.ones(len(variables)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        raise KdqError(f"the integer programme of the bit search found nothing: {result.message}")
+    return {layer: bits for (layer, bits), on in zip(variables, result.x, strict=True) if on > 0.5}
+
+
+def sensitivity_once(costs: Costs, table: Mapping[str, Mapping[int, float]], cost: float) -> Assignment:
+    """All steps sorted once by loss per cost saved, a layer's own steps in order; the shortest list that meets
+    ``cost`` is taken.
+
+    Raises:
+        KdqError: no assignment is that cheap.
+    """
+    check_reachable(costs, cost)
+    steps: list[tuple[float, str, int]] = []
+    for layer, widths in costs.items():
+        dearest = -np.inf
+        order = sorted(widths, reverse=True)
+        for wide, narrow in itertools.pairwise(order):
+            price = (table[layer][narrow] - table[layer][wide]) / (costs[layer][wide] - costs[layer][narrow])
+            dearest = max(dearest, price)  # a step cannot come before the wider one of its layer
+            steps.append((dearest, layer, narrow))
+    assignment = widest(costs)
+    for _, layer, bits in sorted(steps, key=lambda step: step[0]):
+        if cost_of(costs, assignment) <= cost:
+            break
+        assignment[layer] = bits
+    return assignment
+
+
+def _noise(bits: int) -> float:
+    return 4.0**-bits
+
+
+def check_reachable(costs: Costs, limit: float) -> None:
+    """Raise a :class:`KdqError` when even the narrowest candidates cost more than ``limit``."""
+    least = sum(min(widths.values()) for widths in costs.values())
+    if least > limit:
+        raise KdqError(
+            f"the bit search cannot meet its budget: the narrowest candidates cost {least:.6g}, the budget is "
+            f"{limit:.6g}; allow narrower widths or more"
+        )
+
+
+def check_candidates(widths: Sequence[int]) -> list[int]:
+    """Candidate widths, each once, ascending.
+
+    Raises:
+        KdqError: there are fewer than two.
+    """
+    found = sorted(set(widths))
+    if len(found) < 2:
+        raise KdqError(f"the bit search needs at least two candidate widths, not {list(widths)}")
+    return found

@@ -1,0 +1,129 @@
+"""Networks stitched together from layers that were quantized once, at every width, and their loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdq.errors import KdqError
+from kdq.quant.layer import weight_matrix
+from kdq.quant.network import QuantizedWeight
+from kdq.quant.search import Assignment, Costs, Measure
+
+#: Bytes of layer outputs kept between evaluations.
+CACHE_BYTES = 2 * 2**30
+
+
+class Stitched:
+    """``stitched(assignment)`` measures the network whose layers have the assignment's widths.
+
+    The loss is the mean KL divergence from the float network's predictions, in nats: smooth in every weight, unlike
+    the accuracy, and free of labels. Two assignments in a row mostly agree on the first layers: the outputs of those
+    are kept from the last evaluation, and only what follows the first difference is computed again.
+
+    Args:
+        model: the float network; it is not modified.
+        bank: ``bank[layer][bits]``, the layers in any order.
+        batches: ``(images, labels)``, kept on the model's device; they choose between networks, so they must be
+            neither calibration nor test images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Mapping[str, Mapping[int, QuantizedWeight]],
+        batches: Iterable[tuple[Tensor, Tensor]],
+    ) -> None:
+        self.bank = bank
+        self.network = copy.deepcopy(model).eval()
+        device = next(model.parameters()).device
+        self.batches = [(images.to(device), labels.to(device)) for images, labels in batches]
+        if not self.batches:
+            raise KdqError("the bit search has no validation image: pass batches of (inputs, targets)")
+        with torch.no_grad():
+            self.reference = [self.network(images).float().log_softmax(1) for images, _ in self.batches]
+        self._assigned: Assignment = {}
+        self._calls: list[str] = []
+        self._outputs: list[dict[int, Tensor]] = [{} for _ in self.batches]
+        self._free = CACHE_BYTES
+        for name in bank:
+            self._reroute(name, self.network.get_submodule(name))
+
+    @torch.no_grad()
+    def __call__(self, assignment: Assignment) -> Measure:
+        changed = {name for name, bits in assignment.items() if self._assigned.get(name) != bits}
+        for name in changed:
+            weight = self.network.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(self.bank[name][assignment[name]].decode())
+        self._assigned = dict(assignment)
+        # Outputs are valid up to the first call of a changed layer.
+        self._valid = next((i for i, name in enumerate(self._calls) if name in changed), len(self._calls))
+        loss = right = count = 0.0
+        for index, (images, labels) in enumerate(self.batches):
+            self._batch, self._next = index, 0
+            log_p = self.network(images).float().log_softmax(1)
+            loss += float(F.kl_div(log_p, self.reference[index], reduction="sum", log_target=True))
+            right += float((log_p.argmax(1) == labels).sum())
+            count += len(labels)
+        return Measure(loss / count, 100 * right / count)
+
+    def accuracy(self) -> float:
+        """Top-1 of the float network on the same images, in percent."""
+        right = [
+            (log_p.argmax(1) == labels).sum() for log_p, (_, labels) in zip(self.reference, self.batches, strict=True)
+        ]
+        return 100 * float(torch.stack(right).sum()) / sum(len(labels) for _, labels in self.batches)
+
+    def _reroute(self, name: str, layer: nn.Module) -> None:
+        own = layer.forward
+
+        def forward(inputs: Tensor) -> Tensor:
+            call, self._next = self._next, self._next + 1
+            if call == len(self._calls):
+                self._calls.append(name)
+            kept = self._outputs[self._batch]
+            if call < self._valid and call in kept:
+                return kept[call].clone()  # what follows may write in place
+            output = own(inputs)
+            if call in kept:
+                kept[call].copy_(output)
+            elif self._free >= output.nbytes:
+                self._free -= output.nbytes
+                kept[call] = output.clone()
+            return output
+
+        layer.forward = forward
+
+
+def weight_costs(model: nn.Module, layers: Sequence[str], widths: Sequence[int]) -> Costs:
+    """Bits of each layer's weights at each width."""
+    sizes = {name: weight_matrix(model.get_submodule(name)).numel() for name in layers}
+    return {name: {bits: float(bits * size) for bits in widths} for name, size in sizes.items()}
+
+
+def bit_operations(model: nn.Module, layers: Sequence[str], widths: Sequence[int], image: Tensor) -> Costs:
+    """BOPs of each layer at each width: weight bits times multiply-adds for one ``image`` ``(1, ...)``."""
+    counts = dict.fromkeys(layers, 0)
+
+    def count(name: str, weight: Tensor, output: Tensor) -> None:
+        counts[name] += weight.numel() * (output.numel() // weight.shape[0])  # one use of the weights per position
+
+    handles = []
+    for name in layers:
+        module = model.get_submodule(name)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        hook = lambda _, __, output, name=name, weight=weight: count(name, weight, output)  # noqa: E731
+        handles.append(module.register_forward_hook(hook))
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: {bits: float(bits * counts[name]) for bits in widths} for name in layers}

@@ -1,0 +1,183 @@
+"""The bit search on real networks, by hand and as a callback of a foreign LightningModule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import kdq
+from kdq.data.images import Images
+from kdq.errors import KdqError
+from kdq.models import CifarResNet
+from kdq.quant.callback import GreedyBitSearch
+from kdq.quant.mixed import search_bits
+from kdq.quant.network import quantizable_layers, quantize, quantize_widths, with_quantized_weights
+from kdq.quant.search import Measure
+from kdq.quant.stitch import Stitched, bit_operations
+
+WIDTHS = (2, 3, 4, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def trained(images: Images) -> nn.Module:
+    """A small network that knows the digits a little."""
+    torch.manual_seed(0)
+    network = CifarResNet(8, 10, in_channels=1, width=0.5)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    pixels, labels = images.on(torch.device("cpu"))
+    for _ in range(12):
+        for chosen in images.split.train[torch.randperm(len(images.split.train))].split(64):
+            loss = F.cross_entropy(network(images.preprocess(pixels[chosen])), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def data(images: Images) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    calibration = [inputs for inputs, _ in images.calibration(256, 0, torch.device("cpu"))]
+    return calibration, list(images.evaluation("val", torch.device("cpu")))
+
+
+def _direct(model: nn.Module, network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Measure:
+    with torch.no_grad():
+        loss = sum(float(F.kl_div(network(x).log_softmax(1), model(x).softmax(1), reduction="sum")) for x, _ in batches)
+        right = sum(float((network(x).argmax(1) == y).sum()) for x, y in batches)
+    count = sum(len(y) for _, y in batches)
+    return Measure(loss / count, 100 * right / count)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 200_000, 2**30])
+def test_stitched_losses_are_those_of_networks_built_one_by_one(
+    trained: nn.Module, data: Any, cache_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdq.quant.stitch.CACHE_BYTES", cache_bytes)
+    calibration, validation = data
+    validation = [(x[i : i + 50], y[i : i + 50]) for x, y in validation for i in range(0, len(x), 50)]
+    versions = {
+        bits: version for bits, (version, _) in zip(WIDTHS, quantize_widths(trained, calibration, WIDTHS), strict=True)
+    }
+    layers = quantizable_layers(trained)
+    bank = {name: {bits: version.quantized_weights[name] for bits, version in versions.items()} for name in layers}
+    stitched = Stitched(trained, bank, validation)
+    generator = torch.Generator().manual_seed(0)
+    assignment = dict.fromkeys(layers, 8)
+    for _ in range(8):
+        changed = layers[int(torch.randint(len(layers), (1,), generator=generator))]
+        assignment = {**assignment, changed: WIDTHS[int(torch.randint(5, (1,), generator=generator))]}
+        network = with_quantized_weights(trained, {name: bank[name][bits] for name, bits in assignment.items()})
+        expected, found = _direct(trained, network, validation), stitched(assignment)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-4, abs=1e-6)
+        assert found.top1 == expected.top1
+
+
+def test_bit_operations_are_bits_times_multiply_adds(trained: nn.Module) -> None:
+    from kdq.evaluate import multiply_adds
+
+    image = torch.zeros(1, 1, 8, 8)
+    table = bit_operations(trained, quantizable_layers(trained), [2, 8], image)
+    assert sum(row[8] for row in table.values()) == 8 * multiply_adds(trained, image)
+    assert all(row[8] == 4 * row[2] for row in table.values())
+
+
+@pytest.mark.parametrize("budget", [{"avg_bits": 3.0}, {"size_bytes": 17_000}, {"max_drop": 2.0}])
+@pytest.mark.parametrize("cost", ["weight_bits", "bytes", "bops"])
+def test_budgets_hold_on_the_file_itself(trained: nn.Module, data: Any, tmp_path: Path, budget: Any, cost: str) -> None:
+    calibration, validation = data
+    found = search_bits(trained, calibration, validation, candidates=WIDTHS, cost=cost, **budget)
+    size = kdq.save(found.network, tmp_path / "model.kdq")
+    chosen = found.found.points.index(
+        next(p for p in found.found.points if p.assignment == found.found.chosen.assignment)
+    )
+    assert size == pytest.approx(found.size_bytes[chosen], rel=0.05)  # but for the header's length
+    assert found.report.avg_bits == pytest.approx(found.avg_bits[chosen])
+    if "avg_bits" in budget:
+        assert found.report.avg_bits <= 3.0
+    if "size_bytes" in budget:
+        assert size <= 17_000
+    assert {layer.name: layer.bits for layer in found.report.layers} == found.found.chosen.assignment
+
+
+def test_any_point_of_the_frontier_becomes_a_network_without_searching(
+    trained: nn.Module, data: Any, tmp_path: Path
+) -> None:
+    calibration, validation = data
+    found = search_bits(trained, calibration, validation, candidates=WIDTHS, avg_bits=2.5)
+    found.write_frontier(tmp_path / "frontier.json")
+    stored = json.loads((tmp_path / "frontier.json").read_text())
+    assert len(stored["points"]) == len(found.found.points)
+    averages = [point["avg_bits"] for point in stored["points"]]
+    assert averages == sorted(averages, reverse=True)
+    middle = stored["points"][len(averages) // 2]
+    _, report = quantize(trained, calibration, middle["assignment"])
+    assert report.avg_bits == pytest.approx(middle["avg_bits"])
+
+
+def test_a_trace_of_another_search_is_refused(trained: nn.Module, data: Any, tmp_path: Path) -> None:
+    calibration, validation = data
+    options = {"candidates": WIDTHS, "avg_bits": 4.0, "trace": tmp_path / "trace.json"}
+    first = search_bits(trained, calibration, validation, key="a", **options)
+    again = search_bits(trained, calibration, validation, key="a", **options)
+    assert again.found == first.found
+    with pytest.raises(KdqError, match="belongs to another model"):
+        search_bits(trained, calibration, validation, key="b", **options)
+
+
+class _Foreign(L.LightningModule):
+    """Somebody else's module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 64, 10)
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.backbone(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        accuracy = (self.backbone(batch[0]).argmax(1) == batch[1]).float().mean()
+        self.log("val/acc", accuracy + (self.current_epoch == 1))  # the second of three epochs is made the best
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.02)
+
+
+def test_the_callback_quantizes_a_copy_of_a_foreign_modules_best_weights(images: Images, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = images.preprocess(images.set.train_images)
+    sets = (
+        TensorDataset(inputs[:512], images.set.train_labels[:512]),
+        TensorDataset(inputs[-200:], images.set.train_labels[-200:]),
+    )
+    module, kept = _Foreign(), {}
+
+    class Remember(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            kept[trainer.current_epoch] = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+    search = GreedyBitSearch("backbone", 128, 200, avg_bits=3.0, candidates=[2, 3, 4, 8])
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[search, Remember(), ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(sets[0], 64), DataLoader(sets[1], 100))
+    assert search.result is not None
+    assert search.result.report.avg_bits <= 3.0
+    bias = search.result.network.state_dict()["0.bias"]
+    assert torch.equal(bias, kept[1]["backbone.0.bias"])
+    assert all(torch.equal(value, kept[2][name]) for name, value in module.state_dict().items())
