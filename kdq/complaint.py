@@ -11,7 +11,7 @@ from typing import Any
 import hydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from kdq.errors import KdqError
 
@@ -25,8 +25,9 @@ def describe(error: BaseException) -> str:
     for cause in _causes(error):
         if isinstance(cause, KdqError):  # also inside Hydra's and OmegaConf's wrappers
             return _flat(cause)
-        if isinstance(cause, MissingMandatoryValue):
-            return f"{cause.full_key} has no value: give {cause.full_key}=..."
+        if missing := re.search(r"Missing mandatory value: ([\w.]+)", str(cause)):
+            key = missing[1] if "." in missing[1] else getattr(cause, "full_key", None) or missing[1]
+            return f"{key} has no value: give {key}=..."
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _config_complaint(" ".join(_flat(cause) for cause in _causes(error)))
     if isinstance(error, OSError) and error.strerror:
