@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -52,6 +53,11 @@ class KeepBest(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Baseline)
         self.seconds += time.perf_counter() - self._since
+        if not math.isfinite(loss := float(trainer.callback_metrics["val/loss"])):
+            raise KdqError(
+                f"the validation loss became {loss} at epoch {trainer.current_epoch}: "
+                f"lower the learning rate (recipe.lr={pl_module.recipe.lr}) or set recipe.clip_grad=1"
+            )
         for name, learner in pl_module.learners.items():
             top1 = pl_module.val_top1(name)
             if name not in self.best or top1 >= self.best[name].top1:
@@ -89,9 +95,11 @@ class _Progress(Callback):
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, val {top1:.2f}%", refresh=False
         )
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         if hasattr(self, "bar"):
             self.bar.close()
+
+    on_exception = teardown  # Lightning tears callbacks down only after a good end
 
 
 class _SeedEpoch(Callback):

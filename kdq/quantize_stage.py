@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 OPTIONS = ("alphabet", "per_channel", "scale", "order", "refine", "first_last_bits", "act_bits", "act_range")
 
 
-
 #: What makes one row: a width for every layer, or the candidate widths of a bit search.
 Width = int | tuple[int, ...]
 

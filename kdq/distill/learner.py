@@ -22,7 +22,7 @@ class Learner(nn.Module):
         self.average = None if ema is None else MovingAverage(network, ema)
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")  # a NaN is to be seen, not left out
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch.nn import Parameter
 from torch.optim import SGD
@@ -45,6 +45,15 @@ class Recipe:
     ema: float | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type).removesuffix(" | None")
+            allowed = {"int": (int,), "float": (int, float), "str": (str,)}[kind]
+            null = value is None and str(field.type).endswith("None")
+            if not null and (isinstance(value, bool) or not isinstance(value, allowed)):
+                raise KdqError(
+                    f"recipe.{field.name}={value!r} must be {'a number' if kind != 'str' else 'a name'}"
+                    f"{' without decimals' if kind == 'int' else ''}"
+                )
         if self.schedule not in SCHEDULES:
             raise KdqError(f"recipe.schedule={self.schedule!r} is unknown: use one of {', '.join(SCHEDULES)}")
         if self.epochs < 1 or self.batch_size < 1:

@@ -87,8 +87,9 @@ def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
 
 def stored_bytes(weight: QuantizedWeight) -> int:
     """Bytes that a layer's tensors take in the file: codes, scales, and zeros where they differ."""
+    offsets = _offsets(weight)
     constant = bool((weight.zero == weight.zero[0]).all())
-    zeros = 0 if constant else _zero_stored(weight).nbytes
+    zeros = 0 if constant else (weight.zero if offsets is None else offsets).nbytes
     return packed_bytes(weight.codes.numel(), weight.bits) + weight.scale.nbytes + zeros
 
 
