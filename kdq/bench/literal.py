@@ -18,18 +18,22 @@ def nearest(value: Tensor, values: Tensor) -> Tensor:
 
 
 def gpfq(W: Tensor, X: Tensor, Xq: Tensor, values: Tensor) -> Tensor:
-    """The recursion over the columns of ``X``, ``Xq`` ``(m, d)``, for all neurons ``W`` ``(N, d)``, in float64.
+    """:func:`recursion` in float64."""
+    return recursion(W.double(), X.double(), Xq.double(), values.double())
+
+
+def recursion(W: Tensor, X: Tensor, Xq: Tensor, values: Tensor, columns: int | None = None) -> Tensor:
+    """The recursion over the first ``columns`` columns of ``X``, ``Xq`` ``(m, d)``, for all neurons ``W`` ``(N, d)``.
 
     ``values`` ``(N, levels)`` lists every neuron's alphabet.
     """
-    W, X, Xq, values = W.double(), X.double(), Xq.double(), values.double()
-    u = torch.zeros(W.shape[0], X.shape[0], dtype=torch.float64)
-    Q = torch.zeros_like(W)
-    for t in range(W.shape[1]):
-        u = u + W[:, t : t + 1] * X[:, t]
+    u = W.new_zeros(W.shape[0], X.shape[0])
+    Q = torch.zeros_like(W[:, :columns])
+    for t in range(Q.shape[1]):
+        u += W[:, t : t + 1] * X[:, t]
         norm = Xq[:, t] @ Xq[:, t]
-        q = nearest(u @ Xq[:, t] / norm if norm > 0 else torch.zeros(len(W), dtype=torch.float64), values)
-        u = u - q[:, None] * Xq[:, t]
+        q = nearest(u @ Xq[:, t] / norm if norm > 0 else W.new_zeros(len(W)), values)
+        u -= q[:, None] * Xq[:, t]
         Q[:, t] = q
     return Q
 
@@ -64,8 +68,8 @@ def quantize_network(model: Any, images: Tensor, weights: dict[str, Any]) -> dic
     quantized: Any = copy.deepcopy(model)
     done: dict[str, Tensor] = {}
     for name, packed in weights.items():
-        x = _first_input(model, name, images)
-        xq = _first_input(quantized, name, images)
+        x = first_input(model, name, images)
+        xq = first_input(quantized, name, images)
         layer = model.get_submodule(name)
         groups = getattr(layer, "groups", 1)
         rows = zip(
@@ -80,7 +84,8 @@ def quantize_network(model: Any, images: Tensor, weights: dict[str, Any]) -> dic
     return done
 
 
-def _first_input(model: nn.Module, name: str, images: Tensor) -> Tensor:
+def first_input(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    """What the layer ``name`` is given when ``model`` runs ``images``."""
     seen: list[Tensor] = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     with torch.no_grad():

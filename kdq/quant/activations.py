@@ -47,8 +47,8 @@ class Histogram:
 
     def quantizer(self, bits: int, choice: str = "mse") -> ActivationQuantizer:
         """The quantizer for these values: ``choice="mse"`` has the least squared error of 60 clipping points,
-        ``"percentile"`` clips the largest 0.01 %. Values that are never negative, such as a ReLU's, get all codes
-        for themselves."""
+        ``"percentile"`` clips the largest 0.01 % of those that are not zero. Values that are never negative, such as a
+        ReLU's, get all codes for themselves."""
         if choice not in RANGES:
             raise KdqError(f"act_range={choice!r} is unknown: use one of {', '.join(RANGES)}")
         assert self.counts is not None
