@@ -70,7 +70,7 @@ def finish_sweep(cfg: DictConfig, returns: Sequence[Any]) -> None:
 def main() -> None:
     """Run Hydra on the command line; every error becomes one line and a non-zero exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of formatting them itself
-    OmegaConf.register_new_resolver("class_folders", _class_folders, replace=True)
+    OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
     try:
         hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="config")(job)()
     except KeyboardInterrupt:
@@ -83,7 +83,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def _class_folders(root: str) -> int:
+def class_folders(root: str) -> int:
+    """How many classes the image folder ``root`` has: the resolver ``${class_folders:...}`` of conf/data."""
     from kdq.data.folder import class_names
 
     return len(class_names(root))

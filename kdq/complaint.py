@@ -51,7 +51,7 @@ def _config_complaint(message: str) -> str:
 def _options_beside(key: str) -> tuple[str, list[str]]:
     """The config's node that holds ``key``, as a prefix, and the names in it; of the whole config as far as known."""
     try:
-        node: Any = _composed()
+        node: Any = compose([])
     except Exception:
         return "", []
     inside = ""
@@ -62,12 +62,18 @@ def _options_beside(key: str) -> tuple[str, list[str]]:
     return inside, [str(name) for name in node]
 
 
-def _composed() -> Any:
+def compose(overrides: list[str], *defaults: str) -> Any:
+    """The config as ``kdq`` would have it with these overrides, outside of a Hydra application.
+
+    Args:
+        defaults: overrides that the given ones may replace.
+    """
+    overrides = [*defaults, *overrides]
     if os.path.isabs(CONFIG_PATH):
         with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-            return hydra.compose("config")
+            return hydra.compose("config", overrides)
     with hydra.initialize_config_module(CONFIG_PATH.removeprefix("pkg://"), version_base="1.3"):
-        return hydra.compose("config")
+        return hydra.compose("config", overrides)
 
 
 def _nearest(name: str, options: list[str]) -> str:

@@ -118,7 +118,7 @@ def _versions(
         def on_layer(name: str) -> None:
             bar.update()
 
-        results = quantize_widths(network, calibration, widths, **_options(cell), on_layer=on_layer)  # type: ignore[arg-type]
+        results = quantize_widths(network, calibration, widths, **quantize_options(cell), on_layer=on_layer)  # type: ignore[arg-type]
     return dict(zip(widths, results, strict=True))
 
 
@@ -129,7 +129,7 @@ def _searched(
     so searches of the same model with other budgets share one trace."""
     assert isinstance(width, tuple)
     search = plain(cell.cfg.quant.search)
-    images, budgets = search.pop("images"), ("avg_bits", "size_bytes", "max_drop", "cost")
+    images, budgets = search.pop("images"), ("avg_bits", "size_bytes", "max_drop", "cost", "method")
     spec = row_spec(cell, entry, width)
     spec["quant"]["search"] = {name: value for name, value in search.items() if name not in budgets}
     measured = key_of(spec | {"images": images})
@@ -149,7 +149,7 @@ def _searched(
             key=measured,
             on_step=on_step,
             **search,
-            **_options(cell),
+            **quantize_options(cell),
         )
     found.write_frontier(folder / f"frontier-{key_of(row_spec(cell, entry, width))}.json")
     log.info(
@@ -163,7 +163,7 @@ def _searched(
     return found.network, found.report
 
 
-def _options(cell: Cell) -> dict[str, Any]:
+def quantize_options(cell: Cell) -> dict[str, Any]:
     """How layers are quantized, whatever their widths: the arguments of :func:`quantize_widths`."""
     quant = cell.cfg.quant
     options = {name: quant[name] for name in OPTIONS} | {"exclude": list(quant.keep_float)}
@@ -186,7 +186,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "seed": role.seed,
         "quantizer": cfg.quant.name,
         "alphabet": "" if cfg.quant.solver is None else cfg.quant.alphabet,
-        "search": "greedy" if cfg.quant.get("search") else "",
+        "search": cfg.quant.search.method if cfg.quant.get("search") else "",
         "val_top1": float(entry.metrics["val_top1"]),
         "params": sum(parameter.numel() for parameter in network.parameters()),
         "float_bytes": (entry.path / "weights.safetensors").stat().st_size,

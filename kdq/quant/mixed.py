@@ -24,6 +24,7 @@ from kdq.files import write_text
 from kdq.quant.network import QuantizedWeight, Report, quantizable_layers, quantize, quantize_widths
 from kdq.quant.packing import save_packed, stored_bytes
 from kdq.quant.search import Assignment, Budget, Found, Point, Trace, check_candidates, cost_of, greedy, widest
+from kdq.quant.sensitivity import METHODS, from_table
 from kdq.quant.stitch import Stitched, bit_operations, weight_costs
 
 #: What a step of the search may count as saved.
@@ -81,6 +82,7 @@ def search_bits(
     size_bytes: int | None = None,
     max_drop: float | None = None,
     cost: str = "weight_bits",
+    method: str = "greedy",
     trace: Path | None = None,
     key: str = "",
     on_step: Callable[[str], None] = lambda line: None,
@@ -96,6 +98,7 @@ def search_bits(
         size_bytes: largest packed file.
         max_drop: most points of validation accuracy to lose. At least one of these three; all given ones hold.
         cost: what a step is priced by: ``weight_bits``, packed ``bytes``, or ``bops`` (bits times multiply-adds).
+        method: ``greedy``, or ``exact`` or ``sensitivity_once`` on the table of single changes.
         trace: a file that remembers evaluations, so that a killed search goes on; ``key`` says what they depend on.
         on_step: called with a line of text for every step.
         options: for :func:`kdq.quant.network.quantize_widths`.
@@ -106,6 +109,8 @@ def search_bits(
     start = time.perf_counter()
     if cost not in COSTS:
         raise KdqError(f"cost={cost!r} is unknown: use one of {', '.join(COSTS)}")
+    if method not in ("greedy", *METHODS):
+        raise KdqError(f"method={method!r} is unknown: use one of greedy, {', '.join(METHODS)}")
     widths, batches = check_candidates(candidates), list(calibration)
     layers = quantizable_layers(model, options.get("exclude", ()))
     versions = quantize_widths(model, batches, widths, **options)
@@ -134,7 +139,8 @@ def search_bits(
     while True:
         limits = [] if avg_bits is None else [(by_bits, avg_bits * weights)]
         limits += [(by_bytes, room)] if size_bytes is not None else []
-        found = greedy(prices, measure, Budget(limits, max_drop, stitched.accuracy()), tell)
+        budget = Budget(limits, max_drop, stitched.accuracy())
+        found = greedy(prices, measure, budget, tell) if method == "greedy" else from_table(method, measure, budget)
         network, report = quantize(model, batches, found.chosen.assignment, **options)
         excess = 0 if size_bytes is None else _file_size(network) - size_bytes
         if excess <= 0:

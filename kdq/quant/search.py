@@ -13,21 +13,16 @@ costs the least loss for the cost it saves. Measuring every possible step before
 - until then a step is priced by the noise law of a uniform grid, whose squared error is proportional to ``4^-bits``,
   scaled by one measurement per layer. Down to :data:`TRUSTED_BITS` the law holds well enough to take the step on it:
   the losses there are too small to tell apart.
-
-:func:`exact` and :func:`sensitivity_once` work on the table of losses of single changes, as mixed-precision tools
-usually do: the first by an integer programme, the second by sorting once and cutting the list where the budget is met.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from kdq.errors import KdqError
 from kdq.files import write_text
@@ -92,7 +87,7 @@ class Trace:
         name = tuple(sorted(assignment.items()))
         if name not in self.entries:
             measure = self._evaluate(dict(assignment))
-            if not np.isfinite(measure.loss):
+            if not math.isfinite(measure.loss):
                 raise KdqError(f"the loss became {measure.loss} during the bit search: check the float network")
             self.entries[name] = measure
             self._write()
@@ -252,67 +247,6 @@ class _Greedy:
             if not self.budget.drops_too_far(measure):
                 return Point(candidate.assignment, candidate.cost, measure, candidate.step)
         raise KdqError(f"even the widest candidates lose more than max_drop={self.budget.max_drop} points")
-
-
-def sensitivities(costs: Costs, evaluate: Callable[[Assignment], Measure]) -> dict[str, dict[int, float]]:
-    """``table[layer][bits]``: the loss that this one change adds to the network with every layer at its widest."""
-    start = widest(costs)
-    base = evaluate(start).loss
-    table: dict[str, dict[int, float]] = {}
-    for layer in reversed(list(costs)):
-        table[layer] = {bits: evaluate({**start, layer: bits}).loss - base for bits in sorted(costs[layer])}
-    return {layer: table[layer] for layer in costs}
-
-
-def exact(costs: Costs, table: Mapping[str, Mapping[int, float]], cost: float) -> Assignment:
-    """The assignment with the least sum of ``table`` among those that cost at most ``cost``: an integer programme with
-    one binary variable per layer and width, solved by scipy's milp.
-
-    Raises:
-        KdqError: no assignment is that cheap.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    check_reachable(costs, cost)
-    variables = [(layer, bits) for layer in costs for bits in sorted(costs[layer])]
-    one_each = np.array([[float(layer == owner) for owner, _ in variables] for layer in costs])
-    price = np.array([[costs[layer][bits] for layer, bits in variables]])
-    # Scaled to about one: the losses of wide layers are far below the solver's tolerances.
-    losses = np.array([table[layer][bits] for layer, bits in variables])
-    result = milp(
-        losses / (np.abs(losses).max() or 1.0),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(price / cost, -np.inf, 1)],
-        integrality=np.ones(len(variables)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if result.x is None:
-        raise KdqError(f"the integer programme of the bit search found nothing: {result.message}")
-    return {layer: bits for (layer, bits), on in zip(variables, result.x, strict=True) if on > 0.5}
-
-
-def sensitivity_once(costs: Costs, table: Mapping[str, Mapping[int, float]], cost: float) -> Assignment:
-    """All steps sorted once by loss per cost saved, a layer's own steps in order; the shortest list that meets
-    ``cost`` is taken.
-
-    Raises:
-        KdqError: no assignment is that cheap.
-    """
-    check_reachable(costs, cost)
-    steps: list[tuple[float, str, int]] = []
-    for layer, widths in costs.items():
-        dearest = -np.inf
-        order = sorted(widths, reverse=True)
-        for wide, narrow in itertools.pairwise(order):
-            price = (table[layer][narrow] - table[layer][wide]) / (costs[layer][wide] - costs[layer][narrow])
-            dearest = max(dearest, price)  # a step cannot come before the wider one of its layer
-            steps.append((dearest, layer, narrow))
-    assignment = widest(costs)
-    for _, layer, bits in sorted(steps, key=lambda step: step[0]):
-        if cost_of(costs, assignment) <= cost:
-            break
-        assignment[layer] = bits
-    return assignment
 
 
 def _noise(bits: int) -> float:

@@ -16,12 +16,10 @@ from kdq.quant.search import (
     Measure,
     Trace,
     cost_of,
-    exact,
     greedy,
-    sensitivities,
-    sensitivity_once,
     widest,
 )
+from kdq.quant.sensitivity import exact, sensitivities, sensitivity_once
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 

@@ -1,0 +1,97 @@
+"""Bit search on a real model: greedy, exact and sort-once from one table, and uniform widths, at equal bits.
+
+    python -m kdq.bench search [kdq overrides] [bench.avg_bits=2.5,3]
+
+The overrides name the model as ``kdq`` takes them; it is trained if the store does not hold it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from kdq.app import class_folders
+from kdq.cell import Cell
+from kdq.complaint import compose
+from kdq.evaluate import evaluate
+from kdq.quant.mixed import first_batches, search_bits
+from kdq.quant.network import quantizable_layers, quantize
+from kdq.quant.packing import save_packed
+from kdq.quant.search import Assignment
+from kdq.quantize_stage import quantize_options
+from kdq.train_stage import float_model
+
+COLUMNS = ("budget", "how", "avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table and write it as JSON to ``report/bench_search.json`` below the output folder."""
+    own = [argument for argument in arguments if argument.startswith("bench.avg_bits=")]
+    averages = [float(value) for value in (own[-1].partition("=")[2] if own else "2.5,3").split(",")]
+    OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
+    cell = Cell(compose([a for a in arguments if a not in own], "quant=greedy"))
+    rows = compare(cell, averages)
+    text = Table(*COLUMNS, title=f"{cell.cfg.data.name}, {cell.cfg.method.name}, {cell.cfg[cell.role].name}")
+    for row in rows:
+        text.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS))
+    Console(width=120).print(text)
+    path = cell.output / "report" / "bench_search.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1))
+
+
+def compare(cell: Cell, averages: list[float]) -> list[dict[str, Any]]:
+    """One row for every budget and every way to spend it."""
+    cfg, device = cell.cfg, cell.device
+    network = cell.network(cell.role, float_model(cell)).to(device)
+    calibration = list(cell.images.calibration(cfg.quant.images, cfg.quant.seed, device))
+    validation = first_batches(cell.images.evaluation("val", device), cfg.quant.search.images)
+    candidates, options = list(cfg.quant.bits), quantize_options(cell)
+    layers = quantizable_layers(network, list(cfg.quant.keep_float))
+    rows = []
+
+    def add(budget: str, how: str, version: Any, report: Any, evaluations: int, seconds: float) -> None:
+        top1 = {
+            part: evaluate(version, batches, cfg.data.num_classes)["top1"]
+            for part, batches in (("val", validation), ("test", cell.images.evaluation("test", device)))
+        }
+        size = _packed_size(version)
+        values = (budget, how, report.avg_bits, size, top1["val"], top1["test"], evaluations, seconds)
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+
+    for average in averages:
+        start = time.perf_counter()
+        version, report = quantize(network, calibration, _leading(network, layers, average), **options)
+        add(f"{average:g} bits", "uniform", version, report, 0, time.perf_counter() - start)
+        for method in ("sensitivity_once", "exact", "greedy"):
+            found = search_bits(
+                network, calibration, validation, candidates=candidates, avg_bits=average, method=method, **options
+            )
+            add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, found.seconds)
+    return rows
+
+
+def _leading(network: Any, layers: list[str], average: float) -> Assignment:
+    """The whole number of bits below ``average`` for every layer, and one more for the first layers as far as the
+    average allows: what one writes down without measuring anything."""
+    sizes = {name: network.get_submodule(name).weight.numel() for name in layers}
+    bits = dict.fromkeys(layers, int(average))
+    spare = (average - int(average)) * sum(sizes.values())
+    for name in layers:
+        if sizes[name] > spare:
+            break
+        bits[name] += 1
+        spare -= sizes[name]
+    return bits
+
+
+def _packed_size(network: Any) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return save_packed(network, Path(folder) / "network.kdq")
