@@ -53,13 +53,13 @@ class KeepBest(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Baseline)
         self.seconds += time.perf_counter() - self._since
-        if not math.isfinite(loss := float(trainer.callback_metrics["val/loss"])):
-            raise KdqError(
-                f"the validation loss became {loss} at epoch {trainer.current_epoch}: "
-                f"lower the learning rate (recipe.lr={pl_module.recipe.lr}) or set recipe.clip_grad=1"
-            )
         for name, learner in pl_module.learners.items():
-            top1 = pl_module.val_top1(name)
+            top1, loss = pl_module.validated("top1", name), pl_module.validated("loss", name)
+            if not math.isfinite(loss):
+                raise KdqError(
+                    f"the validation loss became {loss} at epoch {trainer.current_epoch}: "
+                    f"lower the learning rate (recipe.lr={pl_module.recipe.lr}) or set recipe.clip_grad=1"
+                )
             if name not in self.best or top1 >= self.best[name].top1:
                 state = learner.product.state_dict()
                 weights = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}

@@ -100,9 +100,9 @@ class Baseline(L.LightningModule):
             self.log(f"val/top1{suffix}", learner.val_top1, prog_bar=True)
             self.log(f"val/loss{suffix}", learner.val_loss)
 
-    def val_top1(self, name: str) -> float:
-        """A learner's accuracy in the last validation, 0 to 1."""
-        return float(self.trainer.callback_metrics[f"val/top1{self._suffix(name)}"])
+    def validated(self, metric: str, name: str) -> float:
+        """A learner's ``top1`` (0 to 1) or ``loss`` in the last validation."""
+        return float(self.trainer.callback_metrics[f"val/{metric}{self._suffix(name)}"])
 
     def configure_optimizers(self) -> Any:
         # A trainer of a module that steps by hand accumulates nothing: it counts every batch as a step.
