@@ -142,6 +142,8 @@ def against_brevitas(net: nn.Module, images: Tensor, bits: int) -> dict[str, Any
     model = layerwise_quantize(net, compute_layer_map=layers)
 
     def run() -> None:
+        with torch.no_grad():
+            model(images[:1])  # sets the scales
         with torch.no_grad(), gpfq_mode(model, use_quant_activations=False) as gpfq:
             for _ in range(gpfq.num_layers):
                 for batch in images.split(64):
