@@ -22,7 +22,7 @@ SERIES = ["data", "method", "arch", "quantizer"]
 def write_report(output: Path) -> list[Path]:
     """Rebuild results.csv, report.md and the figures below ``output`` from its rows; returns the files written."""
     rows = read_rows(output / "rows")
-    frame = table(rows)
+    frame = _named(rows)
     written = [output / "results.csv", output / "report" / "report.md"]
     write_csv(written[0], rows)
     figures = _figures(frame, output / "report") if rows else []
@@ -32,7 +32,7 @@ def write_report(output: Path) -> list[Path]:
 
 def accuracy_table(rows: Sequence[Row]) -> Table:
     """Top-1 by model and bits, mean and standard deviation over seeds, with the packed size below."""
-    frame = table(rows)
+    frame = _named(rows)
     widths = sorted(frame["bits"].unique())
     shown = [name for name in SERIES if name == "method" or frame[name].nunique() > 1]
     constant = ", ".join(f"{frame[name].iloc[0]}" for name in SERIES if name not in shown)
@@ -70,6 +70,15 @@ def print_results(console: Console, output: Path, rows: Sequence[Row], written: 
     if (runs / "wandb").is_dir():
         console.print(f"{'W&B runs:':<19}{runs / 'wandb'}", soft_wrap=True, highlight=False)
         console.print(f"{'browse them with:':<19}wandb leet {runs / 'wandb'}", soft_wrap=True, highlight=False)
+
+
+def _named(rows: Sequence[Row]) -> pd.DataFrame:
+    """The rows with rounded activations told in the quantizer's name: ``gpfq A8``."""
+    frame = table(rows)
+    if len(frame):
+        rounded = frame["act_bits"] < 32
+        frame.loc[rounded, "quantizer"] += " A" + frame.loc[rounded, "act_bits"].astype(str)
+    return frame
 
 
 def _series(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], pd.DataFrame]]:

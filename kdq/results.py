@@ -68,7 +68,7 @@ class Row:
 
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
 #: Columns that tell cells apart, in the order tables are sorted by.
-AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "bits"]
+AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "act_bits", "bits"]
 
 
 def write_row(folder: Path, row: Row) -> Path:

@@ -115,6 +115,8 @@ def test_report_from_rows_is_idempotent(tmp_path: Path) -> None:
 def test_the_table_marks_missing_cells() -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(accuracy_table([_row(bits=2), _row(method="dkd", bits=3)]))
+    console.print(accuracy_table([_row(bits=4, act_bits=8), _row(bits=4)]))
+    assert "gpfq A8" in console.export_text(clear=False)
     lines = [line for line in console.export_text().splitlines() if "dkd" in line]
     assert len(lines) == 1
     assert [cell.strip() for cell in lines[0].split("│")[1:-1]] == ["dkd", "98.00", "-", "97.00"]
