@@ -54,7 +54,7 @@ class KeepBest(Callback):
         assert isinstance(pl_module, Baseline)
         self.seconds += time.perf_counter() - self._since
         for name, learner in pl_module.learners.items():
-            top1, loss = pl_module.validated("top1", name), pl_module.validated("loss", name)
+            top1, loss = pl_module.last_validated("top1", name), pl_module.last_validated("loss", name)
             if not math.isfinite(loss):
                 raise KdqError(
                     f"the validation loss became {loss} at epoch {trainer.current_epoch}: "

@@ -146,3 +146,22 @@ def test_devices_of_slurm_are_not_looked_for(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SLURM_PROCID", "0")
     entry = trained(tmp_path, "method=baseline", *PLAIN_NET, "trainer=cpu", "student.recipe.epochs=1")
     assert entry.metrics["epochs"] == 1
+
+
+def test_batchnorm_statistics_of_all_processes_are_one_networks(tmp_path: Path) -> None:
+    """Each process normalises its own half of a batch; what is validated and kept has the mean of their statistics."""
+    folder = tmp_path / "probe"
+    trained(
+        tmp_path,
+        "method=vkd",
+        "method._target_=ddp_probe.ProbedVKD",
+        f"+method.folder={folder}",
+        *TWO,
+        "student.net.depth=8",
+        "student.net.width=0.25",
+        "student.recipe.epochs=1",
+    )
+    first, second = left(folder, 2)
+    statistics = [name for name in first["state"] if name.endswith("running_var")]
+    assert statistics
+    same(first["state"], second["state"], rtol=0, atol=0)

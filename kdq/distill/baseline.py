@@ -100,7 +100,7 @@ class Baseline(L.LightningModule):
             self.log(f"val/top1{suffix}", learner.val_top1, prog_bar=True)
             self.log(f"val/loss{suffix}", learner.val_loss)
 
-    def validated(self, metric: str, name: str) -> float:
+    def last_validated(self, metric: str, name: str) -> float:
         """A learner's ``top1`` (0 to 1) or ``loss`` in the last validation."""
         return float(self.trainer.callback_metrics[f"val/{metric}{self._suffix(name)}"])
 
