@@ -132,7 +132,9 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
 
     def record() -> None:
         state = trained.student.network.state_dict()
-        history.append((trained.last_validated("top1", "student"), {name: tensor.clone() for name, tensor in state.items()}))
+        history.append(
+            (trained.last_validated("top1", "student"), {name: tensor.clone() for name, tensor in state.items()})
+        )
         if len(history) == 3:
             trained.optimizers().param_groups[0]["lr"] = 50.0  # type: ignore[union-attr]
 

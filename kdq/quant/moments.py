@@ -71,6 +71,8 @@ class Moments:
         self.geometry, self.mode, self.pad = _geometry(layer)
         self.symmetric = symmetric
         self._sums: dict[Any, Tensor] = {}
+        #: As many zeros as a group has channels: a layer may see nothing but padding.
+        self._channels = torch.empty(0)
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add the patches of a batch of layer inputs: ``left`` gives the rows of the sum, ``right`` the columns."""
@@ -80,6 +82,7 @@ class Moments:
             self._add("linear", left.mT @ (left if same else right.reshape(-1, right.shape[-1])))
             return
         left, right = (F.pad(x, self.pad, mode=self.mode) if self.pad else x for x in (left, right))
+        self._channels = left.new_zeros(left.shape[1] // self.geometry.groups)
         for classes in self._classes(left.shape[2:]):
             seen = [slice(c.start, c.start + (c.count - 1) * c.step + 1, c.step) for c in classes]
             here = left[(slice(None), slice(None), *seen)]
@@ -107,9 +110,8 @@ class Moments:
     def _assemble(self, g: _Geometry) -> Tensor:
         """From correlations by class and lag to inner products by pair of taps."""
         taps = list(product(*map(range, g.kernel)))
-        sample = next(iter(self._sums.values()))
-        channels = sample.shape[-1]
-        blocks = sample.new_zeros(len(taps), len(taps), g.groups, channels, channels)
+        channels = len(self._channels)
+        blocks = self._channels.new_zeros(len(taps), len(taps), g.groups, channels, channels)
         for classes, sums in self._sums.items():
             for a in product(*(c.taps for c in classes)):
                 for column, b in enumerate(taps):

@@ -35,8 +35,9 @@ class Recipe:
         alphabet: one of :data:`kdq.quant.alphabets.ALPHABETS`, or a function ``(weight, bits) -> Alphabet``.
         per_channel: a scale for every output channel, or one for the layer.
         scale: the scales have the least error of the ``"weight"``, or weighted with the ``"gram"`` matrix of the
-        inputs. order: columns are solved in the weight's ``"natural"`` order, or by falling diagonal of the ``"gram"``
-        matrix. refine: sweeps of :func:`kdq.quant.refine.refine` after the solver.
+            inputs.
+        order: columns are solved in the weight's ``"natural"`` order, or by falling diagonal of the ``"gram"`` matrix.
+        refine: sweeps of :func:`kdq.quant.refine.refine` after the solver.
     """
 
     solver: str | Solver = "gpfq"

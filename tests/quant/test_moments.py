@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ axis = st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.int
 
 
 @settings(max_examples=60, deadline=None)
+@example([(1, 1, 2, 1, 1)], 1, "zeros")  # every output position lies on padding
 @given(st.lists(axis, min_size=1, max_size=2), st.sampled_from([1, 2, 4]), st.sampled_from(["zeros", "replicate"]))
 def test_any_convolution(axes: list[tuple[int, ...]], groups: int, mode: str) -> None:
     size, kernel, stride, dilation, padding = zip(*axes, strict=True)
