@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kdq.distill.baseline import Baseline
+from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
+from kdq.distill.mixup import Mixup
 from kdq.distill.vkd import VKD
 
 
@@ -44,4 +46,12 @@ class ProbedVKD(Probe, VKD):
 
 
 class ProbedDML(Probe, DML):
+    pass
+
+
+class ProbedDKD(Probe, DKD):
+    pass
+
+
+class ProbedMixup(Probe, Mixup):
     pass

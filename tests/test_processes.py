@@ -60,7 +60,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None
 @pytest.mark.parametrize(
     ("method", "target", "extra"),
     [
+        ("baseline", "Probe", []),
         ("vkd", "ProbedVKD", []),
+        ("dkd", "ProbedDKD", []),
+        ("mixup", "ProbedMixup", ["method.per_sample=true"]),
         ("dml", "ProbedDML", ["student.recipe.clip_grad=0.5", "student.recipe.accumulate=2", "student.recipe.ema=0.9"]),
     ],
 )
