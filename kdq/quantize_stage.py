@@ -26,6 +26,7 @@ from kdq.quant.alphabet import check_bits
 from kdq.quant.mixed import first_batches, search_bits
 from kdq.quant.network import Report, quantizable_layers, quantize_widths
 from kdq.quant.packing import save_packed
+from kdq.quant.weights import with_float_dtype
 from kdq.results import Row, write_row
 from kdq.store import Entry, key_of
 from kdq.tracking import run_folder
@@ -33,7 +34,17 @@ from kdq.tracking import run_folder
 log = logging.getLogger(__name__)
 
 #: Entries of the ``quant`` config that are options of :func:`kdq.quant.network.quantize_widths`.
-OPTIONS = ("alphabet", "per_channel", "scale", "order", "refine", "first_last_bits", "act_bits", "act_range")
+OPTIONS = (
+    "alphabet",
+    "per_channel",
+    "scale",
+    "order",
+    "refine",
+    "first_last_bits",
+    "act_bits",
+    "act_range",
+    "float_dtype",
+)
 
 
 #: What makes one row: a width for every layer, or the candidate widths of a bit search.
@@ -108,7 +119,8 @@ def _versions(
     """The quantized networks by width; with ``quant=none`` the float network itself."""
     quant = cell.cfg.quant
     if quant.solver is None:
-        return {width: (network, Report()) for width in widths}
+        version = network if quant.float_dtype is None else with_float_dtype(network, quant.float_dtype)
+        return {width: (version, Report(float_bits=32 if version is network else 16)) for width in widths}
     calibration = cell.images.calibration(quant.images, quant.seed, cell.device)
     if quant.get("search"):
         return {width: _searched(cell, entry, network, calibration, width, logger) for width in widths}
@@ -213,15 +225,14 @@ def _row(
 ) -> Row:
     label = "-".join(str(common[column]) for column in ("data", "method", "arch", "quantizer"))
     artifact = Path("store") / "quantized" / f"{label}-s{common['seed']}-b{bits}-{key}.kdq"
-    preprocess = {"mean": list(cell.images.preprocess.mean), "std": list(cell.images.preprocess.std)}
-    size = save_packed(network, cell.output / artifact, preprocess)
+    size = save_packed(network, cell.output / artifact, cell.images.card(), cell.images.set.classes)
     values: dict[str, Any] = dict(common) | dict(found)
     values |= {
         "bits": bits,
-        "avg_bits": report.avg_bits if report.layers else 32.0,
+        "avg_bits": report.avg_bits if report.layers else float(report.float_bits),
         "top1_float": reference["top1"],
         "drop": round(reference["top1"] - found["top1"], 4),
-        "weight_bits_total": report.weight_bits_total if report.layers else 32 * common["params"],
+        "weight_bits_total": report.weight_bits_total if report.layers else report.float_bits * common["params"],
         "size_bytes": size,
         "quantize_seconds": report.seconds,
         "config_hash": key,

@@ -58,6 +58,12 @@ class Images:
         measured = {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std), "digest": self.set.digest}
         return {key: self.config[key] for key in keys} | measured
 
+    def card(self) -> dict[str, Any]:
+        """What a network's user must do to an image, as packed files and exported models say it: scale its pixels to
+        0..1, then normalise with ``mean`` and ``std``; ``size`` is the images' height and width."""
+        size = [self.height, self.width]
+        return {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std), "size": size}
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """All training images and labels on ``device``; copied there once."""
         if device not in self._placed:

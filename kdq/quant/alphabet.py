@@ -60,7 +60,7 @@ class Alphabet:
 def decode(codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
     """``scale * (codes - zero)``, rounded once to the scale's dtype: the same bits wherever it is computed."""
     dtype = scale.dtype if levels <= _FLOAT32_LEVELS else torch.float64
-    return ((codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)).to(scale.dtype)
+    return codes.to(dtype, copy=True).sub_(zero.to(dtype)).mul_(scale.to(dtype)).to(scale.dtype)
 
 
 def check_bits(bits: object) -> int:

@@ -18,7 +18,7 @@ from kdq.quant.moments import Moments
 from kdq.quant.recipe import SOLVERS, Recipe, Solver
 from kdq.quant.report import LayerReport, Report
 from kdq.quant.walk import Walk
-from kdq.quant.weights import QuantizedWeight, with_quantized_weights
+from kdq.quant.weights import QuantizedWeight, check_float_dtype, with_float_dtype, with_quantized_weights
 
 __all__ = [
     "SOLVERS",
@@ -69,6 +69,7 @@ def quantize_widths(
     first_last_bits: int | None = None,
     act_bits: int | None = None,
     act_range: str = "mse",
+    float_dtype: str | None = None,
     on_layer: Callable[[str], None] | None = None,
     moments: Callable[[nn.Module, bool], Any] = Moments,
     **recipe: Any,
@@ -80,6 +81,8 @@ def quantize_widths(
         first_last_bits: width of the first and the last layer that run, whatever the others have.
         act_bits: round the inputs of every quantized layer too, one scale per tensor; None leaves them float.
         act_range: ``"mse"`` or ``"percentile"``, see :meth:`kdq.quant.activations.Histogram.quantizer`.
+        float_dtype: round what is not quantized (biases, BatchNorm, layers left float) to ``"bf16"`` or ``"fp16"``, to
+            be stored in 16 bits; None leaves it in float32.
         on_layer: called with a layer's name when it is done, for a progress bar.
         moments: what sums G and H, see :class:`kdq.quant.moments.Moments`.
         recipe: ``alphabet``, ``per_channel``, ``scale``, ``order``, ``refine``, see :class:`kdq.quant.recipe.Recipe`.
@@ -94,6 +97,8 @@ def quantize_widths(
             raise KdqError(f"bits name layers that are not quantized: {', '.join(unknown[:4])}")
     if act_bits is not None:
         _check_act_bits(act_bits)
+    if float_dtype is not None:
+        check_float_dtype(float_dtype)
     iterator = iter(batches)
     if (head := next(iterator, None)) is not None:
         batches = chain([head], iterator)
@@ -107,7 +112,10 @@ def quantize_widths(
     for version in walk.versions:
         version.report.seconds = time.perf_counter() - start
         version.report.float_weights = _float_weights(model, layers)
-        results.append((with_quantized_weights(model, version.weights, version.activations), version.report))
+        network = with_quantized_weights(model, version.weights, version.activations)
+        if float_dtype is not None:
+            network, version.report.float_bits = with_float_dtype(network, float_dtype), 16
+        results.append((network, version.report))
     return results
 
 

@@ -2,29 +2,20 @@
 
 A ``.kdq`` file is a safetensors file. Per quantized layer it holds ``<layer>.codes``, each code in exactly its number
 of bits, and ``<layer>.scale`` (float32 per output channel); everything else of the state dict (biases, BatchNorm,
-layers left float) is stored as it is. The metadata entry ``kdq`` is a JSON header:
-
-    format      version of this layout; readers read all earlier ones
-    net         the architecture's recipe (a builder of kdq.models or torchvision.models, its arguments), or null
-    preprocess  {"mean": [...], "std": [...]} the network expects its input normalised with, or null
-    layers      {name: {"shape": [...], "levels": n, "zero": z}} in execution order
-    activations {name: {"scale": s, "zero": z, "bits": b}} of the layers whose inputs are rounded (since format 2)
-
-Where zeros differ between channels the layer has no ``"zero"``. If they all lie near the middle of the alphabet, their
-distances in half steps, ``2 * zero - (levels - 1)``, are in the one int8 tensor ``.zeros``, all such layers' one after
-the other (since format 2); else there is a tensor ``<layer>.zero``. ``sha256`` is a checksum over the header and all
-tensors. Nothing in it is code, and reading it runs none.
+layers left float) is stored as it is, or in 16 bits where the network was rounded to them. The metadata entry ``kdq``
+is a JSON header. FORMAT.md beside this file describes all of it. Nothing in a file is code, and reading it runs none.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -35,54 +26,15 @@ from kdq.files import replacing
 from kdq.models import build_trusted
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.alphabet import MAX_BITS
-from kdq.quant.weights import QuantizedWeight, with_quantized_weights
+from kdq.quant.bits import packed_bytes
+from kdq.quant.packed import PackedWeight, keep_packed
+from kdq.quant.weights import FLOAT_DTYPES, QuantizedWeight
 
 FORMAT = 2
 #: Name of the tensor of zeros near the middle; no entry of a state dict starts with a dot.
 ZEROS = ".zeros"
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Non-negative integers below ``2^bits`` ``(n,)`` to :func:`packed_bytes` bytes, uint8.
-
-    Bits beyond eight are split off as planes of eight, so that 12 bits are a plane of 8 and one of 4. In a plane
-    of b bits, eight codes make b bytes, the first code in the lowest bits.
-    """
-    values = codes.detach().cpu().numpy().astype(np.uint64)
-    planes = []
-    for low in range(0, bits, 8):
-        width = min(8, bits - low)
-        plane = np.zeros(-(-len(values) // 8) * 8, np.uint64)
-        plane[: len(values)] = (values >> np.uint64(low)) & np.uint64(2**width - 1)
-        words = np.zeros(len(plane) // 8, np.uint64)
-        for position, column in enumerate(plane.reshape(-1, 8).T):
-            words |= column << np.uint64(position * width)
-        as_bytes = words.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].reshape(-1)
-        planes.append(as_bytes[: _plane_bytes(len(values), width)])
-    return torch.from_numpy(np.concatenate(planes) if planes else np.zeros(0, np.uint8))
-
-
-def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
-    """The inverse of :func:`pack_bits`: ``count`` codes, int64.
-
-    Raises:
-        KdqError: ``packed`` does not have the length that ``count`` codes take.
-    """
-    if packed.numel() != packed_bytes(count, bits):
-        raise KdqError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")
-    raw, codes, start = packed.numpy(), np.zeros(count, np.uint64), 0
-    for low in range(0, bits, 8):
-        width = min(8, bits - low)
-        size, groups = _plane_bytes(count, width), -(-count // 8)
-        as_bytes = np.zeros(groups * width, np.uint8)
-        as_bytes[:size] = raw[start : start + size]
-        start += size
-        words = np.zeros((groups, 8), np.uint8)
-        words[:, :width] = as_bytes.reshape(-1, width)
-        word = words.reshape(-1).view("<u8")
-        plane = np.stack([(word >> np.uint64(i * width)) & np.uint64(2**width - 1) for i in range(8)], axis=1)
-        codes |= plane.reshape(-1)[:count].astype(np.uint64) << np.uint64(low)
-    return torch.from_numpy(codes.astype(np.int64))
+#: When a loaded network decodes its weights.
+DECODE = ("once", "layer")
 
 
 def stored_bytes(weight: QuantizedWeight) -> int:
@@ -93,29 +45,30 @@ def stored_bytes(weight: QuantizedWeight) -> int:
     return packed_bytes(weight.codes.numel(), weight.bits) + weight.scale.nbytes + zeros
 
 
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that ``count`` codes of ``bits`` bits take: ``count * bits / 8``, rounded up in each plane."""
-    return sum(_plane_bytes(count, min(8, bits - low)) for low in range(0, bits, 8))
-
-
-def _plane_bytes(count: int, width: int) -> int:
-    return -(-count * width // 8)
-
-
-def save_packed(network: nn.Module, path: str | Path, preprocess: Mapping[str, Any] | None = None) -> int:
+def save_packed(
+    network: nn.Module,
+    path: str | Path,
+    preprocess: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+) -> int:
     """Write a network made by :func:`kdq.quantize`, or a float one, and return the file's size in bytes.
 
     Args:
-        preprocess: ``{"mean": [...], "std": [...]}`` that the network's input was normalised with.
+        preprocess: ``{"mean": [...], "std": [...], "size": [height, width]}``: what the network's input was normalised
+            with, and its size. By default what the network was loaded with.
+        classes: names of the outputs. By default what the network was loaded with.
+
+    Raises:
+        KdqError: values of a network rounded by ``float_dtype`` were changed since.
     """
-    weights: dict[str, QuantizedWeight] = getattr(network, "quantized_weights", {})
-    quantized = {f"{name}.weight" for name in weights}
-    tensors = {name: value for name, value in network.state_dict().items() if name not in quantized}
+    weights: dict[str, QuantizedWeight | PackedWeight] = getattr(network, "quantized_weights", {})
+    tensors = _floats(network, weights)
     layers: dict[str, dict[str, Any]] = {}
     near: list[Tensor] = []
     for name, weight in weights.items():
-        layers[name] = {"shape": list(weight.codes.shape), "levels": weight.levels}
-        tensors[f"{name}.codes"] = pack_bits(weight.codes.flatten(), weight.bits)
+        packed = weight if isinstance(weight, PackedWeight) else PackedWeight.of(**vars(weight))
+        layers[name] = {"shape": list(packed.shape), "levels": weight.levels}
+        tensors[f"{name}.codes"] = packed.packed
         tensors[f"{name}.scale"] = weight.scale
         if bool((weight.zero == weight.zero[0]).all()):
             layers[name]["zero"] = weight.zero[0].item()
@@ -125,61 +78,115 @@ def save_packed(network: nn.Module, path: str | Path, preprocess: Mapping[str, A
             tensors[f"{name}.zero"] = weight.zero
     if near:
         tensors[ZEROS] = torch.cat(near)
-    activations = {
-        name: {"scale": quantizer.scale, "zero": quantizer.zero, "bits": quantizer.bits}
-        for name, quantizer in getattr(network, "quantized_activations", {}).items()
+    quantizers = getattr(network, "quantized_activations", {})
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "net": getattr(network, "kdq_net", None),
+        "preprocess": dict(preprocess) if preprocess else getattr(network, "kdq_preprocess", None),
+        "layers": layers,
+        "activations": {name: {"scale": q.scale, "zero": q.zero, "bits": q.bits} for name, q in quantizers.items()},
     }
-    header = json.dumps(
-        {
-            "format": FORMAT,
-            "net": getattr(network, "kdq_net", None),
-            "preprocess": dict(preprocess) if preprocess else None,
-            "layers": layers,
-            "activations": activations,
-        },
-        separators=(",", ":"),
-    )
+    if names := classes or getattr(network, "kdq_classes", None):
+        header["classes"] = list(names)
+    text = json.dumps(header, separators=(",", ":"))
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {"kdq": header, "sha256": _checksum(header, tensors)}
+    metadata = {"kdq": text, "sha256": _checksum(text, tensors)}
     path = Path(path)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
     return path.stat().st_size
 
 
-def load_packed(path: str | Path, network: nn.Module | None = None) -> nn.Module:
+def _floats(network: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entries of the state dict that are not quantized, in the dtype they are stored in."""
+    ours = tuple(f"{name}.{stored}" for name in weights for stored in ("weight", "parametrizations.weight."))
+    rounded: str | None = getattr(network, "kdq_float_dtype", None)
+    found = {name: value for name, value in network.state_dict().items() if not name.startswith(ours)}
+    for name, value in found.items():
+        if rounded is not None and value.is_floating_point():
+            found[name] = value.to(FLOAT_DTYPES[rounded])
+            if not torch.equal(found[name].to(value.dtype), value):
+                raise KdqError(f"{name} was changed since the network was rounded to {rounded}: round it again")
+    return found
+
+
+def load_packed(path: str | Path, network: nn.Module | None = None, decode: str = "once") -> nn.Module:
     """The network in ``path``, in eval mode, with outputs equal bit for bit to the saved one's.
+
+    Its ``kdq_preprocess`` and ``kdq_classes`` say what the file says about its inputs and outputs.
 
     Args:
         network: an instance of the architecture, needed when it is not one of kdq's or torchvision's; it is not
             modified.
+        decode: ``"once"``: weights are decoded now, for speed; ``"layer"``: each layer's whenever it runs, so that
+            memory holds the packed codes and one layer's weights.
 
     Raises:
         KdqError: the file is not a complete, undamaged packed network, or does not fit ``network``.
     """
+    if decode not in DECODE:
+        raise KdqError(f"decode={decode!r} is unknown: use one of {', '.join(DECODE)}")
     path = Path(path)
     header, tensors = _read(path)
     try:
         if network is None:
             if header["net"] is None:
                 raise KdqError(f"{path} does not say its architecture: build it and pass load(path, network=...)")
-            network = build_trusted(header["net"])
+            network = _skeleton(header["net"])
+        else:
+            network = copy.deepcopy(network).cpu()
         tensors = _with_zeros(header, tensors)
         weights = {name: _layer(tensors, name, layer) for name, layer in header["layers"].items()}
-        state = network.state_dict()
-        floats = {name: value for name, value in tensors.items() if name in state}
-        expected = {name for name in state if name.removesuffix(".weight") not in weights}
-        if set(floats) != expected or len(tensors) != len(floats) + sum(
-            2 + ("zero" not in x) for x in header["layers"].values()
-        ):
-            raise KdqError(f"{path} does not fit the network: they name different tensors")
         activations = {name: _activation(fields) for name, fields in header.get("activations", {}).items()}
-        network = with_quantized_weights(network, weights, activations, floats)
+        _fill(network, path, header, tensors, weights, decode)
+        for name, quantizer in activations.items():
+            network.get_submodule(name).register_forward_pre_hook(quantizer)
     except KdqError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise KdqError(f"{path} does not fit the network: {' '.join(str(error).split())}") from error
-    return network
+    network.quantized_weights, network.quantized_activations = weights, activations  # type: ignore[assignment]
+    network.kdq_preprocess = header["preprocess"]
+    network.kdq_classes = header.get("classes")  # type: ignore[assignment]
+    return network.eval()
+
+
+def _skeleton(net: Mapping[str, Any]) -> nn.Module:
+    """The architecture without memory for its weights, where nothing but a state dict fills it."""
+    with torch.device("meta"):
+        network = build_trusted(net)
+    held, saved = chain(network.parameters(), network.buffers()), network.state_dict()
+    return network if len(list(held)) == len(saved) else build_trusted(net)
+
+
+def _fill(
+    network: nn.Module,
+    path: Path,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, PackedWeight],
+    decode: str,
+) -> None:
+    """Give ``network`` the file's values."""
+    state = network.state_dict()
+    floats = {name: value for name, value in tensors.items() if name in state}
+    expected = {name for name in state if name.removesuffix(".weight") not in weights}
+    if set(floats) != expected or len(tensors) != len(floats) + sum(
+        2 + ("zero" not in x) for x in header["layers"].values()
+    ):
+        raise KdqError(f"{path} does not fit the network: they name different tensors")
+    dtypes = {value.dtype for value in floats.values()}
+    network.kdq_float_dtype = next((name for name, dtype in FLOAT_DTYPES.items() if dtype in dtypes), None)  # type: ignore[assignment]
+    given = {name: value.to(state[name].dtype) for name, value in floats.items()}
+    network.load_state_dict(given, strict=False, assign=True)
+    for name, weight in weights.items():
+        if weight.shape != state[f"{name}.weight"].shape:
+            raise KdqError(f"{path} does not fit the network: {name}.weight has the shape {tuple(weight.shape)} in it")
+        layer = network.get_submodule(name)
+        if decode == "layer":
+            keep_packed(layer, weight)
+        else:
+            layer.weight = nn.Parameter(weight.decode())
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -201,19 +208,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -> QuantizedWeight:
+def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -> PackedWeight:
     shape, levels = torch.Size(layer["shape"]), int(layer["levels"])
     if not 2 <= levels <= 2**MAX_BITS:
         raise KdqError(f"layer {name} has {levels} levels")
     scale = tensors[f"{name}.scale"]
     zero = torch.full_like(scale, layer["zero"]) if "zero" in layer else tensors[f"{name}.zero"]
-    codes = unpack_bits(tensors[f"{name}.codes"], shape.numel(), (levels - 1).bit_length())
-    if codes.numel() and int(codes.max()) >= levels:
+    weight = PackedWeight(tensors[f"{name}.codes"], shape, scale, zero, levels)
+    size = packed_bytes(shape.numel(), weight.bits)
+    if weight.packed.shape != (size,) or weight.packed.dtype != torch.uint8:
+        raise KdqError(f"layer {name} does not hold {shape.numel()} codes of {weight.bits} bits in {size} bytes")
+    if shape.numel() and levels < 2**weight.bits and int(weight.codes.max()) >= levels:
         raise KdqError(f"layer {name} has a code beyond its {levels} levels")
-    return QuantizedWeight(codes.view(shape), scale, zero, levels)
+    return weight
 
 
-def _offsets(weight: QuantizedWeight) -> Tensor | None:
+def _offsets(weight: QuantizedWeight | PackedWeight) -> Tensor | None:
     """How many half steps the zeros lie off the middle of the alphabet, int8, where that says it all."""
     offsets = 2 * weight.zero.double() - (weight.levels - 1)
     fits = weight.levels <= 2**20 and bool((offsets == offsets.round()).all()) and bool(offsets.abs().max() <= 127)

@@ -22,11 +22,12 @@ class LayerReport:
 @dataclass
 class Report:
     """Per-layer results in the order the layers ran, the seconds of the pass (shared by all its widths), and how many
-    weights of convolutions and linear layers were left float."""
+    weights of convolutions and linear layers were left float, with how many bits."""
 
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
     float_weights: int = 0
+    float_bits: int = 32
 
     @property
     def weights(self) -> int:
@@ -36,9 +37,9 @@ class Report:
     @property
     def weight_bits_total(self) -> int:
         """Bits of all codes, and of the weights left float, together."""
-        return sum(layer.bits * math.prod(layer.shape) for layer in self.layers) + 32 * self.float_weights
+        return sum(layer.bits * math.prod(layer.shape) for layer in self.layers) + self.float_bits * self.float_weights
 
     @property
     def avg_bits(self) -> float:
-        """Bits per weight; a weight left float counts with its 32."""
+        """Bits per weight; a weight left float counts with its 32, or 16 where those were rounded."""
         return self.weight_bits_total / self.weights

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kdq.errors import KdqError
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.alphabet import decode
+
+#: What values that are not quantized may be rounded to.
+FLOAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,11 @@ def with_quantized_weights(
     model: nn.Module,
     weights: Mapping[str, QuantizedWeight],
     activations: Mapping[str, ActivationQuantizer] | None = None,
-    state: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` in eval mode that computes with ``weights``, kept as its ``quantized_weights``.
 
     Args:
         activations: quantizers of the inputs of layers, by name, kept as its ``quantized_activations``.
-        state: new values of other entries of the state dict.
     """
     quantized = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -55,10 +57,41 @@ def with_quantized_weights(
             parameter = quantized.get_submodule(name).weight
             assert isinstance(parameter, Tensor)
             parameter.copy_(weight.decode())
-    if state:
-        quantized.load_state_dict(dict(state), strict=False)
     for name, quantizer in (activations or {}).items():
         quantized.get_submodule(name).register_forward_pre_hook(quantizer)
     quantized.quantized_weights = dict(weights)  # type: ignore[assignment]
     quantized.quantized_activations = dict(activations or {})  # type: ignore[assignment]
     return quantized
+
+
+def with_float_dtype(network: nn.Module, name: str) -> nn.Module:
+    """A copy of ``network`` whose values outside of the quantized weights (biases, BatchNorm, layers left float) are
+    rounded to a 16-bit float, which is what :func:`kdq.save` then stores. It computes in float32 as before.
+
+    Args:
+        name: one of :data:`FLOAT_DTYPES`.
+
+    Raises:
+        KdqError: the name is unknown, or a value is too large for it.
+    """
+    dtype = FLOAT_DTYPES[check_float_dtype(name)]
+    weights = getattr(network, "quantized_weights", {})
+    rounded = copy.deepcopy(network, {id(weight): weight for weight in weights.values()})
+    for entry, value in rounded.state_dict().items():
+        if value.is_floating_point() and entry.removesuffix(".weight") not in weights:
+            value.copy_(value.to(dtype))
+            if not value.isfinite().all():
+                raise KdqError(f"{entry} holds values too large for {name}: use float_dtype=bf16")
+    rounded.kdq_float_dtype = name  # type: ignore[assignment]
+    return rounded
+
+
+def check_float_dtype(name: object) -> str:
+    """``name`` itself.
+
+    Raises:
+        KdqError: it is not one of :data:`FLOAT_DTYPES`.
+    """
+    if not isinstance(name, str) or name not in FLOAT_DTYPES:
+        raise KdqError(f"float_dtype={name!r} is unknown: use one of {', '.join(FLOAT_DTYPES)}, or null for float32")
+    return name

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 import kdq
 from kdq import KdqError
 from kdq.models import build
-from kdq.quant.packing import pack_bits, packed_bytes, unpack_bits
+from kdq.quant.bits import pack_bits, packed_bytes, unpack_bits
 
 
 @pytest.mark.parametrize("bits", range(1, 33))
@@ -22,7 +23,9 @@ def test_every_width_round_trips(bits: int) -> None:
         assert packed.dtype == torch.uint8
         assert packed.numel() == packed_bytes(count, bits)
         assert packed.numel() - count * bits / 8 < 4  # less than a byte lost per plane of eight bits
-        assert torch.equal(unpack_bits(packed, count, bits), codes)
+        unpacked = unpack_bits(packed, count, bits)
+        assert unpacked.dtype == (torch.uint8 if bits <= 8 else torch.int64)
+        assert torch.equal(unpacked.long(), codes)
 
 
 @given(st.integers(1, 32).flatmap(lambda b: st.tuples(st.just(b), st.lists(st.integers(0, 2**b - 1), max_size=40))))
@@ -112,3 +115,107 @@ def test_every_alphabet_and_activation_quantizer_loads_back(
         assert torch.equal(loaded(images), quantized(images))
     assert loaded.quantized_activations == quantized.quantized_activations
     assert kdq.save(loaded, tmp_path / "again.kdq") == (tmp_path / "net.kdq").stat().st_size
+
+
+def test_a_file_of_the_first_format_still_loads() -> None:
+    """``format1.kdq`` was written by the first version of kdq, which printed these logits."""
+    path = Path(__file__).parent / "format1.kdq"
+    loaded = kdq.load(path)
+    assert {weight.levels for weight in loaded.quantized_weights.values()} == {3, 4, 8, 16, 17, 128, 256, 4096}
+    with torch.no_grad():
+        logits = loaded(torch.linspace(-1, 1, 2 * 64).view(2, 1, 8, 8))
+    expected = [
+        [-0.008137844502925873, 0.007831007242202759, -0.9474871158599854],
+        [0.09434804320335388, 0.15706582367420197, -0.21070772409439087],
+    ]
+    torch.testing.assert_close(logits, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Any:
+    """The reader printed in FORMAT.md."""
+    text = (Path(kdq.__file__).parent / "quant" / "FORMAT.md").read_text()
+    code = text.split("<!-- reader -->\n```python\n")[1].split("```")[0]
+    assert "kdq." not in code
+    assert len(code.splitlines()) < 35
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names["read"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8, 12, 26])
+@pytest.mark.parametrize("alphabet", ["uniform", "asymmetric", "paper"])
+def test_the_documented_reader_finds_the_same_weights(
+    tmp_path: Path, relu_net: nn.Module, reader: Any, bits: int, alphabet: str
+) -> None:
+    quantized, _ = kdq.quantize(relu_net, [torch.randn(8, 3, 9, 9)], bits=bits, alphabet=alphabet, float_dtype="bf16")
+    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0], "size": [9, 9]}
+    kdq.save(quantized, tmp_path / "net.kdq", preprocess, ["a", "b", "c", "d", "e"])
+    header, weights = reader(tmp_path / "net.kdq")
+    assert header["preprocess"] == preprocess
+    assert header["classes"] == ["a", "b", "c", "d", "e"]
+    assert set(weights) == set(quantized.quantized_weights)
+    for name, weight in weights.items():
+        assert torch.equal(torch.from_numpy(weight), quantized.get_submodule(name).weight.detach())
+
+
+def test_the_documented_reader_reads_the_first_format(reader: Any) -> None:
+    path = Path(__file__).parent / "format1.kdq"
+    loaded = kdq.load(path)
+    for name, weight in reader(path)[1].items():
+        assert torch.equal(torch.from_numpy(weight), loaded.get_submodule(name).weight.detach())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_rounded_floats_are_evaluated_and_stored_as_they_are(tmp_path: Path, relu_net: nn.Module, dtype: str) -> None:
+    images = torch.randn(8, 3, 9, 9)
+    wide, wide_report = kdq.quantize(relu_net, [images], bits=3, exclude=["mix"])
+    rounded, report = kdq.quantize(relu_net, [images], bits=3, exclude=["mix"], float_dtype=dtype)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    saved = 0
+    for name, value in relu_net.state_dict().items():
+        if value.is_floating_point() and name.removesuffix(".weight") not in rounded.quantized_weights:
+            assert torch.equal(rounded.state_dict()[name], value.to(half).float())
+            saved += 2 * value.numel()
+    full, size = kdq.save(wide, tmp_path / "wide.kdq"), kdq.save(rounded, tmp_path / "net.kdq")
+    assert abs(full - size - saved) < 64  # the header's numbers differ in length
+    assert report.weight_bits_total == wide_report.weight_bits_total - 16 * relu_net.mix.weight.numel()
+    loaded = kdq.load(tmp_path / "net.kdq", network=relu_net)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), rounded(images))
+        assert not torch.equal(loaded(images), wide(images))
+        assert kdq.save(loaded, tmp_path / "again.kdq") == size
+        loaded.norm.bias.add_(0.001)
+    with pytest.raises(KdqError, match=r"norm\.bias was changed"):
+        kdq.save(loaded, tmp_path / "again.kdq")
+
+
+def test_wrong_float_dtypes_are_refused(relu_net: nn.Module) -> None:
+    images = torch.randn(8, 3, 9, 9)
+    with pytest.raises(KdqError, match="bf16, fp16"):
+        kdq.quantize(relu_net, [images], float_dtype="fp8")
+    relu_net.norm.running_var.fill_(1e6)
+    with pytest.raises(KdqError, match=r"norm\.running_var .* too large"):
+        kdq.quantize(relu_net, [images], float_dtype="fp16")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8, 26])
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_layers_that_decode_when_they_run_give_the_same_logits(tmp_path: Path, bits: int, act_bits: int | None) -> None:
+    net = build({"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 10, "width": 2.0})
+    images = torch.randn(20, 3, 8, 8)
+    quantized, _ = kdq.quantize(net, [images], bits=bits, act_bits=act_bits)
+    size = kdq.save(quantized, tmp_path / "net.kdq")
+    once, layer = (kdq.load(tmp_path / "net.kdq", decode=decode) for decode in ("once", "layer"))
+    with torch.no_grad():
+        assert torch.equal(once(images), quantized(images))
+        assert torch.equal(layer(images), quantized(images))
+    held = sum(value.nbytes for value in layer.state_dict().values())
+    assert held < size < held + 8000  # all but the header
+    assert kdq.save(layer, tmp_path / "again.kdq") == size
+    assert kdq.load(tmp_path / "again.kdq").state_dict().keys() == net.state_dict().keys()
+
+
+def test_decode_is_once_or_layer(tmp_path: Path) -> None:
+    with pytest.raises(KdqError, match="once, layer"):
+        kdq.load(tmp_path / "net.kdq", decode="never")

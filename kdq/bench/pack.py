@@ -1,0 +1,78 @@
+"""Bytes of packed networks against float ones and against bits x weights / 8, and how long packing takes.
+
+    python -m kdq.bench pack [kdq overrides]
+
+With ``paths.output_dir`` the JSON goes to its ``report/bench_pack.json``. The networks are untrained and rounded to the
+nearest levels: neither sizes nor times depend on the values.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from kdq.complaint import compose
+from kdq.files import write_text
+from kdq.models import build
+from kdq.quant.network import quantizable_layers, quantize_widths
+from kdq.quant.packing import load_packed, save_packed
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet50": {"_target_": "kdq.models.resnet50"},
+    "resnet18": {"_target_": "kdq.models.resnet18"},
+    "resnet56": {"_target_": "kdq.models.CifarResNet", "depth": 56},
+    "resnet20": {"_target_": "kdq.models.CifarResNet", "depth": 20},
+}
+COLUMNS = ("network", "bits", "avg_bits", "bytes", "of_float", "ideal_bytes", "overhead", "save_s", "load_s")
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table and write it as JSON."""
+    folder = Path(compose(arguments).paths.output_dir)
+    rows = [row for name in NETWORKS for row in measure(name)]
+    text = Table(*COLUMNS, title="packed bytes; overhead over avg_bits x weights / 8 in %; seconds to save and to load")
+    for row in rows:
+        text.add_row(*(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS))
+    Console(width=120).print(text)
+    write_text(folder / "report" / "bench_pack.json", json.dumps(rows, indent=1))
+
+
+def measure(name: str, repeats: int = 3) -> list[dict[str, Any]]:
+    """One row for every width, and for every third layer at 2, 4 and 8 bits; times are the least of ``repeats``."""
+    torch.manual_seed(0)
+    network = build(NETWORKS[name] | {"num_classes": 10}).eval()
+    layers = quantizable_layers(network)
+    mixed = {layer: (2, 4, 8)[index % 3] for index, layer in enumerate(layers)}
+    widths: dict[str, Any] = {"2": 2, "3": 3, "4": 4, "8": 8, "2/4/8": mixed}
+    images = [torch.randn(4, 3, 16, 16)]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.kdq"
+        save_file(network.state_dict(), path)
+        float_bytes = path.stat().st_size
+        for dtype in (None, "bf16"):
+            versions = quantize_widths(network, images, list(widths.values()), solver="rtn", float_dtype=dtype)
+            for width, (version, report) in zip(widths, versions, strict=True):
+                save_s = min(_seconds(save_packed, version, path) for _ in range(repeats))
+                load_s = min(_seconds(load_packed, path) for _ in range(repeats))
+                size, ideal = path.stat().st_size, report.weight_bits_total / 8
+                label = width if dtype is None else f"{width} + {dtype}"
+                overhead = 100 * (size / ideal - 1)
+                values = (name, label, report.avg_bits, size, size / float_bytes, round(ideal), overhead)
+                rows.append(dict(zip(COLUMNS, (*values, save_s, load_s), strict=True)))
+    return rows
+
+
+def _seconds(function: Any, *arguments: nn.Module | Path) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start

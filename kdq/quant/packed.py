@@ -1,0 +1,75 @@
+"""Weights that stay packed: decoded once, or every time their layer runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kdq.quant.alphabet import decode
+from kdq.quant.bits import pack_bits, unpack_bits
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A :class:`kdq.quant.weights.QuantizedWeight` whose codes take their bits and no more.
+
+    Attributes:
+        packed: uint8, see :mod:`kdq.quant.bits`.
+        shape: of the weight.
+        scale, zero: ``(out_channels,)``.
+        levels: size of the alphabet.
+    """
+
+    packed: Tensor
+    shape: torch.Size
+    scale: Tensor
+    zero: Tensor
+    levels: int
+
+    @classmethod
+    def of(cls, codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> PackedWeight:
+        return cls(pack_bits(codes.flatten(), max(1, (levels - 1).bit_length())), codes.shape, scale, zero, levels)
+
+    @property
+    def bits(self) -> int:
+        return max(1, (self.levels - 1).bit_length())
+
+    @property
+    def codes(self) -> Tensor:
+        """int64, in the weight's own shape."""
+        return self._unpacked().long()
+
+    def decode(self) -> Tensor:
+        """The weight, the same bits as the unpacked one's."""
+        return decode(self._unpacked().flatten(1), self.scale[:, None], self.zero[:, None], self.levels).view(
+            self.shape
+        )
+
+    def _unpacked(self) -> Tensor:
+        return unpack_bits(self.packed, self.shape.numel(), self.bits).view(self.shape)
+
+
+class Decoding(nn.Module):
+    """Makes a layer's weight from its packed codes: a parametrization, run whenever the weight is asked for."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.shape, self.levels = weight.shape, weight.levels
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("zero", weight.zero)
+
+    def forward(self, packed: Tensor) -> Tensor:
+        return PackedWeight(packed, self.shape, self.scale, self.zero, self.levels).decode()
+
+
+def keep_packed(layer: nn.Module, weight: PackedWeight) -> None:
+    """Let ``layer`` hold nothing but ``weight``'s packed codes: its weight is decoded when it runs, and then freed."""
+    layer.weight = nn.Parameter(weight.packed, requires_grad=False)
+    # "unsafe": the decoded weight has another dtype and shape than what is stored.
+    parametrize.register_parametrization(layer, "weight", Decoding(weight), unsafe=True)
