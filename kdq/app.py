@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,22 +17,30 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdq.complaint import CONFIG_PATH, describe
 from kdq.errors import KdqError
+from kdq.failures import Job
 
 if TYPE_CHECKING:
+    from hydra.plugins.launcher import Launcher
+
     from kdq.results import Row
+    from kdq.sweep.plan import Compose
 
 
 def job(cfg: DictConfig) -> list[Row]:
-    """One job of Hydra's: a cell, or several that differ in their bits only."""
-    from kdq.pipeline import run
+    """One job of Hydra's: a cell, or several that differ in their bits only, or one model that cells need."""
+    from kdq import pipeline
 
     alone = HydraConfig.get().mode == RunMode.RUN
     try:
-        rows = run(cfg)
+        if cfg.kdq.train is not None:
+            pipeline.train(cfg, cfg.kdq.train, _place())
+            return []
+        rows = pipeline.run(cfg, _place())
         if alone:
             finish(cfg, rows)
         return rows
     except Exception as error:
+        _keep_trace()
         if not alone or cfg.kdq.debug:
             raise
         # Hydra would put a line of its own before ours.
@@ -48,23 +58,56 @@ def finish(cfg: DictConfig, rows: Sequence[Row]) -> None:
     print_results(Console(), output, rows, write_report(output), output / "runs")
 
 
-def finish_sweep(cfg: DictConfig, returns: Sequence[Any]) -> None:
-    """:func:`finish` for the jobs of a sweep.
+def _place() -> Job:
+    """This job, as the record of a failure names it."""
+    hydra = HydraConfig.get()
+    return Job(str(Path(hydra.runtime.output_dir) / f"{hydra.job.name}.log"), tuple(hydra.overrides.task))
+
+
+def _keep_trace() -> None:
+    """Where an error was raised belongs in the job's log; in the terminal stands one line."""
+    with contextlib.suppress(OSError), open(_place().log, "a") as log:
+        traceback.print_exc(file=log)
+
+
+def sweep(
+    cfg: DictConfig, cells: Sequence[Sequence[str]], compose: Compose, launcher: Launcher, dry_run: bool
+) -> list[Row]:
+    """The jobs of ``kdq -m``: what is missing of the cells, in waves.
+
+    Args:
+        cells: the overrides of each.
+        dry_run: only say what would be done.
 
     Raises:
-        KdqError: some failed; their causes are printed first, one line each.
+        KdqError: some rows are missing at the end; why is printed first, one line for each cause.
     """
-    # JobReturn.return_value raises what the job raised, one job at a time; here all of them are wanted.
-    outcomes = [(returned.overrides, returned._return_value) for returned in returns]
-    failed = [(overrides, value) for overrides, value in outcomes if isinstance(value, BaseException)]
-    finish(cfg, [row for _, value in outcomes if not isinstance(value, BaseException) for row in value])
-    common = set.intersection(*(set(overrides) for overrides, _ in outcomes)) if len(outcomes) > 1 else set()
-    for overrides, error in failed:
-        which = " ".join(override for override in overrides if override not in common)
-        print(f"kdq: failed: {which}: {describe(error)}", file=sys.stderr)
-    if failed:
-        error = KdqError(f"{len(failed)} of {len(outcomes)} jobs failed (run the same command again for those only)")
-        raise error from failed[0][1]
+    from rich.console import Console
+
+    from kdq.results import read_rows
+    from kdq.sweep.plan import make_plan
+    from kdq.sweep.run import run_plan
+    from kdq.sweep.show import failure_lines, print_plan, summary
+    from kdq.sweep.status import Status
+
+    output = Path(cfg.paths.output_dir)
+    plan = make_plan([tuple(cell) for cell in cells], compose, output)
+    if dry_run:
+        print_plan(Console(), plan)
+        return []
+    console = Console(stderr=True)
+    for line in summary(plan) if plan.jobs else []:
+        console.print(line, soft_wrap=True, highlight=False)
+    status = Status(console, plan, live=getattr(launcher, "jobs_write_elsewhere", False))
+    failures = run_plan(plan, launcher.launch, Path(cfg.hydra.sweep.dir), status)
+    rows = read_rows(output / "rows", set(plan.rows))
+    finish(cfg, rows)
+    if failures or plan.impossible:
+        for line in failure_lines(plan, failures):
+            print(f"kdq: {line}", file=sys.stderr)
+        asked = len(plan.rows) + len(plan.impossible)
+        raise KdqError(f"{asked - len(rows)} of {asked} rows are missing (the same command again makes only those)")
+    return rows
 
 
 def main() -> None:

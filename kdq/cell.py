@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from kdq.data.images import Images
+from kdq.data.sets import ImageSet
 from kdq.errors import KdqError
 from kdq.models import build
 from kdq.store import Entry, Store
@@ -40,7 +42,7 @@ class Cell:
     @cached_property
     def images(self) -> Images:
         config = plain(self.cfg.data)
-        return Images(hydra.utils.instantiate(config["source"]), config)
+        return Images(_image_set(json.dumps(config["source"])), config)
 
     @cached_property
     def device(self) -> torch.device:
@@ -57,6 +59,12 @@ class Cell:
     def role(self) -> str:
         """Whose weights are quantized: ``teacher`` or ``student``."""
         return "teacher" if self.cfg.method._target_ is None else "student"
+
+    @property
+    def name(self) -> str:
+        """What people tell cells apart by, apart from the bits."""
+        cfg, role = self.cfg, self.cfg[self.role]
+        return f"{cfg.data.name}-{cfg.method.name}-{role.name}-s{role.seed}-{cfg.quant.name}"
 
     def network(self, role: str, entry: Entry) -> nn.Module:
         """The stored network of a role, in eval mode, on the CPU."""
@@ -77,6 +85,12 @@ class Cell:
             group=cfg.sweep,
             config=axes | {"quantizer": cfg.quant.name} | dict(extra),
         )
+
+
+@lru_cache(maxsize=2)
+def _image_set(source: str) -> ImageSet:
+    """The images that ``source`` (JSON) describes, read and hashed once for all cells of a process."""
+    return hydra.utils.instantiate(json.loads(source))
 
 
 def plain(config: Any) -> Any:

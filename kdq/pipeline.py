@@ -5,23 +5,45 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from kdq.cell import Cell
-from kdq.quantize_stage import asked_widths, quantize, row_spec
+from kdq.errors import KdqError
+from kdq.failures import Job, recorded
+from kdq.quantize_stage import quantize, row_keys
 from kdq.results import Row, read_rows
-from kdq.store import key_of
-from kdq.train_stage import float_model
+from kdq.train_stage import obtain, planned
 
 
-def run(cfg: DictConfig) -> list[Row]:
+def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     """The rows that the config asks for, one per width: those on disk, and the missing ones, made in one pass.
+
+    Args:
+        job: named in the record that a failure leaves.
 
     Raises:
         KdqError: with one line that says what is wrong with the config, the data or a stored file.
     """
     cell = Cell(cfg)
-    asked, _ = asked_widths(cell), cell.device  # wrong settings are refused before anything is trained
-    entry = float_model(cell)
-    keys = {width: key_of(row_spec(cell, entry, width)) for width in asked}
-    known = {row.config_hash: row for row in read_rows(cell.output / "rows")}
+    _ = cell.device  # a wrong setting is refused before anything is trained
+    model = planned(cell)
+    keys = row_keys(cell, model)
+    known = {row.config_hash: row for row in read_rows(cell.output / "rows", set(keys.values()))}
     missing = {width: key for width, key in keys.items() if key not in known}
-    made = quantize(cell, entry, missing) if missing else {}
-    return [made[width] if width in made else known[keys[width]] for width in asked]
+    made = {}
+    if missing:
+        with recorded(cell.output, {key: f"{cell.name}-b{width}" for width, key in missing.items()}, job):
+            made = quantize(cell, obtain(cell.store, model), missing)
+    return [made[width] if width in made else known[key] for width, key in keys.items()]
+
+
+def train(cfg: DictConfig, key: str, job: Job = Job()) -> None:  # noqa: B008
+    """Make one of the models that the config's rows need, and no row: a job of a sweep's first waves.
+
+    Raises:
+        KdqError: as :func:`run`, or ``key`` is none of them.
+    """
+    cell = Cell(cfg)
+    _ = cell.device
+    found = {model.key: model for model in planned(cell).lineage()}
+    if key not in found:
+        raise KdqError(f"kdq.train={key} is not one of this cell's models: {', '.join(found)}")
+    with recorded(cell.output, {key: found[key].slug}, job):
+        obtain(cell.store, found[key])

@@ -30,6 +30,7 @@ from kdq.quant.weights import with_float_dtype
 from kdq.results import Row, write_row
 from kdq.store import Entry, key_of
 from kdq.tracking import run_folder
+from kdq.train_stage import Model
 
 log = logging.getLogger(__name__)
 
@@ -66,20 +67,29 @@ def asked_widths(cell: Cell) -> list[Width]:
     return [tuple(widths)] if cell.cfg.quant.get("search") else list(widths)
 
 
-def row_spec(cell: Cell, entry: Entry, width: Width) -> dict[str, Any]:
-    """Everything that a row of the model ``entry`` depends on; its hash is the row's ``config_hash``."""
+def row_spec(cell: Cell, model: Model | Entry, width: Width) -> dict[str, Any]:
+    """Everything that a row of ``model`` depends on; its hash is the row's ``config_hash``."""
     quant = {name: value for name, value in plain(cell.cfg.quant).items() if name != "bits"}
     data = cell.images.spec() | {"test_limit": cell.cfg.data.test_limit}
     method, seed = cell.cfg.method.name, cell.cfg[cell.role].seed
     return {
         "stage": "quantize",
-        "model": entry.key,
+        "model": model.key,
         "method": method,
         "seed": seed,
         "data": data,
         "quant": quant,
         "bits": width if isinstance(width, int) else list(width),
     }
+
+
+def row_keys(cell: Cell, model: Model) -> dict[Width, str]:
+    """The ``config_hash`` of each row that the cell asks for.
+
+    Raises:
+        KdqError: it asks for an impossible width.
+    """
+    return {width: key_of(row_spec(cell, model, width)) for width in asked_widths(cell)}
 
 
 def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str]) -> dict[Width, Row]:

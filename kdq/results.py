@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,17 @@ def write_row(folder: Path, row: Row) -> Path:
     return path
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """All rows below ``folder``, sorted by what tells them apart; a damaged file is named in a warning and left out."""
+def read_rows(folder: Path, hashes: Container[str] | None = None) -> list[Row]:
+    """The rows below ``folder``, sorted by what tells them apart; a damaged file is named in a warning and left out.
+
+    Args:
+        hashes: the ``config_hash`` of the rows that are wanted; other files, of which there may be thousands, are not
+            opened.
+    """
     rows = []
     for path in sorted(folder.glob("*.json")):
+        if hashes is not None and path.stem.rpartition("-")[2] not in hashes:
+            continue
         try:
             rows.append(_row(json.loads(path.read_text())))
         except (OSError, ValueError, TypeError, AttributeError) as error:

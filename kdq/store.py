@@ -69,14 +69,17 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def path(self, spec: Mapping[str, Any], slug: str) -> Path:
+        """Where the entry made from ``spec`` is, once it is there."""
+        return self.root / f"{slug}-{key_of(spec)}"
+
     def get(self, spec: Mapping[str, Any], slug: str) -> Entry | None:
         """The entry made from ``spec``, or None.
 
         Raises:
             KdqError: it is there but was damaged.
         """
-        key = key_of(spec)
-        path = self.root / f"{slug}-{key}"
+        path = self.path(spec, slug)
         if not path.is_dir():
             return None
         try:
@@ -87,7 +90,7 @@ class Store:
             raise KdqError(f"the stored model {path} is damaged ({error}): delete this folder and run again") from error
         if damaged:
             raise KdqError(f"{path / damaged[0]} does not match its checksum: delete the folder {path} and run again")
-        return Entry(path, key, metrics)
+        return Entry(path, key_of(spec), metrics)
 
     def get_or_make(
         self,
@@ -136,10 +139,10 @@ class Store:
                     os.fsync(stream.fileno())
             temporary.chmod(0o755)
             try:
-                os.rename(temporary, self.root / f"{slug}-{key}")
+                os.rename(temporary, self.path(spec, slug))
             except OSError:
                 # A holder that was taken for dead may have published first; equal specs make equal entries.
-                if not (self.root / f"{slug}-{key}").is_dir():
+                if not self.path(spec, slug).is_dir():
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,15 @@
-"""The stages that train: teacher -> student, each taken from the store when it is there."""
+"""The stages that train: teacher -> student. What a cell needs is known before anything is made.
+
+:func:`planned` describes the model that a cell quantizes and, through ``needs``, every model that goes into it; that
+costs no training, and keys and paths follow from it. :func:`obtain` takes a described model from the store or makes
+it. A sweep plans its waves, and a cell alone makes what it needs, from the same descriptions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +22,7 @@ from kdq.evaluate import evaluate
 from kdq.models import build
 from kdq.pretrained import IMAGENET
 from kdq.processes import run_training
-from kdq.store import Entry
+from kdq.store import Entry, Store, key_of
 from kdq.training import NetworkSpec, TrainingSpec, check_fit
 from kdq.weights import file_digest, load_weights, locate
 
@@ -24,28 +31,77 @@ CROSS_ENTROPY = {"_target_": "kdq.distill.baseline.Baseline"}
 #: The value of ``weights`` that asks for the stored cross-entropy network of the same data, net, recipe and seed.
 BASELINE = "baseline"
 
+#: From a work folder to the state dict and the metrics of a model.
+Make = Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A float model, made or not.
+
+    Attributes:
+        spec: everything that affects its weights.
+        slug: for people, the same for equal specs.
+        role: ``teacher`` or ``student``.
+        needs: the models that must be there first.
+        make: see :meth:`kdq.store.Store.get_or_make`.
+        training: how it is trained; None for one that is read from a file.
+    """
+
+    spec: Mapping[str, Any]
+    slug: str
+    role: str
+    needs: tuple[Model, ...]
+    make: Make
+    training: TrainingSpec | None = None
+
+    @cached_property
+    def key(self) -> str:
+        return key_of(self.spec)
+
+    def lineage(self) -> Iterator[Model]:
+        """This model and every one that goes into it; one that several need comes several times."""
+        yield self
+        for model in self.needs:
+            yield from model.lineage()
+
 
 def float_model(cell: Cell) -> Entry:
+    """The model whose weights the cell quantizes, from the store or made now."""
+    return obtain(cell.store, planned(cell))
+
+
+def obtain(store: Store, model: Model) -> Entry:
+    """``model`` from the store, or made now, after what it needs."""
+    entry = store.get(model.spec, model.slug)
+    if entry is None:
+        for needed in model.needs:
+            obtain(store, needed)
+        entry = store.get_or_make(model.spec, model.slug, model.make)
+    return entry
+
+
+def planned(cell: Cell) -> Model:
     """The model whose weights the cell quantizes: the teacher itself, or the student that the method trains."""
     if cell.role == "teacher":
-        return teacher(cell)
+        return _teacher(cell)
     method = plain(cell.cfg.method)
     name, peer = method.pop("name"), method.pop("peer", None)
     role = plain(cell.cfg.student)
     role["weights"] = method.pop("weights", role["weights"])
     takes = getattr(hydra.utils.get_class(method["_target_"]), "takes", ())
-    others: dict[str, tuple[NetworkSpec, str | None]] = {}
+    others: dict[str, _Start] = {}
     if "teacher" in takes:
-        entry = teacher(cell)
-        spec = NetworkSpec(cell.cfg.teacher.name, plain(cell.cfg.teacher.net), 0, _file(entry))
-        others["teacher"] = (spec, entry.key)
+        model = _teacher(cell)
+        spec = NetworkSpec(cell.cfg.teacher.name, plain(cell.cfg.teacher.net), 0, _file(cell, model))
+        others["teacher"] = _Start(spec, model.key, (model,))
     if "peer" in takes:
         seed = role["seed"] + 1 if peer["seed"] is None else peer["seed"]
         others["peer"] = _start(cell, {**peer, "seed": seed, "recipe": role["recipe"]})
-    return _trained(cell, "distill", name, role, method, others)
+    return _trained(cell, "student", name, role, method, others)
 
 
-def teacher(cell: Cell) -> Entry:
+def _teacher(cell: Cell) -> Model:
     """The teacher: read from ``teacher.weights``, or trained with cross-entropy when there are none."""
     role = plain(cell.cfg.teacher)
     if role["weights"] is None:
@@ -60,52 +116,71 @@ def teacher(cell: Cell) -> Entry:
         metrics = evaluate(network, cell.images.evaluation("val", torch.device("cpu")), cell.cfg.data.num_classes)
         return network.state_dict(), {"val_top1": metrics["top1"], "train_seconds": 0.0}
 
-    return cell.store.get_or_make(spec, f"{cell.cfg.data.name}-loaded-{role['name']}", read)
+    return Model(spec, f"{cell.cfg.data.name}-loaded-{role['name']}", "teacher", (), read)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A network as it enters a training, what identifies its weights (None: random ones, which the seed identifies),
+    and the models that they come from."""
+
+    network: NetworkSpec
+    identity: str | None
+    needs: tuple[Model, ...] = ()
 
 
 def _trained(
     cell: Cell,
-    job_type: str,
+    role_name: str,
     method_name: str,
     role: Mapping[str, Any],
     method: Mapping[str, Any],
-    others: Mapping[str, tuple[NetworkSpec, str | None]],
-) -> Entry:
+    others: Mapping[str, _Start],
+) -> Model:
     """The network of ``role``, trained with ``method``. Equal specs are one entry, whoever asks.
 
     Args:
         role: ``name, net, weights, recipe, seed``.
-        others: the networks that the method takes beside it, each with what identifies its weights.
+        others: the networks that the method takes beside it.
     """
-    student, start = _start(cell, role)
+    start = _start(cell, role)
     spec = {
         "stage": "train",
         "data": cell.images.spec(),
         "net": role["net"],
-        "weights": start,
+        "weights": start.identity,
         "method": dict(method),
         "recipe": role["recipe"],
         "precision": cell.cfg.trainer.precision,
         "seed": role["seed"],
-        "others": {name: {"net": net.net, "seed": net.seed, "weights": key} for name, (net, key) in others.items()},
+        "others": {
+            name: {"net": other.network.net, "seed": other.network.seed, "weights": other.identity}
+            for name, other in others.items()
+        },
     }
     slug = f"{cell.cfg.data.name}-{method_name}-{role['name']}-s{role['seed']}"
-    label = "teacher" if job_type == "teacher" else method_name
-    networks = {"student": student} | {name: net for name, (net, _) in others.items()}
+    label, job_type = ("teacher", "teacher") if role_name == "teacher" else (method_name, "distill")
+    networks = {"student": start.network} | {name: other.network for name, other in others.items()}
     training = TrainingSpec(label, job_type, method, role["recipe"], networks)
+    needs = [model for one in (start, *others.values()) for model in one.needs]
+    return Model(spec, slug, role_name, tuple(needs), _train(cell, training, spec, slug), training)
 
-    def train(work: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+
+def _train(cell: Cell, training: TrainingSpec, spec: Mapping[str, Any], slug: str) -> Make:
+    """Runs the training and publishes its better learner; the others lie beside it under keys of their own."""
+
+    def make(work: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         best, metrics = run_training(cell, training, work)
         results = {
             name: {"val_top1": 100 * one.top1, "best_epoch": one.epoch, "learner": name} | metrics
             for name, one in best.items()
         }
         for name in set(best) - {"student"}:  # whose architecture is not the one that the config names
-            results[name] |= {"arch": networks[name].name, "net": networks[name].net}
+            results[name] |= {"arch": training.networks[name].name, "net": training.networks[name].net}
 
         def keep(name: str) -> str:
             return cell.store.get_or_make(
-                spec | {"learner": name}, f"{slug}-{name}", lambda _: (best[name].weights, results[name])
+                {**spec, "learner": name}, f"{slug}-{name}", lambda _: (best[name].weights, results[name])
             ).key
 
         # The first of equals: the student, where it is as good as its peer.
@@ -114,23 +189,22 @@ def _trained(
             results[winner] |= {f"val_top1_{name}": 100 * best[name].top1, f"key_{name}": keep(name)}
         return best[winner].weights, results[winner]
 
-    return cell.store.get_or_make(spec, slug, train)
+    return make
 
 
-def _start(cell: Cell, role: Mapping[str, Any]) -> tuple[NetworkSpec, str | None]:
-    """A network and where its training starts, with what identifies those weights: None for random ones, which the
-    seed identifies."""
-    source = role["weights"]
+def _start(cell: Cell, role: Mapping[str, Any]) -> _Start:
+    """The network of ``role`` and where its training starts."""
+    source, needs = role["weights"], tuple[Model, ...]()
     if source is None or source == IMAGENET:
         weights, identity = source, source
     elif source == BASELINE:
-        entry = _trained(cell, "distill", "baseline", {**role, "weights": None}, CROSS_ENTROPY, {})
-        weights, identity = _file(entry), entry.key
+        model = _trained(cell, "student", "baseline", {**role, "weights": None}, CROSS_ENTROPY, {})
+        weights, identity, needs = _file(cell, model), model.key, (model,)
     else:
         path = locate(source)
         weights, identity = str(path), file_digest(path)
-    return NetworkSpec(role["name"], role["net"], role["seed"], weights), identity
+    return _Start(NetworkSpec(role["name"], role["net"], role["seed"], weights), identity, needs)
 
 
-def _file(entry: Entry) -> str:
-    return str((entry.path / "weights.safetensors").absolute())
+def _file(cell: Cell, model: Model) -> str:
+    return str((cell.store.path(model.spec, model.slug) / "weights.safetensors").absolute())

@@ -39,7 +39,7 @@ PLAIN_NET = ["~student.net", "+student.net={_target_: ddp_probe.plain_net, num_c
 @pytest.fixture(autouse=True)
 def probes_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
 
 
 def trained(output: Path, *overrides: str) -> Entry:

@@ -1,25 +1,28 @@
-"""Hydra's grid sweeper, with one bad job never taking the others with it and a report at the end."""
+"""Hydra's grid sweeper in waves: a thin shell over :mod:`kdq.sweep`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 
 class KdqSweeper(BasicSweeper):
-    """Launches every cell of the grid through the configured launcher, then rebuilds the report over all of them.
+    """Launches what is missing of a grid through the configured launcher: models first, each once, then rows.
 
-    BasicSweeper stops at the first failed job's exception, without the other failures and without Hydra's end-of-run
-    callbacks; here every failure is listed and the rest is kept.
+    Args:
+        dry_run: print the plan and launch nothing.
     """
 
-    def sweep(self, arguments: list[str]) -> Sequence[Any]:
-        from kdq.app import finish_sweep
+    def __init__(self, dry_run: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dry_run = dry_run
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from kdq.app import sweep
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -27,10 +30,14 @@ class KdqSweeper(BasicSweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (cells,) = self.split_arguments(overrides, None)
-        self.validate_batch_is_legal(cells)
-        folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        returns = self.launcher.launch(cells, initial_job_idx=0)
-        finish_sweep(self.config, returns)
-        return returns
+        if not self.dry_run:
+            folder = Path(self.config.hydra.sweep.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, folder / "multirun.yaml")
+        self.config.hydra.hydra_logging.root.level = "WARNING"  # kdq says itself what it launches
+        return sweep(self.config, cells, self._compose, self.launcher, self.dry_run)
+
+    def _compose(self, overrides: tuple[str, ...]) -> DictConfig:
+        assert self.config is not None
+        assert self.hydra_context is not None
+        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))

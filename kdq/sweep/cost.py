@@ -1,0 +1,48 @@
+"""What a job costs, roughly: multiply-accumulate operations, which need no machine to be counted on."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdq.cell import Cell, plain
+from kdq.models import build
+from kdq.train_stage import Model
+
+
+def model_work(cell: Cell, model: Model) -> float:
+    """Of training ``model``; 0 where it is not known. A backward pass counts as two forward passes; frozen networks
+    have none."""
+    if model.training is None:
+        return 0.0
+    image = (cell.cfg.data.in_channels, cell.images.height, cell.images.width)
+    passes = len(cell.images.split.train) * model.training.recipe["epochs"]
+    networks = model.training.networks.items()
+    return passes * sum(
+        (1 if name == "teacher" else 3) * _forward(json.dumps(net.net), image) for name, net in networks
+    )
+
+
+def row_work(cell: Cell, rows: int) -> float:
+    """Of quantizing one model to ``rows`` widths together and evaluating each; solvers come on top."""
+    data, images = cell.cfg.data, cell.images
+    tested = min(len(images.set.test_images), data.test_limit or len(images.set.test_images))
+    calibrated = 0 if cell.cfg.quant.solver is None else cell.cfg.quant.images
+    net = json.dumps(plain(cell.cfg[cell.role].net))
+    return (rows + 1) * (calibrated + tested) * _forward(net, (data.in_channels, images.height, images.width))
+
+
+@lru_cache(maxsize=64)
+def _forward(net: str, image: tuple[int, int, int]) -> float:
+    """Of one image through one network, counted on shapes alone; 0 for a network that needs real numbers."""
+    try:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network: nn.Module = build(json.loads(net)).eval()
+            network(torch.zeros(1, *image))
+        return counter.get_total_flops() / 2
+    except Exception:  # a network of the user's own may do anything; its own job will say what is wrong with it
+        return 0.0

@@ -1,0 +1,182 @@
+"""From the cells of a grid to jobs in waves.
+
+    wave 1          models that need no other: teachers, baselines, DML's students
+    wave 2 ...      models that need those: distilled students
+    last wave       rows: every missing width of one model in one job
+
+Keys come from :func:`kdq.train_stage.planned` and :func:`kdq.quantize_stage.row_keys`, which the jobs themselves use:
+what a wave leaves in the store is what the next one finds there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from kdq.cell import Cell
+from kdq.complaint import describe
+from kdq.quantize_stage import Width, row_keys
+from kdq.results import read_rows
+from kdq.sweep.cost import model_work, row_work
+from kdq.train_stage import Model, planned
+
+Overrides = tuple[str, ...]
+#: From the overrides of a cell to its config.
+Compose = Callable[[Overrides], DictConfig]
+
+_BITS = "quant.bits="
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a wave.
+
+    Attributes:
+        name: says the model or the cell.
+        kind: ``teacher``, ``student`` or ``rows``.
+        what: says more.
+        overrides: what composes the config that makes it.
+        makes: what will be there afterwards, a model or rows: key to name.
+        needs: keys of the models that other jobs make before.
+        work: multiply-accumulate operations, roughly.
+    """
+
+    name: str
+    kind: str
+    what: str
+    overrides: Overrides
+    makes: dict[str, str]
+    needs: frozenset[str]
+    work: float
+
+
+@dataclass
+class Plan:
+    """What a sweep does.
+
+    Attributes:
+        output: the folder that has the store and the rows.
+        cells: the overrides of each cell of the grid.
+        waves: jobs that may run at once, in order.
+        rows: the distinct rows that were asked for, whether they are there or not: key to the cell's name.
+        models_there: how many models of missing rows are in the store.
+        speed: operations a second of the trainings of those; 0 where there is none.
+        impossible: cells that cannot even be planned: their overrides, and why.
+    """
+
+    output: Path
+    cells: Sequence[Overrides]
+    waves: list[list[Job]] = field(default_factory=list)
+    rows: dict[str, str] = field(default_factory=dict)
+    models_there: int = 0
+    speed: float = 0.0
+    impossible: list[tuple[Overrides, str]] = field(default_factory=list)
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for wave in self.waves for job in wave]
+
+    @property
+    def work(self) -> float:
+        return sum(job.work for job in self.jobs)
+
+
+def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Plan:
+    """The jobs that make what is missing of ``cells``.
+
+    Raises:
+        hydra.errors.HydraException: the overrides of a cell do not fit the config; nothing should be launched then.
+    """
+    plan, models, jobs = Plan(output, cells), _Models(), list[Job]()
+    for group in _by_bits(cells):
+        for cell, overrides in _composed(group, compose, plan):
+            keys = row_keys(cell, planned(cell))
+            new = {width: key for width, key in keys.items() if key not in plan.rows}  # cells may mean the same row
+            plan.rows |= dict.fromkeys(new.values(), cell.name)
+            there = {row.config_hash for row in read_rows(output / "rows", set(new.values()))}
+            missing = {width: key for width, key in new.items() if key not in there}
+            if missing:
+                jobs.append(_rows_job(cell, overrides, missing, models.missing(cell, planned(cell), overrides)))
+    plan.waves = [wave for wave in (*models.waves(), jobs) if wave]
+    plan.models_there, plan.speed = len(models.there), models.speed()
+    return plan
+
+
+def _by_bits(cells: Sequence[Overrides]) -> list[list[Overrides]]:
+    """The cells, those together that differ in nothing but their bits."""
+    groups: dict[Overrides, list[Overrides]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(o for o in cell if not o.startswith(_BITS)), []).append(cell)
+    return list(groups.values())
+
+
+def _composed(group: list[Overrides], compose: Compose, plan: Plan) -> Iterator[tuple[Cell, Overrides]]:
+    """The cells of a group as one with a list of bits, where that means the same; else one by one.
+
+    What cannot be planned is noted in ``plan``.
+    """
+    if len(group) > 1:
+        parser = OverridesParser.create()
+        values = [parser.parse_override(o).value() for cell in group for o in cell if o.startswith(_BITS)]
+        bits = [width for value in values for width in (value if isinstance(value, list) else [value])]
+        together = (*(o for o in group[0] if not o.startswith(_BITS)), f"{_BITS}{bits}".replace(" ", ""))
+        cell = Cell(compose(together))
+        # For a bit search a list is the candidates of one row. A wrong width must not take the others with it.
+        if not cell.cfg.quant.get("search") and all(isinstance(width, int) and 2 <= width <= 32 for width in bits):
+            group = [together]
+    for overrides in group:
+        try:
+            cell = Cell(compose(overrides))
+            row_keys(cell, planned(cell))
+        except HydraException:
+            raise
+        except Exception as error:
+            plan.impossible.append((overrides, describe(error)))
+        else:
+            yield cell, overrides
+
+
+def _rows_job(cell: Cell, overrides: Overrides, missing: dict[Width, str], needs: frozenset[str]) -> Job:
+    names = {width: "-".join(map(str, width)) if isinstance(width, tuple) else str(width) for width in missing}
+    makes = {key: f"{cell.name}-b{names[width]}" for width, key in missing.items()}
+    what = f"{len(missing)} of {' '.join(names.values())} bits"
+    return Job(cell.name, "rows", what, overrides, makes, needs, row_work(cell, len(missing)))
+
+
+class _Models:
+    """The distinct models that rows need."""
+
+    def __init__(self) -> None:
+        self.there: dict[str, tuple[float, float]] = {}  # work and seconds
+        self._jobs: dict[str, tuple[int, Job]] = {}  # wave and job
+
+    def missing(self, cell: Cell, model: Model, overrides: Overrides) -> frozenset[str]:
+        """The keys of what must be made for ``model`` to be there, itself included; a job is noted for each."""
+        if model.key in self.there:
+            return frozenset()
+        if model.key in self._jobs:
+            return self._jobs[model.key][1].needs | {model.key}
+        if cell.store.path(model.spec, model.slug).is_dir():
+            entry = cell.store.get(model.spec, model.slug)
+            seconds = float(entry.metrics.get("train_seconds", 0.0)) if entry else 0.0
+            self.there[model.key] = (model_work(cell, model), seconds)
+            return frozenset()
+        needs = frozenset[str]().union(*(self.missing(cell, needed, overrides) for needed in model.needs))
+        wave = 1 + max((self._jobs[key][0] for key in needs), default=0)
+        epochs = f"{model.training.recipe['epochs']} epochs" if model.training else "read from a file"
+        makes, work = {model.key: model.slug}, model_work(cell, model)
+        self._jobs[model.key] = (wave, Job(model.slug, model.role, epochs, overrides, makes, needs, work))
+        return needs | {model.key}
+
+    def waves(self) -> list[list[Job]]:
+        count = max((wave for wave, _ in self._jobs.values()), default=0)
+        return [[job for wave, job in self._jobs.values() if wave == number] for number in range(1, count + 1)]
+
+    def speed(self) -> float:
+        timed = [(work, seconds) for work, seconds in self.there.values() if work and seconds]
+        return sum(work for work, _ in timed) / sum(seconds for _, seconds in timed) if timed else 0.0

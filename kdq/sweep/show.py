@@ -1,0 +1,93 @@
+"""A plan as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from kdq.failures import Failure
+from kdq.sweep.plan import Plan
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Waves, jobs, what is there already, and the rough cost."""
+    if plan.jobs:
+        text = Table(title=f"{len(plan.jobs)} jobs in {len(plan.waves)} waves; jobs of one wave may run at once")
+        for column in ("wave", "job", "makes"):
+            text.add_column(column)
+        text.add_column("cost", justify="right")
+        for number, wave in enumerate(plan.waves, 1):
+            for job in wave:
+                text.add_row(str(number), job.name, f"{job.kind}, {job.what}", cost(job.work, plan.speed))
+            text.add_section()
+        if not console.is_terminal:  # a log has no width that a table could be cut to
+            console = Console(width=console.measure(text, options=console.options.update(width=9999)).maximum)
+        console.print(text)
+    for line in summary(plan):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def summary(plan: Plan) -> list[str]:
+    """What is there and what will be made, in a few lines."""
+    trainings = sum(job.kind != "rows" for job in plan.jobs)
+    missing = sum(len(job.makes) for job in plan.jobs if job.kind == "rows")
+    lines = [f"rows:     {len(plan.rows)} asked for, {len(plan.rows) - missing} there, {missing} to make"]
+    if missing:
+        lines.append(
+            f"models:   {trainings + plan.models_there} distinct, {plan.models_there} there, {trainings} to make"
+        )
+        lines.append(f"cost:     {cost(plan.work, plan.speed)}, {cost_basis(plan)}")
+    lines += [f"impossible: {' '.join(overrides)}: {cause}" for overrides, cause in plan.impossible]
+    return lines
+
+
+def cost(work: float, speed: float) -> str:
+    """``1.2 PMAC``, with the seconds that it takes at ``speed``, where that is known."""
+    if not work:
+        return "?"
+    scaled, unit = work / 1e9, "GMAC"
+    for larger in ("TMAC", "PMAC", "EMAC"):
+        if scaled >= 1000:
+            scaled, unit = scaled / 1000, larger
+    text = f"{scaled:.3g} {unit}"
+    return f"{text}, {duration(work / speed)}" if speed else text
+
+
+def cost_basis(plan: Plan) -> str:
+    if plan.speed:
+        return "one job after the other, at the speed of the models that are there"
+    return "roughly: multiply-accumulates of all forward and backward passes"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``7 min``, ``3.2 h`` or ``4.1 days``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+
+
+def failure_lines(plan: Plan, failures: Sequence[Failure]) -> list[str]:
+    """One line for each job that failed, and one for what could not be made because of it."""
+    rows = [job for job in plan.jobs if job.kind == "rows"]
+    cells = [job.overrides for job in rows] + [overrides for overrides, _ in plan.impossible]
+    common = set(cells[0]).intersection(*cells[1:]) if len(cells) > 1 else set()
+    by_key = {failure.key: failure for failure in failures}
+    lines, lost = [], list[str]()
+    for job in plan.jobs:
+        failed = [by_key[key] for key in job.makes if key in by_key]
+        if failed and job.needs & by_key.keys():
+            lost.append(job.name)
+            continue
+        users = [one for one in rows if one is job or job.makes.keys() & one.needs]
+        which = [o for o in job.overrides if o not in common and all(o in one.overrides for one in users)]
+        for cause, log in dict.fromkeys((failure.cause, failure.log) for failure in failed):
+            lines.append(f"failed: {' '.join([job.name, *which])}: {cause}; log: {log}")
+    for overrides, cause in plan.impossible:
+        lines.append(f"failed: {' '.join(o for o in overrides if o not in common)}: {cause}")
+    if lost:
+        lines.append(f"not made, because they need what failed: {', '.join(dict.fromkeys(lost))}")
+    return lines

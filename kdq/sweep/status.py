@@ -1,0 +1,134 @@
+"""Where a sweep is, read from its output folder: the same under any launcher, on this machine or a cluster.
+
+A job runs once its folder is there, and is done once its model or its rows are. Where jobs have output of their own
+elsewhere a live table is shown in a terminal; in a log, and beside jobs that write to this terminal, plain lines.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from tqdm import tqdm
+
+from kdq.failures import read_failures
+from kdq.sweep.plan import Job, Plan
+from kdq.sweep.show import duration
+
+#: Seconds between two looks at the folder.
+INTERVAL = 1.0
+#: Running jobs that are named at once.
+SHOWN = 8
+
+
+@dataclass
+class _Watched:
+    job: Job
+    folder: Path
+    state: str = "waiting"  # then running, and at last done or failed
+    since: float = 0.0
+
+
+class Status:
+    """Shows one plan while its waves are launched.
+
+    Args:
+        live: jobs do not write to this terminal.
+    """
+
+    def __init__(self, console: Console, plan: Plan, live: bool) -> None:
+        self.console, self.plan = console, plan
+        self.live = live and console.is_terminal
+        self._start, self._wave = time.monotonic(), 0
+        self._watched: list[_Watched] = []  # of this wave
+        self._before: list[_Watched] = []  # of the waves before
+
+    @contextmanager
+    def wave(self, jobs: list[Job], folders: list[Path]) -> Iterator[None]:
+        """Follow one wave while the block launches it."""
+        self._wave += 1
+        self._watched = [_Watched(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+        kinds = ", ".join(f"{sum(job.kind == kind for job in jobs)} {kind}" for kind in _kinds(jobs))
+        self._say(f"wave {self._wave} of {len(self.plan.waves)}: {len(jobs)} jobs ({kinds})")
+        over = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(over,), daemon=True)
+        screen = Live(get_renderable=self._screen, console=self.console, transient=True) if self.live else nullcontext()
+        with screen:
+            watcher.start()
+            try:
+                yield
+            finally:
+                over.set()
+                watcher.join()
+                self._look()
+                self._before += self._watched
+                self._watched = []
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(INTERVAL):
+            self._look()
+
+    def _look(self) -> None:
+        output, now = self.plan.output, time.monotonic()
+        there = {path.stem.rpartition("-")[2] for path in (output / "rows").glob("[!.]*.json")}
+        there |= {path.name.rpartition("-")[2] for path in (output / "store").glob("[!.]*-*")}
+        failures = read_failures(output)
+        for one in self._watched:
+            if one.state == "waiting" and one.folder.is_dir():
+                one.state, one.since = "running", now
+            if one.state != "running":
+                continue
+            took = duration(now - one.since)
+            if there.issuperset(one.job.makes):
+                one.state = "done"
+                self._say(f"{self._count()} {one.job.name}: {one.job.kind} done in {took}{self._left()}")
+            elif causes := [failures[key].cause for key in one.job.makes if key in failures]:
+                one.state = "failed"
+                self._say(f"{self._count()} {one.job.name}: failed after {took}: {causes[0]}")
+
+    def _ended(self) -> list[_Watched]:
+        return [one for one in self._before + self._watched if one.state in ("done", "failed")]
+
+    def _count(self) -> str:
+        total = len(self.plan.jobs)
+        return f"[{len(self._ended()):>{len(str(total))}}/{total}]"
+
+    def _left(self) -> str:
+        """The time that is left if the rest goes as what is done went, by its rough work."""
+        ended = self._ended()
+        done, rest = sum(one.job.work for one in ended), len(self.plan.jobs) - len(ended)
+        if not done or not rest:
+            return ""
+        seconds = (time.monotonic() - self._start) * (self.plan.work - done) / done
+        return f", about {duration(max(seconds, 0.0))} left"
+
+    def _say(self, line: str) -> None:
+        if self.live:
+            self.console.print(line, highlight=False, markup=False)
+        else:
+            tqdm.write(line, file=sys.stderr)  # beside the bar of a job of this process
+
+    def _screen(self) -> RenderableType:
+        states = [one.state for one in self._watched]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "running", "failed", "waiting"))
+        bar = ProgressBar(total=max(1, len(self.plan.jobs)), completed=len(self._ended()), width=30)
+        line = Table.grid(padding=(0, 2))
+        took = duration(time.monotonic() - self._start)
+        line.add_row(f"wave {self._wave} of {len(self.plan.waves)}", bar, counts, f"{took}{self._left()}")
+        running = Table.grid(padding=(0, 2))
+        for one in [one for one in self._watched if one.state == "running"][:SHOWN]:
+            running.add_row("", one.job.name, one.job.what, duration(time.monotonic() - one.since))
+        return Group(line, running)
+
+
+def _kinds(jobs: list[Job]) -> list[str]:
+    return list(dict.fromkeys(job.kind for job in jobs))
