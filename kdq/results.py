@@ -78,12 +78,13 @@ def write_row(folder: Path, row: Row) -> Path:
     return path
 
 
-def read_rows(folder: Path, hashes: Container[str] | None = None) -> list[Row]:
+def read_rows(folder: Path, hashes: Container[str] | None = None, skipped: list[str] | None = None) -> list[Row]:
     """The rows below ``folder``, sorted by what tells them apart; a damaged file is named in a warning and left out.
 
     Args:
         hashes: the ``config_hash`` of the rows that are wanted; other files, of which there may be thousands, are not
             opened.
+        skipped: gets a line for each damaged file.
     """
     rows = []
     for path in sorted(folder.glob("*.json")):
@@ -93,6 +94,8 @@ def read_rows(folder: Path, hashes: Container[str] | None = None) -> list[Row]:
             rows.append(_row(json.loads(path.read_text())))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             log.warning("skipping the damaged row %s (%s)", path, error)
+            if skipped is not None:
+                skipped.append(f"{path} ({error})")
     return sorted(rows, key=lambda row: [getattr(row, axis) for axis in [*AXES, "config_hash"]])
 
 
@@ -110,7 +113,7 @@ def _row(values: dict[str, Any]) -> Row:
 
 def table(rows: Iterable[Row]) -> pd.DataFrame:
     """The rows as a data frame with :data:`COLUMNS`, also when there is none."""
-    return pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=COLUMNS)
+    return pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:

@@ -1,0 +1,141 @@
+"""The rows as a data frame for people: named series, and one line per cell with mean and spread over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kdq.results import Row, table
+
+#: What one line of a table or of a figure stands for: a model and the way it was quantized.
+SERIES = ["data", "method", "arch", "quantizer"]
+#: What tells cells apart, seeds aside.
+CELL = [*SERIES, "width"]
+#: Columns whose mean and standard deviation over seeds are shown.
+SPREAD = ["top1", "top1_float", "drop"]
+MEANS = ["nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "float_bytes"]
+_LONGEST_NAME = 60
+
+
+def named(rows: Sequence[Row]) -> pd.DataFrame:
+    """The rows with printable names and two changes for people.
+
+    ``quantizer`` also tells what its name alone does not: rounded activations (``gpfq A8``), and the alphabet or the
+    search where rows of one name differ in them. ``width`` is ``bits``, or for a ``searched`` row its average width
+    rounded up to a quarter, since budgets are upper bounds.
+    """
+    frame = table(rows)
+    for column in SERIES:
+        frame[column] = frame[column].map(printable)
+    for column in latency_columns(frame):
+        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    for column in ("alphabet", "search"):
+        several = frame.groupby("quantizer")[column].transform("nunique") > 1
+        differing = several & (frame[column] != "")
+        frame.loc[differing, "quantizer"] += " " + frame.loc[differing, column].map(printable)
+    rounded = frame["act_bits"] < 32
+    frame.loc[rounded, "quantizer"] += " A" + frame.loc[rounded, "act_bits"].astype(str)
+    frame["searched"] = frame["search"] != ""
+    quarters = np.ceil(frame["avg_bits"].to_numpy(float) * 4 - 1e-6) / 4
+    frame["width"] = np.where(frame["searched"], quarters, frame["bits"].to_numpy(float))
+    return frame
+
+
+def latency_columns(frame: pd.DataFrame) -> list[str]:
+    """The columns with median latencies in milliseconds."""
+    return [column for column in frame.columns if column.startswith("latency_ms_")]
+
+
+def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
+    """One line per cell and seed. Rows that differ in nothing but settings without a column become their mean; how
+    many they were is in ``rows``."""
+    keys = [*CELL, "role", "searched", "seed"]
+    numbers = [*SPREAD, *MEANS, *latency_columns(frame)]
+    groups = frame.groupby(keys, sort=True)
+    return groups[numbers].mean().assign(rows=groups.size()).reset_index()
+
+
+def cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """One line per cell: means over its ``n`` seeds, ``<column>_std`` for :data:`SPREAD` (NaN for one seed), and the
+    number of ``rows``, larger than ``n`` where rows of one seed differ in settings that have no column."""
+    groups = by_seed(frame).groupby([*CELL, "role", "searched"], sort=True)
+    numbers = [*SPREAD, *MEANS, *latency_columns(frame)]
+    spread = groups[SPREAD].std().add_suffix("_std")
+    return groups[numbers].mean().join(spread).assign(n=groups.size(), rows=groups["rows"].sum()).reset_index()
+
+
+def series(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """The frame's lines, in the order of :data:`SERIES`."""
+    for name, group in frame.groupby(SERIES, sort=True):
+        yield tuple(map(str, name)), group
+
+
+def records(frame: pd.DataFrame) -> list[Any]:
+    """The frame's lines as named tuples."""
+    return list(frame.itertuples(index=False))
+
+
+def missing(found: pd.DataFrame) -> pd.DataFrame:
+    """The cells of each data set's grid that have fewer seeds than others: one line per cell with ``n`` and
+    ``wanted``.
+
+    The grid is every model and quantizer of the data set at every width of that quantizer; searched widths are
+    points of their own and no part of it.
+    """
+    lines = []
+    grid = found[~found["searched"]]
+    for (data, quantizer), group in grid.groupby(["data", "quantizer"], sort=True):
+        wanted = int(group["n"].max())
+        counts = {(m, a, w): int(n) for m, a, w, n in records(group[["method", "arch", "width", "n"]])}
+        for method, arch in records(group[["method", "arch"]].drop_duplicates()):
+            for width in sorted(group["width"].unique()):
+                n = counts.get((method, arch, width), 0)
+                if n < wanted:
+                    lines.append((data, method, arch, quantizer, width, n, wanted))
+    return pd.DataFrame(lines, columns=[*CELL, "n", "wanted"])
+
+
+def pareto(x: Sequence[float], y: Sequence[float], same: float = 0.01) -> list[int]:
+    """Positions of the points that no other beats, in order of ``x``: a point is beaten by a larger ``y`` at a smaller
+    or the same ``x``, and by the same ``y`` at a smaller ``x``. Values of ``x`` within the share ``same`` of each
+    other are the same: a few bytes of header make no smaller model."""
+    order = sorted(range(len(x)), key=lambda i: (x[i], -y[i]))
+    front: list[int] = []
+    best, ahead = -math.inf, 0
+    for i in order:
+        while ahead < len(order) and x[order[ahead]] <= x[i] * (1 + same):
+            best, ahead = max(best, y[order[ahead]]), ahead + 1
+        if y[i] >= best and (not front or y[i] > y[front[-1]]):
+            front.append(i)
+    return front
+
+
+def grid_widths(found: pd.DataFrame) -> set[tuple[str, float]]:
+    """The quantizers and widths of a data set's grid: a model without one of them has a missing cell."""
+    grid = found[~found["searched"]]
+    return set(zip(grid["quantizer"], grid["width"], strict=True))
+
+
+def width_name(width: float, searched: bool = False) -> str:
+    """``4 bits``; ``≤ 3.5 bits`` where a search chose each layer's; ``float`` for infinity."""
+    if math.isinf(width):
+        return "float"
+    return f"{'≤ ' if searched else ''}{width:g} bits"
+
+
+def size_name(size: float) -> str:
+    """Bytes in kB or MB of a thousand, three digits: ``163 kB``."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}" if size < 999.5 * scale else f"{size / scale:,.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+def printable(text: str) -> str:
+    """A name on one line, without control characters, not endlessly long."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "(no name)"
+    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"

@@ -1,0 +1,65 @@
+"""``kdq-report``: rebuild the report from the rows, or compare two output folders."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kdq.results import Row, read_rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``kdq-report [DIR]`` and ``kdq-report --compare A B``; exit codes are in ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="kdq-report",
+        description="Rebuild results.csv, results.parquet and report/ (report.html, report.md, figures) from the rows "
+        "under DIR, or compare the rows of two folders.",
+        epilog="Exit codes: 0: written; with --compare, no difference. 1: something could not be written; with "
+        "--compare, there are differences. 2: a mistake in the command.",
+    )
+    parser.add_argument("dir", nargs="?", default="outputs", type=Path, help="paths.output_dir of the run")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two paths.output_dir")
+    asked = parser.parse_args(arguments)
+    logging.basicConfig(format="kdq-report: %(message)s")
+    for folder in asked.compare or [asked.dir]:
+        if not folder.is_dir():
+            print(f"kdq-report: no folder {folder}: give the paths.output_dir of a run", file=sys.stderr)
+            sys.exit(2)
+    sys.exit(_compare(*asked.compare) if asked.compare else _write(asked.dir))
+
+
+def _write(output: Path) -> int:
+    from kdq.report.terminal import print_results
+    from kdq.report.write import write_report
+
+    written = write_report(output)
+    logging.disable(logging.WARNING)  # the damaged rows were named while the report was written
+    print_results(Console(), output, read_rows(output / "rows"), written, output / "runs")
+    return 1 if written.failures else 0
+
+
+def _compare(a: Path, b: Path) -> int:
+    from kdq.report.compare import compare, comparison_table, summary
+
+    found = compare(_rows(a), _rows(b))
+    console = Console()
+    if not found.same:
+        text = comparison_table(found, str(a), str(b))
+        if not console.is_terminal:
+            console = Console(width=console.measure(text, options=console.options.update(width=9999)).maximum)
+        console.print(text)
+    console.print(summary(found, str(a), str(b)), markup=False, highlight=False, soft_wrap=True)
+    return 0 if found.same else 1
+
+
+def _rows(output: Path) -> list[Row]:
+    rows = read_rows(output / "rows")
+    if not rows:
+        print(f"kdq-report: there is no row in {output / 'rows'}: nothing to compare", file=sys.stderr)
+        sys.exit(2)
+    return rows

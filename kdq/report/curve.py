@@ -1,0 +1,86 @@
+"""A model's accuracy as a function of its bytes: what is measured, and what lies between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A model's widths by size, for each of its seeds.
+
+    Accuracies are as measured, also where a larger file is worse: taking the best so far would let the test set select.
+
+    Attributes:
+        sizes: ``(k,)`` bytes, increasing; of each width, the mean over seeds (which are a few bytes apart).
+        top1: ``(seeds, k)`` percent.
+        seeds: their numbers.
+    """
+
+    sizes: np.ndarray
+    top1: np.ndarray
+    seeds: tuple[int, ...]
+
+    def at(self, sizes: float | Sequence[float] | np.ndarray) -> np.ndarray:
+        """Accuracies ``(seeds, len(sizes))``, linear in the logarithm of the bytes between measured sizes; NaN
+        outside them: nothing is extrapolated."""
+        x = np.log(np.atleast_1d(np.asarray(sizes, float)))
+        knots = np.log(self.sizes)
+        return np.stack([np.interp(x, knots, top1, left=np.nan, right=np.nan) for top1 in self.top1])
+
+
+def curve(model: pd.DataFrame) -> Curve | None:
+    """The curve of one model under one quantizer: its widths, and the float model as the largest file.
+
+    Only seeds that have every width of the fullest seed count, so that means compare like with like.
+
+    Args:
+        model: its lines of :func:`kdq.report.cells.by_seed`.
+
+    Returns:
+        None where no size and accuracy is known.
+    """
+    model = model[(model["size_bytes"] > 0) & np.isfinite(model["top1"])]
+    if model.empty:
+        return None
+    widths = model.groupby("seed")["width"].agg(frozenset)
+    fullest = max(widths, key=lambda found: (len(found), sorted(found)))
+    seeds = [int(seed) for seed, found in widths.items() if found >= fullest]  # type: ignore[call-overload]
+    chosen = model[model["seed"].isin(seeds) & model["width"].isin(fullest)]
+    top1 = chosen.pivot(index="seed", columns="width", values="top1")
+    sizes = chosen.groupby("width")["size_bytes"].mean()
+    whole = chosen.groupby("seed")[["float_bytes", "top1_float"]].mean()
+    if (whole["float_bytes"] > 0).all() and np.isfinite(whole["top1_float"]).all():
+        top1[math.inf] = whole["top1_float"]
+        sizes = pd.concat([sizes, pd.Series({math.inf: whole["float_bytes"].mean()})])
+    order = np.argsort(sizes.to_numpy(), kind="stable")
+    increasing, values = sizes.to_numpy()[order], top1[sizes.index].to_numpy()[:, order]
+    last = np.append(np.diff(increasing) > 0, True)  # of widths of one size the widest
+    return Curve(increasing[last], values[:, last], tuple(seeds))
+
+
+def shared_sizes(a: Curve, b: Curve) -> np.ndarray:
+    """The sizes at which two curves are compared: every measured one of both, where both have an accuracy."""
+    low, high = max(a.sizes[0], b.sizes[0]), min(a.sizes[-1], b.sizes[-1])
+    sizes = np.unique(np.concatenate([a.sizes, b.sizes]))
+    return sizes[(sizes >= low) & (sizes <= high)]
+
+
+def crossings(sizes: np.ndarray, ahead: np.ndarray) -> list[float]:
+    """The sizes at which ``ahead``, piecewise linear in the logarithm of ``sizes``, changes its sign."""
+    found: list[float] = []
+    x = np.log(sizes)
+    signs = np.sign(np.where(np.abs(ahead) < 1e-9, 0.0, ahead))
+    for i in np.flatnonzero(signs)[1:]:
+        before = int(np.flatnonzero(signs[:i])[-1])
+        if signs[i] != signs[before]:
+            # Between the two, all that lies is zero: the change is where zero begins.
+            j = before + 1
+            share = 1.0 if signs[j] == 0 else ahead[before] / (ahead[before] - ahead[j])
+            found.append(float(np.exp(x[before] + share * (x[j] - x[before]))))
+    return found

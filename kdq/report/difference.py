@@ -1,0 +1,66 @@
+"""How much two groups of seeds differ, and whether that is more than their spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Differences with a smaller p are called more than seed noise.
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``mean(a) - mean(b)`` with Welch's test (unequal variances, two-sided).
+
+    Attributes:
+        value: the difference.
+        low, high: its 95 % confidence interval; NaN where there is no test.
+        p: of the hypothesis that the means are equal; NaN where there is no test: fewer than two seeds on a side, or
+            no spread on both.
+        n_a, n_b: seeds on each side.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    n_a: int
+    n_b: int
+
+    @property
+    def tested(self) -> bool:
+        return not math.isnan(self.p)
+
+    @property
+    def beyond_noise(self) -> bool:
+        return self.p < LEVEL
+
+
+def difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Difference:
+    """Compare two groups, one value per seed.
+
+    The closed form of ``scipy.stats.ttest_ind(a, b, equal_var=False)`` and of its confidence interval, which a report
+    over thousands of cells cannot wait for.
+
+    >>> difference([3.0, 5.0], [1.0, 1.5])
+    Difference(value=2.75, low=-7.58..., high=13.08..., p=0.21..., n_a=2, n_b=2)
+    """
+    from scipy.special import stdtr, stdtrit
+
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    value = float(a.mean() - b.mean())
+    if min(len(a), len(b)) < 2:
+        return Difference(value, math.nan, math.nan, math.nan, len(a), len(b))
+    parts = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    # Equal values leave rounding errors behind, which are no spread.
+    if sum(parts) <= (1e-9 * max(1.0, float(np.abs(a).max()), float(np.abs(b).max()))) ** 2:
+        return Difference(value, math.nan, math.nan, math.nan, len(a), len(b))
+    error = math.sqrt(sum(parts))
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
+    reach = error * float(stdtrit(freedom, 1 - LEVEL / 2))
+    p = 2 * float(stdtr(freedom, -abs(value) / error))
+    return Difference(value, value - reach, value + reach, p, len(a), len(b))

@@ -1,0 +1,263 @@
+"""The figures for paper: accuracy and drop against bits, total bits, bytes and latency, and what bit searches did.
+
+One panel per data set (columns) and quantizer (rows); a method has one colour everywhere. PNG for looking, SVG for
+printing; equal rows make equal files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from kdq.files import replacing
+from kdq.report import published
+from kdq.report.cells import latency_columns, pareto, records
+from kdq.report.layers import Frontier
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Colours that colour-blind people can tell apart (Okabe & Ito 2008); the teacher is black, the control grey.
+COLORS = {
+    "teacher": "#000000",
+    "baseline": "#8c8c8c",
+    "vkd": "#0072b2",
+    "mixup": "#e69f00",
+    "mixup_fm": "#56b4e9",
+    "dml": "#009e73",
+    "dkd": "#d55e00",
+}
+_MORE_COLORS = ["#cc79a7", "#6a3d9a", "#b15928", "#1b7f79", "#a6761d", "#e7298a"]
+_MARKERS = "osD^vPX*<>"
+#: Panels that a figure has at most; more would be too small to read.
+MOST_SETS, MOST_QUANTIZERS = 4, 3
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "svg.hashsalt": "kdq",
+}
+
+
+def method_colors(methods: list[str]) -> dict[str, str]:
+    """A colour for every method, the same in every report for the known ones."""
+    others = [method for method in methods if method not in COLORS]
+    return {method: COLORS.get(method) or _MORE_COLORS[others.index(method) % len(_MORE_COLORS)] for method in methods}
+
+
+def latency_column(part: pd.DataFrame) -> tuple[str, str]:
+    """The column of latencies to show for one data set, and its label: the exported INT8 network's where it was
+    measured, else PyTorch's (of the float network: packed weights are computed with as floats)."""
+    for column, label in (
+        ("latency_ms_onnx_int8", "latency (ms, ONNX Runtime INT8, batch 1)"),
+        ("latency_ms_onnx_fp32", "latency (ms, ONNX Runtime float32, batch 1)"),
+    ):
+        if column in latency_columns(part) and part[column].notna().any():
+            return column, label
+    return "latency_ms_torch", "latency (ms, PyTorch float32, batch 1)"
+
+
+def write_figures(
+    found: pd.DataFrame, folder: Path, searched: pd.DataFrame, searches: Mapping[str, Frontier]
+) -> list[Path]:
+    """Draw everything that the cells allow below ``folder`` and return the files.
+
+    Args:
+        found: lines of :func:`kdq.report.cells.cells`.
+        searched: the named rows of searched models; ``searches``: what is known of them, by their ``config_hash``.
+    """
+    from matplotlib import rc_context
+
+    written = []
+    with rc_context(_STYLE):
+        for stem, draw in (
+            ("accuracy_vs_bits", _against_bits),
+            ("accuracy_vs_total_bits", _against_total_bits),
+            ("accuracy_vs_bytes", _against_bytes),
+            ("accuracy_vs_latency", _against_latency),
+            ("drop_vs_bits", _drops),
+        ):
+            written += _save(_panels(found, draw), folder / stem)
+        way = searched[searched["config_hash"].isin(set(searches))]
+        if len(way):
+            written += _save(_searches(way, searches), folder / "bit_search")
+    return written
+
+
+def _panels(found: pd.DataFrame, draw: Any) -> Figure:
+    """A grid of panels, each drawn by ``draw(panel, cells, style)``, and one legend below."""
+    from matplotlib.lines import Line2D
+
+    sets, quantizers = sorted(found["data"].unique()), sorted(found["quantizer"].unique())
+    cut = [f"{MOST_SETS} of {len(sets)} data sets"] if len(sets) > MOST_SETS else []
+    cut += [f"{MOST_QUANTIZERS} of {len(quantizers)} quantizers"] if len(quantizers) > MOST_QUANTIZERS else []
+    sets, quantizers = sets[:MOST_SETS], quantizers[:MOST_QUANTIZERS]
+    figure = _figure(max(4.8, 0.6 + 3.3 * len(sets)), 0.9 + 2.5 * len(quantizers))
+    panels = figure.subplots(len(quantizers), len(sets), squeeze=False)
+    models = sorted(records(found[["method", "arch"]].drop_duplicates()))
+    colors, archs = method_colors(sorted(found["method"].unique())), sorted(found["arch"].unique())
+    style: dict[Any, dict[str, Any]] = {
+        (method, arch): {"color": colors[method], "marker": _MARKERS[archs.index(arch) % len(_MARKERS)]}
+        for method, arch in models
+    }
+    for row, quantizer in zip(panels, quantizers, strict=True):
+        for panel, data in zip(row, sets, strict=True):
+            part = found[(found["data"] == data) & (found["quantizer"] == quantizer)]
+            panel.set_title(_text(f"{data}, {quantizer}"))
+            panel.grid(alpha=0.25, lw=0.6)
+            if len(part):
+                draw(panel, part.sort_values("width"), style)
+            else:
+                panel.text(0.5, 0.5, "no rows", ha="center", va="center", transform=panel.transAxes, color="0.5")
+                panel.set(xticks=[], yticks=[])
+    handles = [Line2D([], [], label=_text(f"{method} ({arch})"), **look) for (method, arch), look in style.items()]
+    extra = {line.get_label(): line for line in panels.flat[0].lines if str(line.get_label()).startswith("published")}
+    handles += [Line2D([], [], color="0.4", ls=":", label="float"), *list(extra.values())[:1]]
+    figure.legend(handles=handles[:24], loc="outside lower center", ncols=_columns(figure), frameon=False)
+    if cut:
+        figure.suptitle(f"{' and '.join(cut)}; all are in report.html", fontsize=8)
+    return figure
+
+
+def _lines(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any], x: str, y: str = "top1") -> None:
+    """One line per model with bars of one standard deviation over seeds, and its float accuracy dotted."""
+    for model, group in part.groupby(["method", "arch"], sort=True):
+        spread = group[f"{y}_std"].fillna(0)
+        panel.errorbar(group[x], group[y], spread, capsize=2, elinewidth=0.8, **style[model])
+        if y == "top1":
+            panel.axhline(group["top1_float"].mean(), color=style[model]["color"], lw=0.7, ls=":")
+    panel.set_ylabel("top-1 (%)" if y == "top1" else "drop from float (points)")
+
+
+def _bits_axis(panel: Axes, part: pd.DataFrame) -> None:
+    from matplotlib.ticker import NullLocator
+
+    ticks: list[float] = []
+    for width in sorted({math.ceil(width) for width in part["avg_bits"]}):
+        if not ticks or width >= ticks[-1] * 1.12:  # closer ones would run into each other
+            ticks.append(width)
+    panel.set(xscale="log", xlabel="bits per weight")
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.xaxis.set_minor_locator(NullLocator())
+
+
+def _against_bits(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
+    _lines(panel, part, style, "avg_bits")
+    known = published.beside(part)
+    known = known[known["width"] < math.inf]
+    for model, group in known.groupby(["method", "arch"], sort=True):
+        # 2^b + 1 levels are log2(2^b + 1) bits.
+        bits = [math.log2(levels) for levels in group["levels"]]
+        panel.plot(
+            bits, group["published"], color=style[model]["color"], ls="--", lw=0.9, marker="x",
+            label="published (one seed, $2^b+1$ levels)",
+        )  # fmt: skip
+    _bits_axis(panel, part)
+
+
+def _drops(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
+    _lines(panel, part, style, "avg_bits", "drop")
+    panel.axhline(0, color="0.4", lw=0.7, ls=":")
+    _bits_axis(panel, part)
+
+
+def _against_total_bits(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
+    _lines(panel, part, style, "weight_bits_total")
+    _size_axis(panel, "bits of all weights", "b")
+
+
+def _against_bytes(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
+    _lines(panel, part, style, "size_bytes")
+    _front(panel, part, "size_bytes")
+    _size_axis(panel, "packed size", "B")
+
+
+def _against_latency(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
+    column, label = latency_column(part)
+    measured = part[part[column].notna()]
+    for model, group in measured.groupby(["method", "arch"], sort=True):
+        panel.errorbar(
+            group[column], group["top1"], group["top1_std"].fillna(0), ls="", capsize=2, elinewidth=0.8, **style[model]
+        )
+    _front(panel, measured, column)
+    panel.set(xlabel=label, ylabel="top-1 (%)", xlim=(0, 1.15 * measured[column].max() if len(measured) else 1))
+
+
+def _front(panel: Axes, part: pd.DataFrame, x: str) -> None:
+    """Rings around the points that no other beats in both."""
+    points = part[[x, "top1"]].to_numpy()
+    front = points[pareto(list(points[:, 0]), list(points[:, 1]))] if len(points) else points
+    panel.plot(front[:, 0], front[:, 1], ls="", marker="o", ms=9, mfc="none", mec="0.25", mew=0.8)
+
+
+def _size_axis(panel: Axes, label: str, unit: str) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    panel.set(xscale="log", xlabel=label)
+    # Labels at 1, 2 and 5 of each decade: all nine would run into each other.
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter(EngFormatter(unit))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _searches(searched: pd.DataFrame, searches: Mapping[str, Frontier]) -> Figure:
+    """Validation loss against size on the way of each search, with its choice; one panel per data set."""
+    sets = sorted(searched["data"].unique())[:MOST_SETS]
+    colors = method_colors(sorted(searched["method"].unique()))
+    figure = _figure(max(4.8, 0.6 + 3.3 * len(sets)), 3.4)
+    for panel, data in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+        for row in records(searched[searched["data"] == data]):
+            found = searches[str(row.config_hash)]
+            points = [(size, loss) for size, loss in zip(found.size_bytes, found.loss, strict=True) if loss > 0]
+            look: dict[str, Any] = {"color": colors[str(row.method)], "label": _text(f"{row.method} ({row.arch})")}
+            if points:
+                panel.plot(*zip(*points, strict=True), marker=".", ms=3, lw=0.9, **look)
+            panel.axvline(found.size_bytes[found.chosen], color=look["color"], lw=0.8, ls="--")
+        panel.set(yscale="log", ylabel="loss on validation images", title=_text(data))
+        _size_axis(panel, "packed size (dashed: chosen)", "B")
+        panel.grid(alpha=0.25, lw=0.6)
+    by_label = {str(line.get_label()): line for panel in figure.axes for line in panel.lines}
+    handles = [line for label, line in sorted(by_label.items()) if not label.startswith("_")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure), frameon=False)
+    return figure
+
+
+def _columns(figure: Figure) -> int:
+    """How many entries of a legend go beside each other below a figure."""
+    return max(1, int(figure.get_figwidth() / 1.7))
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    written = []
+    for suffix in (".png", ".svg"):
+        target = path.with_suffix(suffix)
+        with replacing(target) as temporary:
+            # No dates inside: equal rows make equal files.
+            metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
+            figure.savefig(temporary, dpi=160, metadata=metadata)
+        figure.set_layout_engine("none")  # the second file keeps the first's layout
+        written.append(target)
+    return written
+
+
+def _text(name: str) -> str:
+    """A name that Matplotlib takes as it is: dollars would start a formula, an underscore hide a legend's entry."""
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name

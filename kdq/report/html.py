@@ -1,0 +1,154 @@
+"""report.html: one file with everything in it, that a browser shows without a network.
+
+The data is JSON in the page; the scripts in ``page/`` filter it, draw it with Plotly and put it into tables. What comes
+from rows is text and nothing else: the JSON cannot end its element, the scripts set text, and the page's policy lets
+only the scripts with the right checksum run and nothing be loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import pandas as pd
+
+from kdq.report import published
+from kdq.report.cells import latency_columns, records
+from kdq.report.figures import latency_column, method_colors
+from kdq.report.layers import Frontier, Widths
+from kdq.report.words import NOTES, Statement
+
+#: Columns of a cell that the page shows, and the digits it keeps of them.
+_DIGITS = {
+    "width": 2,
+    "avg_bits": 3,
+    "top1": 3,
+    "top1_std": 3,
+    "top1_float": 3,
+    "top1_float_std": 3,
+    "drop": 3,
+    "drop_std": 3,
+    "nll": 4,
+    "ece": 3,
+    "size_bytes": 0,
+    "float_bytes": 0,
+}
+_NAMES = ["data", "method", "arch", "quantizer", "searched", "n"]
+
+
+def page(
+    found: pd.DataFrame,
+    statements: Sequence[Statement],
+    summary: str,
+    warnings: Sequence[str],
+    searched: pd.DataFrame,
+    widths: Mapping[str, Widths],
+    searches: Mapping[str, Frontier],
+) -> str:
+    """The page's HTML.
+
+    Args:
+        found: lines of :func:`kdq.report.cells.cells`.
+        summary, warnings: what stands at the top.
+        searched: the named rows that ``widths`` or ``searches`` know, by their ``config_hash``.
+    """
+    beside = published.beside(found)
+    payload = {
+        "cells": _cells(found),
+        "statements": [asdict(statement) for statement in statements],
+        "notes": NOTES if len(found) else (),
+        "summary": summary,
+        "warnings": list(warnings),
+        "colors": method_colors(sorted(found["method"].unique())),
+        "latency": {str(data): _latency(part) for data, part in found.groupby("data", sort=True)},
+        "published": _columns(beside, {"width": 0, "top1": 2, "published": 2, "levels": 0}),
+        "published_warnings": published.warnings(beside),
+        "searches": [_search(row, widths, searches) for row in records(searched)],
+    }
+    script = _part("charts.js") + _part("page.js")
+    plotly = _plotly()
+    allowed = " ".join(f"'sha256-{_digest(text)}'" for text in (plotly, script))
+    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    return Template(_part("page.html")).substitute(
+        policy=policy, style=_part("page.css"), payload=_json(payload), plotly=plotly, script=script
+    )
+
+
+def _cells(found: pd.DataFrame) -> dict[str, Any]:
+    latencies = dict.fromkeys(latency_columns(found), 4)
+    return _columns(found[[*_NAMES, *_DIGITS, *latencies]], _DIGITS | latencies)
+
+
+def _columns(frame: pd.DataFrame, digits: Mapping[str, int]) -> dict[str, Any]:
+    """The frame's lines without repeating the columns' names in each."""
+    lists = [
+        [_rounded(value, digits[name]) for value in frame[name]] if name in digits else frame[name].tolist()
+        for name in frame.columns
+    ]
+    return {"columns": list(frame.columns), "data": [list(line) for line in zip(*lists, strict=True)]}
+
+
+def _latency(part: pd.DataFrame) -> dict[str, str]:
+    column, label = latency_column(part)
+    note = (
+        "Latency is PyTorch's of the float network: weights are packed on disk and computed with as floats, so all "
+        "widths of a model share it. kdq-export measures integer arithmetic."
+        if column == "latency_ms_torch"
+        else "Latency is that of the exported network; cells without a measurement are not in the figure."
+    )
+    return {"column": column, "label": label, "note": note}
+
+
+def _search(row: Any, widths: Mapping[str, Widths], searches: Mapping[str, Frontier]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: getattr(row, name) for name in ("data", "method", "quantizer")}
+    found["name"] = search_name(row)
+    if row.config_hash in widths:
+        found |= asdict(widths[row.config_hash])
+    if row.config_hash in searches:
+        way = searches[row.config_hash]
+        found |= {name: [_rounded(x, 6) for x in getattr(way, name)] for name in ("avg_bits", "loss", "top1")}
+        found |= {"size_bytes": [_rounded(x, 0) for x in way.size_bytes], "chosen": way.chosen}
+    return found
+
+
+def search_name(row: Any) -> str:
+    """What a searched row is called in figures."""
+    return f"{row.data}, {row.method} ({row.arch}), {row.quantizer}, {row.avg_bits:.2f} bits, seed {row.seed}"
+
+
+def _rounded(value: float, digits: int) -> float | int | None:
+    """None where there is no number: JSON has no NaN."""
+    if not math.isfinite(value):
+        return None
+    return round(float(value), digits) if digits else round(value)
+
+
+def _json(payload: Any) -> str:
+    """JSON that cannot end the element it is in, nor open a comment."""
+    text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _part(name: str) -> str:
+    return (files("kdq.report") / "page" / name).read_text("utf-8")
+
+
+@cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    text = get_plotlyjs()
+    assert "</script" not in text.lower(), "Plotly's bundle would end its own element"
+    return text

@@ -1,0 +1,188 @@
+// Filters, words and tables. Names come from rows and are only ever set as text.
+
+const payload = JSON.parse(document.getElementById("payload").textContent);
+const records = ({ columns, data }) => data.map((values) => Object.fromEntries(columns.map((name, i) => [name, values[i]])));
+const all = records(payload.cells);
+const published = records(payload.published);
+const $ = (id) => document.getElementById(id);
+const SHOWN_AT_ONCE = 200;
+
+function element(tag, text, options = {}) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  return Object.assign(made, options);
+}
+
+const distinct = (name) => [...new Set(all.map((cell) => cell[name]))];
+const quantizers = distinct("quantizer");
+const archs = new Map([...grouped(all, (c) => c.method)].map(([method, found]) => [method, [...new Set(found.map((c) => c.arch))]]));
+const look = {
+  color: (method) => payload.colors[method],
+  symbol: (quantizer) => SYMBOLS[quantizers.indexOf(quantizer) % SYMBOLS.length],
+  dash: (method, arch) => DASHES[archs.get(method).indexOf(arch) % DASHES.length],
+};
+
+function chip(kind, name, mark) {
+  const label = element("label", undefined, { className: "chip" });
+  const box = element("input", undefined, { type: "checkbox", name: kind, value: name, checked: true });
+  label.append(box, mark, element("span", name));
+  return label;
+}
+
+function swatch(color) {
+  const mark = element("i");
+  mark.style.background = color;
+  return mark;
+}
+
+function buildFilters() {
+  for (const name of distinct("data")) $("data").append(element("option", name, { value: name }));
+  for (const name of distinct("method")) $("methods").append(chip("method", name, swatch(look.color(name))));
+  quantizers.forEach((name, i) => $("quantizers").append(chip("quantizer", name, element("b", GLYPHS[i % GLYPHS.length]))));
+  $("filters").addEventListener("change", update);
+  $("searched").addEventListener("change", () => showSearch());
+  $("more").addEventListener("click", () => { shown = Infinity; showCells(); });
+}
+
+function chosen() {
+  const checked = (name) => new Set([...document.querySelectorAll(`input[name=${name}]:checked`)].map((box) => box.value));
+  return { data: $("data").value, methods: checked("method"), quantizers: checked("quantizer") };
+}
+
+const passes = (filter) => (item) =>
+  item.data === filter.data && filter.quantizers.has(item.quantizer) && (!item.method || filter.methods.has(item.method));
+
+function showWords(filter) {
+  const said = payload.statements.filter(passes(filter));
+  const headline = (s, i) => {
+    const made = element("details", undefined, { open: i < 2 });
+    made.append(element("summary", `${s.data}, ${s.quantizer}`), ...s.text.split("\n").map((line) => element("span", line)));
+    return made;
+  };
+  $("headlines").replaceChildren(...said.filter((s) => s.topic === "answer").map(headline));
+  const rest = said.filter((s) => s.topic !== "answer").map((s) => element("li", `${s.quantizer}: ${s.text}`));
+  $("statements").replaceChildren(...(rest.length ? rest : [element("li", "Nothing for these filters.")]));
+}
+
+function headRow(names, texts) {
+  const head = element("thead");
+  head.append(element("tr"));
+  names.forEach((name, i) => head.firstChild.append(element("th", name, { className: i < texts ? "text" : "", scope: "col" })));
+  return head;
+}
+
+function showGrid(cells) {
+  const widths = [...grouped(cells, widthName).entries()].map(([name, found]) => [found[0].width, found[0].searched, name])
+    .sort((a, b) => a[0] - b[0] || a[1] - b[1]).map(([, , name]) => name);
+  const grid = new Set(cells.map((c) => (c.searched ? "" : JSON.stringify([c.quantizer, widthName(c)]))));
+  const body = element("tbody");
+  for (const found of grouped(cells, (c) => JSON.stringify([c.method, c.arch, c.quantizer])).values()) {
+    const [first, byWidth, line] = [found[0], new Map(found.map((c) => [widthName(c), c])), element("tr")];
+    for (const name of ["method", "arch", "quantizer"]) line.append(element("td", first[name], { className: "text" }));
+    const entry = (mean, std, size) => {
+      const cell = element("td", meanStd(mean, std));
+      cell.append(element("small", sizeName(size)));
+      return cell;
+    };
+    line.append(entry(first.top1_float, first.top1_float_std, first.float_bytes));
+    for (const name of widths) {
+      const cell = byWidth.get(name);
+      const missing = grid.has(JSON.stringify([first.quantizer, name])) ? "missing" : "";
+      line.append(cell ? entry(cell.top1, cell.top1_std, cell.size_bytes) : element("td", missing, { className: missing }));
+    }
+    body.append(line);
+  }
+  $("grid").replaceChildren(headRow(["method", "arch", "quantizer", "float", ...widths], 3), body);
+}
+
+const number = (digits) => (cell, name) => (cell[name] === null || cell[name] === undefined ? "–" : cell[name].toFixed(digits));
+const spread = (cell, name) => meanStd(cell[name], cell[`${name}_std`]);
+const COLUMNS = [
+  ["method", "method"], ["arch", "arch"], ["quantizer", "quantizer"], ["width", "bits", widthName],
+  ["avg_bits", "average bits", number(2)], ["top1", "top-1 (%)", spread], ["top1_float", "float (%)", spread],
+  ["drop", "drop", spread], ["size_bytes", "bytes", (cell) => Math.round(cell.size_bytes).toLocaleString("en")],
+  ["ece", "ECE (%)", number(2)], ["nll", "NLL", number(3)], ["n", "seeds", number(0)],
+];
+let visible = [];
+let order = { name: "size_bytes", step: 1 };
+let shown = SHOWN_AT_ONCE;
+
+function showCells() {
+  const [{ name, step }, latency] = [order, payload.latency[$("data").value]];
+  const columns = latency ? [...COLUMNS.slice(0, 9), [latency.column, "latency (ms)", number(3)], ...COLUMNS.slice(9)] : COLUMNS;
+  const empty = (value) => value === null || value === undefined;
+  const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b) : a - b) * step;
+  visible.sort((a, b) => empty(a[name]) - empty(b[name]) || (empty(a[name]) ? 0 : compare(a[name], b[name])));
+  const [head, body] = [element("thead"), element("tbody")];
+  head.append(element("tr"));
+  columns.forEach(([column, title], i) => {
+    const th = element("th", undefined, { className: i < 3 ? "text" : "", scope: "col" });
+    if (column === name) th.ariaSort = step > 0 ? "ascending" : "descending";
+    const button = element("button", title, { type: "button" });
+    button.addEventListener("click", () => { order = { name: column, step: column === name ? -step : 1 }; showCells(); });
+    th.append(button);
+    head.firstChild.append(th);
+  });
+  for (const cell of visible.slice(0, shown)) {
+    const line = element("tr");
+    columns.forEach(([column, , show], i) => line.append(element("td", show ? show(cell, column) : cell[column], { className: i < 3 ? "text" : "" })));
+    body.append(line);
+  }
+  $("cells").replaceChildren(head, body);
+  $("more").hidden = visible.length <= shown;
+  $("more").textContent = `Show all ${visible.length} cells`;
+}
+
+function showPublished(filter) {
+  const found = published.filter(passes(filter));
+  $("published").hidden = !found.length;
+  const body = element("tbody");
+  for (const cell of found) {
+    const line = element("tr");
+    for (const name of ["method", "arch", "quantizer"]) line.append(element("td", cell[name], { className: "text" }));
+    const whole = cell.levels === null;
+    for (const text of [whole ? "float" : `${cell.width} bits`, cell.top1.toFixed(2), cell.published.toFixed(2), whole ? "–" : String(cell.levels)])
+      line.append(element("td", text));
+    body.append(line);
+  }
+  $("published-table").replaceChildren(headRow(["method", "arch", "quantizer", "bits", "here (%)", "published (%)", "levels there"], 3), body);
+  $("published-warnings").replaceChildren(...payload.published_warnings.map((text) => element("li", text)));
+  return found.filter((cell) => cell.levels !== null);
+}
+
+let searches = [];
+function showSearch(filter) {
+  if (filter) {
+    const before = $("searched").selectedOptions[0]?.textContent;
+    searches = payload.searches.filter(passes(filter));
+    $("searched").replaceChildren(...searches.map((s, i) => element("option", s.name, { value: i, selected: s.name === before })));
+    $("search").hidden = !searches.length;
+  }
+  if (searches.length) drawSearch(searches[Number($("searched").value)], look);
+}
+
+function update() {
+  const filter = chosen();
+  visible = all.filter(passes(filter));
+  shown = SHOWN_AT_ONCE;
+  showWords(filter);
+  const latency = payload.latency[filter.data] || { column: "", label: "" };
+  drawAccuracy(visible, showPublished(filter), latency, look);
+  $("latency-note").textContent = latency.note || "";
+  showSearch(filter);
+  showGrid(visible);
+  showCells();
+}
+
+$("summary").textContent = payload.summary;
+$("notes").replaceChildren(...payload.notes.map((text) => element("p", text)));
+$("warnings").replaceChildren(...payload.warnings.map((text) => element("li", text)));
+$("warnings").hidden = !payload.warnings.length;
+if (all.length) {
+  buildFilters();
+  update();
+} else {
+  $("filters").hidden = true;
+  document.querySelector("main").replaceChildren(element("p", "No rows yet: run kdq experiment=quickstart."));
+}
+document.body.dataset.ready = "yes";

@@ -1,0 +1,48 @@
+"""What a run ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from kdq.report.tables import accuracy_table
+from kdq.report.write import Written
+from kdq.results import Row
+
+#: The terminal shows the answer for so many data sets and quantizers; report.md has all.
+ANSWERS = 4
+
+
+def print_results(console: Console, output: Path, rows: Sequence[Row], written: Written, runs: Path) -> None:
+    """The table of ``rows``, the answer that all rows below ``output`` give, and where everything is."""
+    if rows:
+        text = accuracy_table(rows)
+        if not console.is_terminal:  # a log has no width that a table could be cut to
+            console = Console(
+                file=console.file, width=console.measure(text, options=console.options.update(width=9999)).maximum
+            )
+        console.print(text)
+    for said in written.answer[:ANSWERS]:
+        console.print(f"[bold]{escape(said.data)}, {escape(said.quantizer)}[/]\n{escape(said.text)}", highlight=False)
+    if len(written.answer) > ANSWERS:
+        console.print(f"{len(written.answer) - ANSWERS} more answers are in report.md", highlight=False)
+    by_name = {path.name: path for path in written.files}
+    for name, file in (
+        ("results", "results.csv"),
+        ("report", "report.html"),
+        ("report as text", "report.md"),
+        ("accuracy vs bits", "accuracy_vs_bits.png"),
+        ("accuracy vs bytes", "accuracy_vs_bytes.png"),
+    ):
+        if file in by_name:
+            _place(console, name, str(by_name[file]))
+    if (runs / "wandb").is_dir():
+        _place(console, "W&B runs", str(runs / "wandb"))
+        _place(console, "browse them with", f"wandb leet {runs / 'wandb'}")
+
+
+def _place(console: Console, name: str, where: str) -> None:
+    console.print(f"{name + ':':<19}{where}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,157 @@
+"""Everything kdq writes about its rows: results.csv, results.parquet, and the folder report/."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from kdq.files import replacing, write_text
+from kdq.report.cells import by_seed, cells, missing, named, printable, width_name
+from kdq.report.layers import Frontier, Widths, frontiers, mixed_widths
+from kdq.report.words import Statement, statements
+from kdq.results import Row, read_rows, table, write_csv
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Written:
+    """The files written, what could not be (one line each), and the answer in short."""
+
+    files: list[Path] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    answer: list[Statement] = field(default_factory=list)
+
+
+class Material:
+    """What the rows below ``output`` come to; each part is worked out when something first asks for it."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.skipped: list[str] = []
+        self.rows: list[Row] = read_rows(output / "rows", skipped=self.skipped)
+
+    @cached_property
+    def named(self) -> pd.DataFrame:
+        return named(self.rows)
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        return cells(self.named)
+
+    @cached_property
+    def statements(self) -> list[Statement]:
+        return statements(by_seed(self.named))
+
+    @cached_property
+    def widths(self) -> dict[str, Widths]:
+        return mixed_widths(self.output, self.rows)
+
+    @cached_property
+    def searches(self) -> dict[str, Frontier]:
+        return frontiers(self.output, self.rows)
+
+    @cached_property
+    def searched(self) -> pd.DataFrame:
+        """The rows that a bit search left something for."""
+        return self.named[self.named["config_hash"].isin({*self.widths, *self.searches})]
+
+    @cached_property
+    def summary(self) -> str:
+        frame = self.named
+        counts = [(len(frame), "row"), (len(self.cells), "cell")]
+        counts += [(frame[name].nunique(), what) for name, what in (("data", "data set"), ("method", "method"))]
+        counts += [(frame["quantizer"].nunique(), "quantizer"), (frame["seed"].nunique(), "seed")]
+        said = ", ".join(f"{n:,} {what}{'' if n == 1 else 's'}" for n, what in counts)
+        return f"{said}. Measured on: {', '.join(sorted(set(frame['device'].map(printable)))) or 'nothing yet'}."
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What a reader must know before the numbers."""
+        said = [f"A damaged row was left out: {line}" for line in self.skipped]
+        mixed = self.cells[self.cells["rows"] > self.cells["n"]]
+        if len(mixed):
+            first = mixed.iloc[0]
+            said.append(
+                f"{len(mixed)} of {len(self.cells)} cells hold several rows of one seed, whose settings differ in "
+                f"something that has no column (epochs, say); their mean is shown. The first: {_cell(first)}."
+            )
+        gaps = missing(self.cells)
+        if len(gaps):
+            first = gaps.iloc[0]
+            said.append(
+                f"{len(gaps)} cells of the grid are missing or have fewer seeds than others. The first: "
+                f"{_cell(first)}, {first['n']} of {first['wanted']} seeds."
+            )
+        return said
+
+
+def write_report(output: Path) -> Written:
+    """Rebuild results.csv, results.parquet and report/ below ``output`` from its rows.
+
+    A part that cannot be written is told in a warning and in the result, and the others are: the cells' own rows are
+    safe whatever becomes of the report.
+    """
+    material, written = Material(output), Written()
+    folder = output / "report"
+    parts: dict[str, tuple[Path, Callable[[Path], Sequence[Path]]]] = {
+        "the table": (output / "results.csv", lambda path: _csv(path, material)),
+        "the Parquet table": (output / "results.parquet", lambda path: _parquet(path, material)),
+        "the figures": (folder, lambda path: _figures(path, material)),
+        "the page": (folder / "report.html", lambda path: write_page(path, material)),
+        "the Markdown report": (folder / "report.md", lambda path: _markdown(path, material, written.files)),
+    }
+    for name, (path, write) in parts.items():
+        try:
+            written.files += write(path)
+        except Exception as error:  # whatever it is, it must not take the other parts or a sweep's end with it
+            written.failures.append(f"{name} could not be written to {path}: {type(error).__name__}: {error}")
+            log.warning(written.failures[-1])
+            log.debug("", exc_info=True)
+    if "statements" in vars(material):
+        written.answer = [statement for statement in material.statements if statement.topic == "answer"]
+    return written
+
+
+def _csv(path: Path, material: Material) -> list[Path]:
+    write_csv(path, material.rows)
+    return [path]
+
+
+def _parquet(path: Path, material: Material) -> list[Path]:
+    with replacing(path) as temporary:
+        table(material.rows).to_parquet(temporary, index=False)
+    return [path]
+
+
+def _figures(folder: Path, material: Material) -> list[Path]:
+    from kdq.report.figures import write_figures
+
+    m = material
+    return write_figures(m.cells, folder, m.searched, m.searches) if len(m.cells) else []
+
+
+def write_page(path: Path, material: Material) -> list[Path]:
+    """Write report.html alone."""
+    from kdq.report.html import page
+
+    m = material
+    write_text(path, page(m.cells, m.statements, m.summary, m.warnings, m.searched, m.widths, m.searches))
+    return [path]
+
+
+def _markdown(path: Path, material: Material, written: Sequence[Path]) -> list[Path]:
+    from kdq.report.markdown import markdown
+
+    figures = [file for file in written if file.suffix == ".png"]
+    write_text(path, markdown(material.cells, material.statements, material.summary, material.warnings, figures))
+    return [path]
+
+
+def _cell(line: pd.Series) -> str:
+    return f"{line['data']}, {line['method']} ({line['arch']}), {line['quantizer']}, {width_name(line['width'])}"

@@ -1,0 +1,39 @@
+"""Welch's test against SciPy's own."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from kdq.report.difference import difference
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_is_scipys(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    a = generator.normal(90, generator.uniform(0.1, 3), generator.integers(2, 9))
+    b = generator.normal(91, generator.uniform(0.1, 3), generator.integers(2, 9))
+    found, wanted = difference(a, b), scipy.stats.ttest_ind(a, b, equal_var=False)
+    interval = wanted.confidence_interval(0.95)
+    assert found.value == pytest.approx(a.mean() - b.mean())
+    assert (found.p, found.low, found.high) == pytest.approx((wanted.pvalue, interval.low, interval.high))
+    assert (found.n_a, found.n_b) == (len(a), len(b))
+    assert found.beyond_noise == (wanted.pvalue < 0.05) == (not interval.low < 0 < interval.high)
+
+
+def test_the_other_way_round_is_the_negative() -> None:
+    a, b = difference([1.0, 2.0, 4.0], [5.0, 5.5]), difference([5.0, 5.5], [1.0, 2.0, 4.0])
+    assert (a.value, a.low, a.high, a.p) == pytest.approx((-b.value, -b.high, -b.low, b.p))
+
+
+@pytest.mark.parametrize(("a", "b"), [([90.0], [91.0, 92.0]), ([90.0, 91.0], [92.0]), ([90.1] * 3, [89.7] * 2)])
+def test_without_spread_there_is_no_test(a: list[float], b: list[float]) -> None:
+    found = difference(a, b)
+    assert found.value == pytest.approx(np.mean(a) - np.mean(b))
+    assert math.isnan(found.p)
+    assert math.isnan(found.low)
+    assert not found.tested
+    assert not found.beyond_noise

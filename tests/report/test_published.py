@@ -1,0 +1,62 @@
+"""The published numbers: which cells they stand beside, and what is said of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from kdq.report.cells import cells, named
+from kdq.report.published import beside, distilled_beside, study, study_data, warnings
+from kdq.results import Row
+
+
+def test_they_stand_beside_equal_cells_with_their_levels(row: Callable[..., Row]) -> None:
+    rows = [row(data="cifar10", method="vkd", arch="resnet18", bits=bits) for bits in (2, 3, 32)]
+    found = beside(cells(named(rows))).set_index("width")
+    # From the study's tables: 2 "bits" are 5 levels; it has no 32 bits, but a float model.
+    assert found["published"].to_dict() == {2: 71.87, 3: 82.4, math.inf: 90.77}
+    assert found["levels"].to_dict() == {2: 5, 3: 9, math.inf: math.inf}
+    said = warnings(found.reset_index())
+    assert len(said) == 1
+    assert "2^b + 1 levels" in said[0]
+
+
+def test_other_data_is_said_to_be_other(row: Callable[..., Row]) -> None:
+    rows = [row(data="cifar10_jpeg", method="teacher", arch="resnet20", bits=4)]
+    said = " ".join(warnings(beside(cells(named(rows)))))
+    assert "cifar10_jpeg is not the study's cifar10" in said
+    assert "resnet20 stands where the study has resnet50" in said
+
+
+def test_only_its_data_and_methods_match(row: Callable[..., Row]) -> None:
+    rows = [row(data="digits"), row(data="cifar10", method="baseline"), row(data="cifar1000")]
+    assert beside(cells(named(rows))).empty
+    rows = [row(data="cifar10", method="vkd", search="greedy", avg_bits=3.0, bits=3)]
+    assert beside(cells(named(rows))).empty
+    assert warnings(beside(cells(named(rows)))) == []
+
+
+def test_cifar100_is_not_cifar10() -> None:
+    assert [study_data(name) for name in ("cifar10", "cifar100", "cifar100_jpeg", "cifar10-mine", "cifar101")] == [
+        "cifar10",
+        "cifar100",
+        "cifar100",
+        "cifar10",
+        "",
+    ]
+
+
+def test_distillation_needs_the_same_pair(row: Callable[..., Row]) -> None:
+    rows = [
+        row(data="cifar100", method="teacher", arch="resnet56"),
+        row(data="cifar100", method="dkd", arch="resnet20"),
+        row(data="cifar100", method="dml", arch="resnet20"),
+    ]
+    assert distilled_beside(cells(named(rows)))["published"].tolist() == [71.97]
+    assert distilled_beside(cells(named(rows[1:]))).empty
+
+
+def test_the_file_is_whole() -> None:
+    for data, methods in study()["top1"].items():
+        assert set(methods) == {"teacher", "vkd", "mixup", "dml", "dkd"}, data
+        assert all(known.keys() >= {"2", "8", "float"} for known in methods.values())

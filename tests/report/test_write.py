@@ -1,0 +1,127 @@
+"""The report as a whole: which files, from no rows to many, and what a failing part leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+import kdq.report.html
+from kdq.report import accuracy_table, main, write_report
+from kdq.results import COLUMNS, Row, read_rows, table
+
+FIGURES = ("accuracy_vs_bits", "accuracy_vs_total_bits", "accuracy_vs_bytes", "accuracy_vs_latency", "drop_vs_bits")
+FILES = {"results.csv", "results.parquet", "report.md", "report.html"} | {
+    f"{stem}.{kind}" for stem in FIGURES for kind in ("png", "svg")
+}
+
+
+def _grid(row: Callable[..., Row]) -> list[Row]:
+    rows = [row(seed=seed, bits=bits, top1=96.0 + 2 * seed - 4 / bits) for seed in (0, 1) for bits in (2, 4)]
+    return [*rows, row(method="teacher", bits=2, data="cifar10_jpeg", top1=50.0)]
+
+
+def test_report_from_rows_is_idempotent(
+    tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]
+) -> None:
+    folder_of(tmp_path, _grid(row))
+    written = write_report(tmp_path)
+    assert written.failures == []
+    first = {path.name: path.read_bytes() for path in written.files}
+    assert set(first) == FILES
+    write_report(tmp_path)
+    assert {path.name: path.read_bytes() for path in written.files} == first
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_the_tables_hold_every_row(tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]) -> None:
+    folder_of(tmp_path, _grid(row))
+    write_report(tmp_path)
+    wanted = table(read_rows(tmp_path / "rows"))
+    assert len(wanted) == 5
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "results.parquet"), wanted)
+    kinds = wanted.dtypes.to_dict()
+    csv = pd.read_csv(tmp_path / "results.csv", keep_default_na=False, dtype=kinds)
+    pd.testing.assert_frame_equal(csv, wanted)
+
+
+def test_report_in_markdown(tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]) -> None:
+    folder_of(tmp_path, _grid(row))
+    write_report(tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| vkd | resnet20 | gpfq | 2 | 98.00 ± 0.00 (4,100) | 95.00 ± 1.41 (600) | 96.00 ± 1.41 (600) |" in text
+    assert "Does quantizing a distilled student beat quantizing the teacher?" in text
+    assert "cifar10\\_jpeg is not the study's cifar10" in text
+    assert "| cifar10\\_jpeg | teacher | resnet20 | gpfq | 2 bits | 50.00 | 90.90 | 5 |" in text
+    for name in FIGURES:
+        assert f"({name}.png)" in text
+
+
+def test_missing_and_doubled_cells_are_marked(
+    tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]
+) -> None:
+    rows = [row(bits=2), row(bits=3), row(method="dkd", bits=3, top1=90.0), row(method="dkd", bits=3, top1=92.0)]
+    folder_of(tmp_path, rows)
+    write_report(tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| dkd | resnet20 | gpfq | 1 | 98.00 (4,100) | missing | 91.00 (600) |" in text
+    assert "1 cells of the grid are missing" in text
+    assert "1 of 3 cells hold several rows of one seed" in text
+
+
+def test_the_terminal_marks_missing_cells(row: Callable[..., Row]) -> None:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(accuracy_table([row(bits=2), row(method="[red]dkd", bits=3)]))
+    console.print(accuracy_table([row(bits=4, act_bits=8), row(bits=4)]))
+    assert "gpfq A8" in console.export_text(clear=False)
+    lines = [line for line in console.export_text().splitlines() if "dkd" in line]
+    assert len(lines) == 1
+    assert [cell.strip() for cell in lines[0].split("│")[1:-1]] == ["[red]dkd", "98.00", "-", "97.00"]
+
+
+def test_no_rows_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 0
+    assert "report.html" in capsys.readouterr().out
+    assert "No rows yet" in (tmp_path / "report" / "report.md").read_text()
+    assert list(pd.read_csv(tmp_path / "results.csv").columns) == COLUMNS
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "nowhere")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_damaged_row_is_named_everywhere(
+    tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder_of(tmp_path, [row()])
+    (tmp_path / "rows" / "bad.json").write_text('{"data": ')
+    with caplog.at_level(logging.WARNING):
+        assert write_report(tmp_path).failures == []
+    assert "bad.json" in caplog.text
+    for name in ("report.md", "report.html"):
+        assert "bad.json" in (tmp_path / "report" / name).read_text()
+
+
+def test_a_part_that_fails_leaves_the_others(
+    tmp_path: Path,
+    row: Callable[..., Row],
+    folder_of: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder_of(tmp_path, [row()])
+    (tmp_path / "results.csv").mkdir()  # cannot be replaced by a file
+    monkeypatch.setattr(kdq.report.html, "_plotly", lambda: 1 / 0)
+    written = write_report(tmp_path)
+    assert {path.name for path in written.files} == FILES - {"results.csv", "report.html"}
+    assert ["results.csv" in written.failures[0], "ZeroDivisionError" in written.failures[1]] == [True, True]
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 1
+    assert "report.md" in capsys.readouterr().out
