@@ -40,11 +40,24 @@ def test_quickstart_ends_with_table_plots_and_the_way_to_its_runs(grid: Any) -> 
     output, done = grid
     for words in ("float", "2 bits", "3 bits", "4 bits", "8 bits", "32 bits", *METHODS):
         assert words in done.stdout
-    for path in ("results.csv", "report/report.md", "report/accuracy_vs_bits.png", "report/accuracy_vs_bytes.png"):
+    for path in (
+        "results.csv",
+        "report/report.html",
+        "report/report.md",
+        "report/accuracy_vs_bits.png",
+        "report/accuracy_vs_bytes.png",
+    ):
         assert str(output / path) in done.stdout
         assert (output / path).stat().st_size > 0
     assert f"wandb leet {output / 'runs' / 'wandb'}" in done.stdout
-    assert {path.name for path in output.iterdir()} == {"store", "rows", "runs", "report", "results.csv"}
+    assert {path.name for path in output.iterdir()} == {
+        "store",
+        "rows",
+        "runs",
+        "report",
+        "results.csv",
+        "results.parquet",
+    }
 
 
 def test_every_cell_has_a_row_and_its_file_has_the_size_it_says(grid: Any) -> None:
