@@ -84,6 +84,7 @@ def sweep(
     """
     from rich.console import Console
 
+    from kdq.dashboard.sweep import tell_sweep
     from kdq.results import read_rows
     from kdq.sweep.plan import make_plan
     from kdq.sweep.run import run_plan
@@ -101,6 +102,7 @@ def sweep(
     status = Status(console, plan, live=getattr(launcher, "jobs_write_elsewhere", False))
     failures = run_plan(plan, launcher.launch, Path(cfg.hydra.sweep.dir), status)
     rows = read_rows(output / "rows", set(plan.rows))
+    tell_sweep(cfg, rows)
     finish(cfg, rows)
     if failures or plan.impossible:
         for line in failure_lines(plan, failures):

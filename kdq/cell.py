@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -12,16 +12,17 @@ from typing import Any
 
 import hydra.utils
 import torch
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+import kdq
 from kdq.data.images import Images
 from kdq.data.sets import ImageSet
 from kdq.errors import KdqError
 from kdq.models import build
+from kdq.origin import git_sha
 from kdq.store import Entry, Store
-from kdq.tracking import tracked
+from kdq.tracking import About, Track, flat, tracked
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,36 @@ class Cell:
         network.load_state_dict(entry.weights())
         return network.eval()
 
-    def tracked(self, job_type: str, name: str, extra: Mapping[str, Any]) -> AbstractContextManager[Logger | None]:
-        """The logger of one stage; see :func:`kdq.tracking.tracked`."""
-        cfg = self.cfg
-        axes = {"data": cfg.data.name, "teacher": cfg.teacher.name, "student": cfg.student.name, "seed": cfg.seed}
-        return tracked(
-            plain(cfg.logger),
-            self.output / "runs",
-            job_type=job_type,
-            name=f"{cfg.data.name}-{name}",
-            group=cfg.sweep,
-            config=axes | {"quantizer": cfg.quant.name} | dict(extra),
+    def tracked(
+        self,
+        job_type: str,
+        name: str,
+        key: str,
+        axes: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        inputs: Sequence[str] = (),
+        tags: Sequence[str] = (),
+    ) -> AbstractContextManager[Track]:
+        """The log of one stage; see :class:`kdq.tracking.About`.
+
+        Args:
+            axes: what tells the stage from others of its kind, under short names.
+            settings: the rest of what affects its result, nested as in the config.
+        """
+        data = plain(self.cfg.data)
+        common = {"data": data["name"], "kdq_version": kdq.__version__, "git_sha": git_sha(), "key": key}
+        config = common | dict(axes) | flat(dict(settings) | {"data": data, "trainer": plain(self.cfg.trainer)})
+        own = [data["name"], *(axes[axis] for axis in ("method", "arch", "quantizer") if axis in axes)]
+        about = About(
+            job_type,
+            name,
+            group=str(self.cfg.sweep),
+            key=key,
+            config=config,
+            tags=[*own, f"s{axes['seed']}", *tags],
+            inputs=inputs,
         )
+        return tracked(plain(self.cfg.logger), self.output / "runs", about)
 
 
 @lru_cache(maxsize=2)

@@ -24,6 +24,7 @@ from kdq.data.module import ImageDataModule
 from kdq.distill.baseline import Baseline
 from kdq.errors import KdqError
 from kdq.progress import progress
+from kdq.vitals import Vitals
 
 
 @dataclass
@@ -33,6 +34,11 @@ class Best:
     top1: float = -1.0
     epoch: int = -1
     weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def ranked(best: Mapping[str, Best]) -> list[str]:
+    """The learners from the best one down; of equals the first comes first: the student before its peer."""
+    return sorted(best, key=lambda name: -best[name].top1)
 
 
 class KeepBest(Callback):
@@ -134,14 +140,24 @@ def fit(
         KdqError: the loss became NaN, or the checkpoint in ``work`` cannot be read.
     """
     recipe, best, checkpoint = module.recipe, KeepBest(), work / "last.ckpt"
+    steps = len(images.split.train) // recipe.batch_size
+    every = max(1, min(20, steps))  # logs at least once an epoch
     _quiet_lightning()
     callbacks = [
         best,
         _SeedEpoch(module.seed),
         _Progress(title),
+        Vitals(every),
         ModelCheckpoint(work, "last", save_on_train_epoch_end=True, enable_version_counter=False),
     ]
-    lightning = _trainer(module, trainer, callbacks=callbacks, logger=logger, default_root_dir=work)
+    lightning = _trainer(
+        module,
+        trainer,
+        callbacks=callbacks,
+        logger=logger,
+        log_every_n_steps=every,
+        default_root_dir=work,
+    )
     try:
         if trainer["compile"]:
             for network in module.networks():
@@ -155,7 +171,7 @@ def fit(
         raise KeyboardInterrupt
     if not best.best:
         raise KdqError("the training ended without a validated epoch")
-    trained_images = len(images.split.train) // recipe.batch_size * recipe.batch_size * recipe.epochs
+    trained_images = steps * recipe.batch_size * recipe.epochs
     metrics = {
         "epochs": recipe.epochs,
         "train_seconds": best.seconds,
@@ -183,7 +199,6 @@ def _trainer(module: Baseline, config: Mapping[str, Any], **kwargs: Any) -> L.Tr
         enable_model_summary=False,
         use_distributed_sampler=False,
         deterministic="warn",
-        log_every_n_steps=20,
         **kwargs,
     )
 

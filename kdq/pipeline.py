@@ -30,7 +30,7 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     made = {}
     if missing:
         with recorded(cell.output, {key: f"{cell.name}-b{width}" for width, key in missing.items()}, job):
-            made = quantize(cell, obtain(cell.store, model), missing)
+            made = quantize(cell, obtain(cell.store, model), missing, keys)
     return [made[width] if width in made else known[key] for width, key in keys.items()]
 
 

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
-import subprocess
 from collections.abc import Mapping
-from functools import cache
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import hydra.utils
 import torch
-from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from torch import nn
 
 import kdq
 from kdq.cell import Cell, plain
+from kdq.dashboard.names import reference, series
 from kdq.data.loader import EvalLoader
 from kdq.errors import KdqError
 from kdq.evaluate import evaluate, latency_ms, multiply_adds
+from kdq.origin import git_sha
 from kdq.progress import progress
 from kdq.quant.alphabet import check_bits
 from kdq.quant.mixed import first_batches, search_bits
 from kdq.quant.network import Report, quantizable_layers, quantize_widths
 from kdq.quant.packing import save_packed
 from kdq.quant.weights import with_float_dtype
+from kdq.quantize_track import spell, tell_axes, tell_layers, tell_row, tell_search
 from kdq.results import Row, write_row
 from kdq.store import Entry, key_of
-from kdq.tracking import run_folder
+from kdq.tracking import Track
 from kdq.train_stage import Model
 
 log = logging.getLogger(__name__)
@@ -92,23 +93,25 @@ def row_keys(cell: Cell, model: Model) -> dict[Width, str]:
     return {width: key_of(row_spec(cell, model, width)) for width in asked_widths(cell)}
 
 
-def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str]) -> dict[Width, Row]:
+def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str], asked: Mapping[Width, str]) -> dict[Width, Row]:
     """Quantize the model to the widths of ``keys`` in one pass, measure each on the test set, and write its packed
     file and its row.
 
     Args:
         keys: width to ``config_hash``.
+        asked: the same for all widths of the job, those that have their rows, too: they name its log.
     """
-    cfg, role = cell.cfg, cell.cfg[cell.role]
+    cfg = cell.cfg
     network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
-    name = f"{cfg.method.name}-{role.name}-s{role.seed}-{cfg.quant.name}"
-    with cell.tracked("quantize", name, {"method": cfg.method.name, "model_key": entry.key}) as logger:
-        versions = _versions(cell, entry, network, list(keys), logger)
-        with progress(f"evaluating {name}", len(keys) + 1, "width") as bar:
+    with _tracked(cell, entry, asked) as track:
+        tell_axes(track)
+        versions = _versions(cell, entry, network, list(keys), track)
+        tell_layers(track, {spell(width): report for width, (_, report) in versions.items()})
+        with progress(f"evaluating {cell.name}", len(keys) + 1, "width") as bar:
             test = cell.images.evaluation("test", cell.device)
             reference = evaluate(network, test, cfg.data.num_classes)
             bar.update()
-            common = _common(cell, entry, network) | {"wandb_run": run_folder(logger)}
+            common = _common(cell, entry, network) | {"wandb_run": track.folder}
             rows = {}
             for width, key in keys.items():
                 version, report = versions[width]
@@ -116,15 +119,43 @@ def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str]) -> dict[Width,
                 bits = width if isinstance(width, int) else math.ceil(report.avg_bits)
                 rows[width] = _row(cell, bits, key, version, report, reference, found, common)
                 write_row(cell.output / "rows", rows[width])
-                if logger is not None:
-                    logged = ("bits", "top1", "drop", "nll", "ece", "size_bytes", "avg_bits")
-                    logger.log_metrics({f"quantize/{column}": getattr(rows[width], column) for column in logged})
+                tell_row(track, rows[width], cell.output / rows[width].artifact)
                 bar.update()
     return rows
 
 
+def _tracked(cell: Cell, entry: Entry, asked: Mapping[Width, str]) -> AbstractContextManager[Track]:
+    cfg, role, quant = cell.cfg, plain(cell.cfg[cell.role]), plain(cell.cfg.quant)
+    widths = [spell(width) for width in asked]
+    arch, act_bits = entry.metrics.get("arch", role["name"]), quant["act_bits"] or 32
+    axes = {
+        "role": cell.role,
+        "method": cfg.method.name,
+        "arch": arch,
+        "seed": role["seed"],
+        "teacher": cfg.teacher.name,
+        "quantizer": quant["name"],
+        "alphabet": quant["alphabet"],
+        "act_bits": act_bits,
+        "bits": quant["bits"],
+        "search": quant["search"]["method"] if quant.get("search") else "",
+        "model_key": entry.key,
+        "series": series(cfg.method.name, arch, quant["name"], act_bits),
+    }
+    settings = {"net": role["net"], "recipe": role["recipe"], "method": plain(cfg.method), "quant": quant}
+    return cell.tracked(
+        "quantize",
+        f"{cell.name}-b{','.join(widths)}",
+        key_of({"rows": sorted(asked.values())}),
+        axes,
+        settings,
+        inputs=[reference(entry.slug, entry.key)],
+        tags=[f"{width}bit" for width in widths],
+    )
+
+
 def _versions(
-    cell: Cell, entry: Entry, network: nn.Module, widths: list[Width], logger: Logger | None
+    cell: Cell, entry: Entry, network: nn.Module, widths: list[Width], track: Track
 ) -> dict[Width, tuple[nn.Module, Report]]:
     """The quantized networks by width; with ``quant=none`` the float network itself."""
     quant = cell.cfg.quant
@@ -133,7 +164,7 @@ def _versions(
         return {width: (version, Report(float_bits=32 if version is network else 16)) for width in widths}
     calibration = cell.images.calibration(quant.images, quant.seed, cell.device)
     if quant.get("search"):
-        return {width: _searched(cell, entry, network, calibration, width, logger) for width in widths}
+        return {width: _searched(cell, entry, network, calibration, width, track) for width in widths}
     layers = len(quantizable_layers(network, list(quant.keep_float)))
     with progress(f"quantizing with {quant.name}", layers, "layer") as bar:
 
@@ -145,7 +176,7 @@ def _versions(
 
 
 def _searched(
-    cell: Cell, entry: Entry, network: nn.Module, calibration: EvalLoader, width: Width, logger: Logger | None
+    cell: Cell, entry: Entry, network: nn.Module, calibration: EvalLoader, width: Width, track: Track
 ) -> tuple[nn.Module, Report]:
     """The network with the widths that the bit search chooses. What it measures depends on everything but the budget,
     so searches of the same model with other budgets share one trace."""
@@ -180,8 +211,7 @@ def _searched(
         found.seconds,
         found.bank_seconds,
     )
-    for metrics in found.metrics() if logger is not None else []:
-        logger.log_metrics(metrics)  # type: ignore[union-attr]
+    tell_search(track, found)
     return found.network, found.report
 
 
@@ -219,7 +249,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "train_seconds": float(entry.metrics["train_seconds"]),
         "device": _device_name(cell.device),
         "kdq_version": kdq.__version__,
-        "git_sha": _git_sha(),
+        "git_sha": git_sha(),
     }
 
 
@@ -255,16 +285,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} x{torch.get_num_threads()}" if device.type == "cpu" else device.type
-
-
-@cache
-def _git_sha() -> str:
-    """The commit of kdq's own checkout, with ``+`` when it has local changes; empty for an installed package."""
-    folder = Path(kdq.__file__).parent.parent
-    if not (folder / ".git").exists():
-        return ""
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude", "*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -29,7 +29,7 @@ from typing import Any
 
 from filelock import SoftFileLease, Timeout
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kdq.errors import KdqError
@@ -50,6 +50,11 @@ def key_of(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def weights_file(weights: Mapping[str, Tensor]) -> bytes:
+    """The content of ``weights.safetensors``; equal weights make equal files."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+
+
 @dataclass(frozen=True)
 class Entry:
     """A finished model."""
@@ -57,6 +62,11 @@ class Entry:
     path: Path
     key: str
     metrics: dict[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """The readable part of its folder's name."""
+        return self.path.name.removesuffix(f"-{self.key}")
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict, on the CPU."""
@@ -129,7 +139,7 @@ class Store:
         key = key_of(spec)
         temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=".publish-"))
         try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / _FILES[0])
+            (temporary / _FILES[0]).write_bytes(weights_file(weights))
             (temporary / _FILES[1]).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(spec))))
             (temporary / _FILES[2]).write_text(json.dumps(metrics, indent=1) + "\n")
             digests = {name: file_digest(temporary / name) for name in _FILES}

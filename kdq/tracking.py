@@ -1,10 +1,10 @@
-"""Where a stage's metrics go: a W&B run (offline unless asked otherwise), CSV files, or nowhere."""
+"""What a stage tells about itself, and where that goes: a W&B run, CSV files, or nowhere."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,82 +12,117 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from kdq.errors import KdqError
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class About:
+    """What the run of a stage is found by.
+
+    Attributes:
+        job_type: ``teacher``, ``distill``, ``quantize`` or ``report``.
+        name: for people; names need not differ.
+        group: the sweep.
+        key: identifies what the stage makes. A stage that was killed and is run again has the same key and continues
+            its run.
+        config: flat values: every axis of the grid, and what else affects the result.
+        tags: what runs are filtered by.
+        inputs: the :func:`kdq.dashboard.names.reference` of each model that the stage takes.
+    """
+
+    job_type: str
+    name: str
+    group: str
+    key: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tags: Sequence[str] = ()
+    inputs: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model that a stage makes.
+
+    Attributes:
+        name, key: what it is called and the hash that tells it from others of that name.
+        kind: ``float`` or ``quantized``.
+        path: its file. It need not be there yet if ``content`` is given: what will be in it.
+        facts: accuracies, sizes and the like.
+    """
+
+    name: str
+    key: str
+    kind: str
+    path: Path
+    facts: Mapping[str, Any]
+    content: Callable[[], bytes] | None = None
+
+
+class Track:
+    """The log of one stage. This one keeps the metrics, in ``logger`` if there is one; W&B's keeps everything."""
+
+    #: Where a W&B run lies on disk, to be browsed or synchronised; empty for others.
+    folder = ""
+
+    def __init__(self, logger: Logger | None = None) -> None:
+        self.logger = logger
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        """One point of each of these curves."""
+        if self.logger is not None:
+            self.logger.log_metrics(dict(values))
+
+    def axis(self, x: str, curves: Iterable[str]) -> None:
+        """Draw ``curves`` over the metric ``x``. To be told before their first point."""
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Final values, for lists of runs."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """A table."""
+
+    def lines(self, name: str, title: str, x: str, y: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+        """A chart of named curves, each a list of points; ``x`` and ``y`` name the axes."""
+
+    def points(self, name: str, title: str, x: str, y: str, values: Sequence[tuple[float, float]]) -> None:
+        """A scatter chart."""
+
+    def bars(self, name: str, title: str, label: str, value: str, values: Sequence[tuple[str, float]]) -> None:
+        """A bar chart."""
+
+    def made(self, artifact: Artifact) -> None:
+        """The stage has made ``artifact``."""
 
 
 @contextmanager
-def tracked(
-    logger: Mapping[str, Any], runs: Path, *, job_type: str, name: str, group: str, config: Mapping[str, Any]
-) -> Iterator[Logger | None]:
-    """A Lightning logger for one stage, closed when the block ends; a block that raises leaves a failed run.
+def tracked(logger: Mapping[str, Any], runs: Path, about: About) -> Iterator[Track]:
+    """The log of one stage, closed when the block ends; a block that raises leaves a failed run.
 
     Args:
         logger: the ``logger`` config: ``kind`` is ``wandb``, ``csv`` or ``none``.
         runs: folder below which the logs are written.
-        job_type: ``teacher``, ``distill`` or ``quantize``.
-        config: flat values to find the run by.
     """
     kind = logger["kind"]
     if kind == "none":
-        yield None
+        yield Track()
     elif kind == "csv":
-        csv = CSVLogger(runs / "csv", name=f"{job_type}-{name}")
-        csv.log_hyperparams(dict(config))
-        yield csv
+        csv = CSVLogger(runs / "csv", name=f"{about.job_type}-{about.name}")
+        csv.log_hyperparams(dict(about.config))
+        yield Track(csv)
         csv.finalize("success")
     elif kind == "wandb":
-        yield from _wandb(logger, runs, job_type=job_type, name=name, group=group, config=config)
+        from kdq.dashboard.run import wandb_run
+
+        with wandb_run(logger, runs, about) as track:
+            yield track
     else:
         raise KdqError(f"logger.kind={kind!r} is unknown: use logger=wandb, logger=csv or logger=none")
 
 
-def _wandb(
-    logger: Mapping[str, Any], runs: Path, *, job_type: str, name: str, group: str, config: Mapping[str, Any]
-) -> Iterator[Logger]:
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    runs.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {
-        "project": logger["project"],
-        "entity": logger["entity"],
-        "dir": str(runs),
-        "job_type": job_type,
-        "name": name,
-        "group": group,
-        "config": dict(config),
-        "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
-    }
-    mode = _mode(logger["mode"])
-    try:
-        run = wandb.init(mode=mode, **options)
-    except wandb.Error as error:
-        if mode != "online":
-            raise KdqError(f"W&B could not start ({error}): set logger=csv or logger=none") from error
-        log.warning("W&B cannot be reached (%s): this run is logged offline", error)
-        run = wandb.init(mode="offline", **options)
-    exit_code = 1
-    try:
-        yield WandbLogger(experiment=run)
-        exit_code = 0
-    finally:
-        run.finish(exit_code=exit_code)
-
-
-def _mode(asked: str) -> Any:
-    if asked not in ("online", "offline", "disabled"):
-        raise KdqError(f"logger.mode={asked!r} is unknown: use offline, online or disabled")
-    if asked == "online":
-        import wandb
-
-        if not wandb.api.api_key:
-            log.warning("logger.mode=online, but nobody is logged in to W&B (run `wandb login`): logging offline")
-            return "offline"
-    return asked
-
-
-def run_folder(logger: Logger | None) -> str:
-    """The folder of a W&B run, to be browsed or synchronised; empty for other loggers."""
-    experiment = getattr(logger, "experiment", None)
-    folder = getattr(experiment, "dir", "")
-    return str(Path(folder).parent) if type(logger).__name__ == "WandbLogger" and folder else ""
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as one level: ``{"recipe": {"lr": 1}}`` becomes ``{"recipe/lr": 1}``."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}/")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from kdq.cell import Cell, plain
+from kdq.dashboard.names import reference
 from kdq.evaluate import evaluate
+from kdq.fit import ranked
 from kdq.models import build
 from kdq.pretrained import IMAGENET
 from kdq.processes import run_training
 from kdq.store import Entry, Store, key_of
-from kdq.training import NetworkSpec, TrainingSpec, check_fit
+from kdq.training import NetworkSpec, TrainingSpec, check_fit, tell_model
 from kdq.weights import file_digest, load_weights, locate
 
 #: How a teacher is trained, and the network that a student may start from.
@@ -108,15 +110,22 @@ def _teacher(cell: Cell) -> Model:
         return _trained(cell, "teacher", "baseline", role, CROSS_ENTROPY, {})
     path = locate(role["weights"])
     spec = {"stage": "load", "net": role["net"], "weights": file_digest(path), "data": cell.images.spec()}
+    slug = f"{cell.cfg.data.name}-loaded-{role['name']}"
 
     def read(work: object) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         network = build(role["net"])
         load_weights(network, path)
         check_fit(cell, network, role["name"])
         metrics = evaluate(network, cell.images.evaluation("val", torch.device("cpu")), cell.cfg.data.num_classes)
-        return network.state_dict(), {"val_top1": metrics["top1"], "train_seconds": 0.0}
+        facts = {"val_top1": metrics["top1"], "train_seconds": 0.0}
+        axes = {"role": "teacher", "method": "loaded", "arch": role["name"], "seed": role["seed"]}
+        settings = {"net": role["net"], "weights": str(role["weights"])}
+        with cell.tracked("teacher", slug, key_of(spec), axes, settings) as track:
+            track.summary(facts)
+            tell_model(track, cell.store, slug, key_of(spec), network.state_dict(), facts)
+        return network.state_dict(), facts
 
-    return Model(spec, f"{cell.cfg.data.name}-loaded-{role['name']}", "teacher", (), read)
+    return Model(spec, slug, "teacher", (), read)
 
 
 @dataclass(frozen=True)
@@ -161,8 +170,9 @@ def _trained(
     slug = f"{cell.cfg.data.name}-{method_name}-{role['name']}-s{role['seed']}"
     label, job_type = ("teacher", "teacher") if role_name == "teacher" else (method_name, "distill")
     networks = {"student": start.network} | {name: other.network for name, other in others.items()}
-    training = TrainingSpec(label, job_type, method, role["recipe"], networks)
     needs = [model for one in (start, *others.values()) for model in one.needs]
+    inputs = [reference(model.slug, model.key) for model in needs]
+    training = TrainingSpec(label, job_type, method, role["recipe"], networks, slug, key_of(spec), inputs)
     return Model(spec, slug, role_name, tuple(needs), _train(cell, training, spec, slug), training)
 
 
@@ -183,8 +193,7 @@ def _train(cell: Cell, training: TrainingSpec, spec: Mapping[str, Any], slug: st
                 {**spec, "learner": name}, f"{slug}-{name}", lambda _: (best[name].weights, results[name])
             ).key
 
-        # The first of equals: the student, where it is as good as its peer.
-        winner, *losers = sorted(best, key=lambda name: -best[name].top1)
+        winner, *losers = ranked(best)
         for name in losers:
             results[winner] |= {f"val_top1_{name}": 100 * best[name].top1, f"key_{name}": keep(name)}
         return best[winner].weights, results[winner]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra.utils
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdq.cell import Cell, plain
 from kdq.distill.baseline import Baseline
 from kdq.distill.recipe import Recipe
 from kdq.errors import KdqError
-from kdq.fit import Best, fit
+from kdq.fit import Best, fit, ranked
 from kdq.models import build
 from kdq.pretrained import IMAGENET, load_imagenet
+from kdq.store import Store, weights_file
+from kdq.tracking import Artifact, Track
 from kdq.weights import load_weights
 
 #: What ``trainer.devices`` may say beside a number or a list.
@@ -60,6 +63,8 @@ class TrainingSpec:
         method: ``_target_``, a :class:`~kdq.distill.baseline.Baseline`, and its options.
         recipe: the fields of :class:`~kdq.distill.recipe.Recipe`.
         networks: ``student`` and what else the method takes.
+        slug, key: of the store's entry that it makes.
+        inputs: references to the stored models that it takes, for its log.
     """
 
     label: str
@@ -67,6 +72,9 @@ class TrainingSpec:
     method: Mapping[str, Any]
     recipe: Mapping[str, Any]
     networks: Mapping[str, NetworkSpec]
+    slug: str
+    key: str
+    inputs: Sequence[str] = ()
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainingSpec:
@@ -101,8 +109,35 @@ def train(
         trainer["strategy"] = "auto"
     if rank > 0:
         return fit(module, cell.images, trainer, work)
-    with cell.tracked(spec.job_type, f"{spec.label}-{student.name}-s{student.seed}", {"method": spec.label}) as logger:
-        return fit(module, cell.images, trainer, work, logger or False, title)
+    with _tracked(cell, spec) as track:
+        best, metrics = fit(module, cell.images, trainer, work, track.logger or False, title)
+        winner = best[ranked(best)[0]]
+        facts = {"val_top1": 100 * winner.top1, "best_epoch": winner.epoch} | metrics
+        track.summary(facts)
+        tell_model(track, cell.store, spec.slug, spec.key, winner.weights, facts)
+    return best, metrics
+
+
+def _tracked(cell: Cell, spec: TrainingSpec) -> AbstractContextManager[Track]:
+    student, networks = spec.networks["student"], spec.networks
+    axes = {
+        "role": "teacher" if spec.job_type == "teacher" else "student",
+        "method": spec.label,
+        "arch": student.name,
+        "seed": student.seed,
+        "teacher": networks["teacher"].name if "teacher" in networks else "",
+    }
+    settings = {"net": student.net, "recipe": spec.recipe, "method": spec.method}
+    name = f"{cell.cfg.data.name}-{spec.label}-{student.name}-s{student.seed}"
+    return cell.tracked(spec.job_type, name, spec.key, axes, settings, spec.inputs)
+
+
+def tell_model(
+    track: Track, store: Store, slug: str, key: str, weights: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """The float model that a stage is about to publish as the store's entry ``slug``, ``key``."""
+    path = store.root / f"{slug}-{key}" / "weights.safetensors"
+    track.made(Artifact(slug, key, "float", path, facts, lambda: weights_file(weights)))
 
 
 def check_fit(cell: Cell, network: nn.Module, name: str) -> None:

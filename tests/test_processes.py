@@ -20,6 +20,7 @@ from kdq.errors import KdqError
 from kdq.processes import count_devices, refuse_foreign_launchers
 from kdq.store import Entry
 from kdq.train_stage import float_model
+from tests.offline_runs import offline_runs
 
 HERE = Path(__file__).parent
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
@@ -97,8 +98,12 @@ def test_a_sweep_over_processes_is_one_sweep(tmp_path: Path) -> None:
     entries = sorted(path.name[:-17] for path in (tmp_path / "store").glob("digits-*"))
     assert entries == ["digits-baseline-resnet56-s0", "digits-mixup-resnet20-s0"]
     assert len(list((tmp_path / "rows").glob("*.json"))) == 1
-    # W&B: teacher, student and quantize, one run each, however many processes trained.
-    assert len(list((tmp_path / "runs/wandb").glob("offline-run-*"))) == 3
+    # W&B: teacher, student, quantize and the sweep, one run each, however many processes trained.
+    runs = offline_runs(tmp_path)
+    assert [run.run["job_type"] for run in runs] == ["teacher", "distill", "quantize", "report"]
+    assert [run.exit_code for run in runs] == [0] * 4
+    assert [row["epoch"] for row in runs[1].history("val/top1")] == [0, 1]
+    assert len(runs[1].history("train/images_per_second")) == 2
     metrics = json.loads(next((tmp_path / "store").glob("digits-mixup-*")).joinpath("metrics.json").read_text())
     assert metrics["epochs"] == 2
 

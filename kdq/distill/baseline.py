@@ -74,7 +74,7 @@ class Baseline(L.LightningModule):
                 f"the loss became {loss.item()} at epoch {self.current_epoch}, step {batch_idx}: "
                 f"lower the learning rate (recipe.lr={self.recipe.lr}) or set recipe.clip_grad=1"
             )
-        learner, suffix = self.learners[name], self._suffix(name)
+        learner, suffix = self.learners[name], self.suffix(name)
         learner.train_top1(logits, labels)
         self.log_dict({f"train/{term}{suffix}": value for term, value in {"loss": loss, **terms}.items()})
         self.log(f"train/top1{suffix}", learner.train_top1, on_step=False, on_epoch=True)
@@ -94,7 +94,7 @@ class Baseline(L.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         for name, learner in self.learners.items():
-            logits, suffix = learner.product(images), self._suffix(name)
+            logits, suffix = learner.product(images), self.suffix(name)
             learner.val_top1(logits, labels)
             learner.val_loss(soft_cross_entropy(logits, labels), weight=len(labels))
             self.log(f"val/top1{suffix}", learner.val_top1, prog_bar=True)
@@ -102,7 +102,7 @@ class Baseline(L.LightningModule):
 
     def last_validated(self, metric: str, name: str) -> float:
         """A learner's ``top1`` (0 to 1) or ``loss`` in the last validation."""
-        return float(self.trainer.callback_metrics[f"val/{metric}{self._suffix(name)}"])
+        return float(self.trainer.callback_metrics[f"val/{metric}{self.suffix(name)}"])
 
     def configure_optimizers(self) -> Any:
         # A trainer of a module that steps by hand accumulates nothing: it counts every batch as a step.
@@ -115,5 +115,6 @@ class Baseline(L.LightningModule):
         scheduler = {"scheduler": self.recipe.scheduler(optimizer, steps), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def _suffix(self, name: str) -> str:
+    def suffix(self, name: str) -> str:
+        """What a learner's metrics have behind their names."""
         return "" if name == next(iter(self.learners)) else f"_{name}"

@@ -1,0 +1,69 @@
+"""What the stage that quantizes tells its log: accuracy over bits, every layer's error and width, the bit search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kdq.quant.mixed import MixedPrecision
+from kdq.quant.network import Report
+from kdq.results import Row
+from kdq.tracking import Artifact, Track
+
+#: Columns of a row that are curves over ``quantize/bits``.
+CURVES = ("top1", "top5", "drop", "nll", "ece", "size_bytes", "avg_bits")
+SEARCH = ("avg_bits", "size_bytes", "loss", "top1")
+LAYERS = ("asked", "layer", "kind", "shape", "weights", "bits", "levels", "error")
+STEPS = ("step", "layer", "from_bits", "to_bits", "avg_bits", "size_bytes", "loss", "top1")
+
+
+def tell_axes(track: Track) -> None:
+    """Bits are the x-axis of everything that is measured at each width."""
+    track.axis("quantize/bits", [f"quantize/{curve}" for curve in CURVES])
+    track.axis("bits/step", [f"bits/{curve}" for curve in SEARCH])
+
+
+def tell_layers(track: Track, reports: Mapping[str, Report]) -> None:
+    """Every layer at every asked width (``4``, or ``2-8`` for the candidates of a bit search)."""
+    rows = [
+        (asked, x.name, x.kind, "x".join(map(str, x.shape)), math.prod(x.shape), x.bits, x.levels, x.error)
+        for asked, report in reports.items()
+        for x in report.layers
+    ]
+    if not rows:
+        return
+    track.table("quantize/layers", LAYERS, rows)
+    errors = {f"{asked} bits": [(i, x.error) for i, x in enumerate(report.layers)] for asked, report in reports.items()}
+    track.lines("quantize/layer_errors", "Relative error of each layer's outputs", "layer", "error", errors)
+
+
+def tell_search(track: Track, search: MixedPrecision) -> None:
+    """The frontier on which a bit search went from the widest layers to its choice, and the widths that it chose."""
+    rows, frontier = [], []
+    for values, point in zip(search.metrics(), search.found.points, strict=True):
+        track.metrics(values)
+        layer, wide, narrow = point.step or ("", None, None)
+        numbers = [values.get(f"bits/{name}") for name in SEARCH]
+        rows.append((int(values["bits/step"]), layer, wide, narrow, *numbers))
+        if point.measure is not None:
+            frontier.append((values["bits/avg_bits"], point.measure.loss))
+    track.table("bits/points", STEPS, rows)
+    track.points("bits/frontier", "Greedy frontier: loss over bits per weight", "avg_bits", "loss", frontier)
+    chosen = [(layer.name, layer.bits) for layer in search.report.layers]
+    track.bars("bits/chosen", "Chosen bits", "layer", "bits", chosen)
+
+
+def tell_row(track: Track, row: Row, file: Path) -> None:
+    """One width's results and its packed file."""
+    track.metrics({"quantize/bits": row.bits} | {f"quantize/{curve}": getattr(row, curve) for curve in CURVES})
+    width = f"{row.bits}bit" if not row.search else row.search
+    track.summary({f"top1_{width}": row.top1, f"size_bytes_{width}": row.size_bytes, "top1_float": row.top1_float})
+    name = f"{row.data}-{row.method}-{row.arch}-s{row.seed}-{row.quantizer}-b{row.bits}"
+    facts = {"bits": row.bits, "avg_bits": row.avg_bits, "top1": row.top1, "drop": row.drop, "bytes": row.size_bytes}
+    track.made(Artifact(name, row.config_hash, "quantized", file, facts))
+
+
+def spell(width: int | Sequence[int]) -> str:
+    """A width, or the range of a bit search's candidates."""
+    return str(width) if isinstance(width, int) else f"{min(width)}-{max(width)}"
