@@ -15,9 +15,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from kdq.cluster import leading
 from kdq.complaint import CONFIG_PATH, describe
 from kdq.errors import KdqError
 from kdq.failures import Job
+
+#: What ``kdq.objective`` may be.
+OBJECTIVES = (None, "val_top1")
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -26,8 +30,13 @@ if TYPE_CHECKING:
     from kdq.sweep.plan import Compose
 
 
-def job(cfg: DictConfig) -> list[Row]:
+def job(cfg: DictConfig) -> list[Row] | float:
     """One job of Hydra's: a cell, or several that differ in their bits only, or one model that cells need."""
+    with leading() as leader:
+        return _job(cfg) if leader else []
+
+
+def _job(cfg: DictConfig) -> list[Row] | float:
     from kdq import pipeline
 
     alone = HydraConfig.get().mode == RunMode.RUN
@@ -35,10 +44,13 @@ def job(cfg: DictConfig) -> list[Row]:
         if cfg.kdq.train is not None:
             pipeline.train(cfg, cfg.kdq.train, _place())
             return []
+        if cfg.kdq.objective not in OBJECTIVES:
+            # What is measured on test images may select nothing.
+            raise KdqError(f"kdq.objective={cfg.kdq.objective} cannot be searched for: use val_top1")
         rows = pipeline.run(cfg, _place())
         if alone:
             finish(cfg, rows)
-        return rows
+        return rows if cfg.kdq.objective is None else float(getattr(rows[0], cfg.kdq.objective))
     except Exception as error:
         _keep_trace()
         if not alone or cfg.kdq.debug:
@@ -115,9 +127,10 @@ def sweep(
 def main() -> None:
     """Run Hydra on the command line; every error becomes one line and a non-zero exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of formatting them itself
-    OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
     try:
-        hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="config")(job)()
+        with leading() as leader:
+            if leader:
+                hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="config")(job)()
     except KeyboardInterrupt:
         print("kdq: interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
         sys.exit(130)
@@ -133,3 +146,7 @@ def class_folders(root: str) -> int:
     from kdq.data.folder import class_names
 
     return len(class_names(root))
+
+
+# On import: also a process that a launcher started composes configs.
+OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)

@@ -15,16 +15,18 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 from tqdm import tqdm
 
+from kdq.cluster import environment
 from kdq.data.images import Images
 from kdq.data.module import ImageDataModule
 from kdq.distill.baseline import Baseline
 from kdq.errors import KdqError
 from kdq.progress import progress
 from kdq.vitals import Vitals
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -162,7 +164,10 @@ def fit(
         if trainer["compile"]:
             for network in module.networks():
                 network.compile()
-        resume = str(checkpoint) if _readable(checkpoint) else None
+        finished = _finished_epochs(checkpoint)
+        resume = str(checkpoint) if finished else None
+        if resume and lightning.is_global_zero:
+            log.info("%s: going on after epoch %d of %d", title, finished, recipe.epochs)
         data = ImageDataModule(images, recipe.batch_size, module.seed, recipe.accumulate)
         lightning.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     finally:
@@ -191,8 +196,9 @@ def _trainer(module: Baseline, config: Mapping[str, Any], **kwargs: Any) -> L.Tr
         devices=config["devices"],
         strategy=config["strategy"],
         precision=resolve_precision(config["precision"], config["accelerator"]),
-        # kdq starts the processes of a training itself; inside a Slurm job Lightning would look for Slurm's.
-        plugins=[LightningEnvironment()],
+        num_nodes=config.get("num_nodes", 1),
+        # kdq starts the processes of a training itself; in any Slurm job Lightning would look for Slurm's.
+        plugins=[environment()],
         max_epochs=recipe.epochs,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
@@ -214,21 +220,20 @@ def resolve_precision(requested: str, accelerator: str) -> Any:
     return "bf16-mixed" if fast else "32-true"
 
 
-def _readable(checkpoint: Path) -> bool:
-    """Whether a training can go on from ``checkpoint``.
+def _finished_epochs(checkpoint: Path) -> int:
+    """How far the training got whose last checkpoint this is; 0 without one.
 
     Raises:
         KdqError: the file is there but damaged.
     """
     if not checkpoint.is_file():
-        return False
+        return 0
     try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["epoch"]) + 1
     except Exception as error:  # zip, pickle and torch each raise their own kinds
         raise KdqError(
             f"the checkpoint {checkpoint} is damaged: delete {checkpoint.parent} to train again from the start"
         ) from error
-    return True
 
 
 def _release(trainer: L.Trainer) -> None:

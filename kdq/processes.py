@@ -1,4 +1,5 @@
-"""A training on several devices of this machine: one fresh process for each, and a parent that waits.
+"""A training on several devices: one fresh process for each, and a parent that waits. (Over several nodes the tasks of
+:mod:`kdq.cluster` are the parents.)
 
 Lightning's own launchers repeat the command line, which in a sweep is the whole sweep, or fork this process, which
 may have started a device. Here each process gets the job as a file and does nothing but train:
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +31,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from kdq import cluster
 from kdq.cell import Cell
 from kdq.errors import KdqError
 from kdq.fit import Best
@@ -42,17 +45,27 @@ def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, 
         KdqError: the training failed, or something else has already started several processes of kdq.
     """
     config = cell.cfg.trainer
-    processes = count_devices(config.devices, config.accelerator)
+    processes = count_devices(config.devices, config.accelerator) * config.num_nodes
+    if cluster.tasks() > 1 or config.num_nodes > 1:
+        cluster.check(processes)
     if processes == 1:
         return train(cell, spec, work)
-    refuse_foreign_launchers()
+    refuse_torchrun()
     batch, accumulate = spec.recipe["batch_size"], spec.recipe["accumulate"]
     if batch % (processes * accumulate):
         raise KdqError(f"recipe.batch_size={batch} must be a multiple of {processes} devices x {accumulate} portions")
     job = {"cfg": OmegaConf.to_container(cell.cfg, resolve=True), "spec": asdict(spec), "work": str(work.absolute())}
     (work / "job.json").write_text(json.dumps(job))
     shutil.rmtree(work / "result", ignore_errors=True)
-    _run_workers(work, processes)
+    for old in work.glob("error-*.txt"):
+        old.unlink()
+    codes = cluster.run(work / "job.json") if cluster.tasks() > 1 else _run_workers(work, processes)
+    # A worker whose peer died fails, too; the one with a message for people is the cause.
+    messages = [file.read_text() for file in sorted(work.glob("error-*.txt"))]
+    if messages:
+        raise KdqError(messages[0])
+    if any(codes):
+        raise KdqError(f"a process of the training died (exit codes {codes}): its error is above")
     return _read_result(work / "result")
 
 
@@ -72,26 +85,21 @@ def count_devices(devices: Any, accelerator: str) -> int:
     return count
 
 
-def refuse_foreign_launchers() -> None:
-    """Several tasks of srun or torchrun would each start their own processes.
+def refuse_torchrun() -> None:
+    """Several processes of torchrun would each start their own processes.
 
     Raises:
         KdqError: this process is one of several.
     """
-    for started_by, size in (("srun", "SLURM_STEP_NUM_TASKS"), ("torchrun", "WORLD_SIZE")):
-        if int(os.environ.get(size, "1")) > 1:
-            raise KdqError(
-                f"{started_by} started {os.environ[size]} processes, but kdq starts those of a training itself: ask "
-                "for one task with all the GPUs (Slurm: tasks_per_node=1, gpus_per_node=N) and trainer.devices=N"
-            )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise KdqError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, but kdq starts those of a training itself: "
+            "run kdq without torchrun, with trainer.devices=N"
+        )
 
 
-def _run_workers(work: Path, processes: int) -> None:
-    """Start the workers and wait for all of them.
-
-    Raises:
-        KdqError: one failed, with its own message.
-    """
+def _run_workers(work: Path, processes: int) -> list[int]:
+    """Start the workers on this machine and wait for all of them; returns their exit codes."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -103,7 +111,6 @@ def _run_workers(work: Path, processes: int) -> None:
     workers = []
     try:
         for rank in range(processes):
-            (work / f"error-{rank}.txt").unlink(missing_ok=True)
             environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
         while any(worker.poll() is None for worker in workers):
@@ -114,12 +121,7 @@ def _run_workers(work: Path, processes: int) -> None:
         for worker in workers:
             worker.terminate()
         codes = [worker.wait() for worker in workers]
-    # A worker whose peer died fails, too; the one with a message for people is the cause.
-    messages = [file.read_text() for file in sorted(work.glob("error-*.txt"))]
-    if messages:
-        raise KdqError(messages[0])
-    if any(codes):
-        raise KdqError(f"a process of the training died (exit codes {codes}): its error is above")
+    return codes
 
 
 def _free_port() -> int:
@@ -152,6 +154,7 @@ def _end_with_parent() -> None:
 
 def _worker(job_file: Path) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's warning goes to every process; the parent heeds it
     job, rank, world_size = json.loads(job_file.read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cell, spec, work = Cell(OmegaConf.create(job["cfg"])), TrainingSpec.from_json(job["spec"]), Path(job["work"])
     try:

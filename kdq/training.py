@@ -104,7 +104,7 @@ def train(
         raise KdqError(f"{target} does not take these options ({error}): {', '.join(options)}") from error
     trainer, title = plain(cell.cfg.trainer), f"training {spec.label} {student.name}"
     if trainer["devices"] in ALL_DEVICES:
-        trainer["devices"] = world_size
+        trainer["devices"] = world_size // trainer["num_nodes"]
     if world_size == 1:
         trainer["strategy"] = "auto"
     if rank > 0:

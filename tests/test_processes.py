@@ -17,7 +17,7 @@ from torch import Tensor
 from kdq.app import CONFIG_PATH
 from kdq.cell import Cell
 from kdq.errors import KdqError
-from kdq.processes import count_devices, refuse_foreign_launchers
+from kdq.processes import count_devices, refuse_torchrun
 from kdq.store import Entry
 from kdq.train_stage import float_model
 from tests.offline_runs import offline_runs
@@ -137,13 +137,12 @@ def test_counting_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             count_devices(devices, "auto")
 
 
-@pytest.mark.parametrize(("variable", "starter"), [("SLURM_STEP_NUM_TASKS", "srun"), ("WORLD_SIZE", "torchrun")])
-def test_several_tasks_are_refused(variable: str, starter: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variable, "1")
-    refuse_foreign_launchers()
-    monkeypatch.setenv(variable, "2")
-    with pytest.raises(KdqError, match=f"{starter} started 2 processes.*tasks_per_node=1"):
-        refuse_foreign_launchers()
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_torchrun()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(KdqError, match=r"torchrun started 2 processes.*run kdq without torchrun"):
+        refuse_torchrun()
 
 
 def test_devices_of_slurm_are_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

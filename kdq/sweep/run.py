@@ -38,10 +38,12 @@ def run_plan(plan: Plan, launch: Launch, folder: Path, status: Status) -> list[F
             forget(plan.output, job.makes)
             for lost in [failed[key] for key in failed if key in job.needs][:1]:
                 failed |= _record(plan.output, job, f"needs {lost.name}, which failed: {lost.cause}", lost.log)
+        if not ready:
+            continue
         folders = [f"{number + index:03d}-{_plain(job.name)}" for index, job in enumerate(ready)]
         overrides = [_overrides(job, own) for job, own in zip(ready, folders, strict=True)]
         with status.wave(ready, [folder / own for own in folders]):
-            causes = _launched(launch, overrides, number) if ready else []
+            causes = _launched(launch, overrides, number)
         number += len(ready)
         for job, own, cause in zip(ready, folders, causes, strict=True):
             failed |= _judged(plan.output, job, cause, str(folder / own / f"{_plain(job.name)}.log"))

@@ -9,6 +9,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from kdq.errors import KdqError
+
 
 class KdqSweeper(BasicSweeper):
     """Launches what is missing of a grid through the configured launcher: models first, each once, then rows.
@@ -17,8 +19,16 @@ class KdqSweeper(BasicSweeper):
         dry_run: print the plan and launch nothing.
     """
 
-    def __init__(self, dry_run: bool = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        params: dict[str, str] | None = None,
+        dry_run: bool = False,
+        **other: Any,
+    ) -> None:
+        super().__init__(max_batch_size, params)
+        if other:
+            raise KdqError(f"{', '.join(other)}: options of another sweeper; choose it, such as hydra/sweeper=optuna")
         self.dry_run = dry_run
 
     def sweep(self, arguments: list[str]) -> Any:

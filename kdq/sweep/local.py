@@ -1,0 +1,166 @@
+"""Jobs of a sweep as processes of this machine: fresh ones, some at once, each with its share of it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+from hydra.core.utils import JobReturn
+from omegaconf import DictConfig
+
+from kdq.errors import KdqError
+from kdq.sweep.task import Task, failed
+
+
+def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[JobReturn]:
+    """Run every job in a fresh process, so that nothing of it is left for the next, and one that dies dies alone.
+
+    The processes are forked from a server that has imported kdq and done nothing else: they start at once. What a job
+    prints goes to ``output.log`` in its folder.
+
+    Args:
+        jobs: at most so many at once; None: one for each GPU, or for each core where there is none.
+        jobs_per_gpu: so many jobs share one GPU.
+    """
+    configs = [task.job_config() for task in tasks]
+    gpus = usable_gpus() if any(cfg.trainer.accelerator != "cpu" for cfg in configs) else []
+    devices = max(_devices(cfg.trainer.devices, len(gpus)) for cfg in configs)
+    machine = shares(gpus, _cores(), jobs, jobs_per_gpu, devices)
+    free: queue.SimpleQueue[Share] = queue.SimpleQueue()
+    for share in machine:
+        free.put(share)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["kdq.app", "kdq.pipeline"])
+
+    def run(task: Task, cfg: DictConfig) -> JobReturn:
+        share = free.get()
+        try:
+            return _run(context, task, share, Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir))
+        finally:
+            free.put(share)
+
+    pool = ThreadPoolExecutor(len(machine))
+    try:
+        return list(pool.map(run, tasks, configs))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the running jobs got, too
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of the jobs that run at once may use: GPUs by number (none: no GPU), and CPU threads."""
+
+    gpus: tuple[str, ...]
+    threads: int
+
+    def environment(self) -> dict[str, str]:
+        # A limit that the user set for every process stays.
+        own = {name: os.environ.get(name, str(self.threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        return own | ({"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {})
+
+
+def shares(gpus: Sequence[str], cpus: int, jobs: int | None, jobs_per_gpu: int, devices: int) -> list[Share]:
+    """How the machine is divided among the jobs that run at once.
+
+    Args:
+        gpus: those of this machine that may be used; none: jobs run on CPUs.
+        cpus: cores that may be used.
+        jobs: at most so many at once; None: as many as the GPUs take, or as there are cores.
+        jobs_per_gpu: so many jobs share one GPU, or one group of ``devices`` GPUs.
+        devices: GPUs that one job takes.
+
+    Raises:
+        KdqError: a job needs more GPUs than there are.
+    """
+    if gpus and devices > len(gpus):
+        raise KdqError(f"trainer.devices={devices}, but {len(gpus)} GPUs can be used here")
+    groups = [tuple(gpus[start : start + devices]) for start in range(0, len(gpus) - devices + 1, devices)]
+    slots = groups * jobs_per_gpu or [()] * max(1, jobs or cpus // devices)
+    slots = slots[: jobs or len(slots)]
+    return [Share(group, max(1, cpus // len(slots) // (1 if group else devices))) for group in slots]
+
+
+def usable_gpus() -> list[str]:
+    """The GPUs of this machine that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name and name != "-1"]
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _devices(asked: Any, gpus: int) -> int:
+    """GPUs, or processes on CPUs, of a job with ``trainer.devices=asked``."""
+    from kdq.training import ALL_DEVICES
+
+    if asked in ALL_DEVICES:
+        return max(1, gpus)
+    if not isinstance(asked, int):
+        raise KdqError(f"hydra/launcher=local chooses the GPUs itself: give trainer.devices a number, not {asked}")
+    return asked
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(context: ForkServerContext, task: Task, share: Share, folder: Path) -> JobReturn:
+    """Run one job and wait for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_job, args=(theirs, cloudpickle.dumps(task), share, folder / "output.log"), daemon=True
+    )
+    process.start()
+    theirs.close()
+    returned = None
+    with suppress(EOFError):  # it died
+        returned = cloudpickle.loads(ours.recv_bytes())
+    process.join()
+    if returned is None:
+        code = process.exitcode or 0
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        returned = failed(task, KdqError(f"the process of the job {how}; see {folder / 'output.log'}"))
+    return returned
+
+
+def _job(pipe: Connection, pickled: bytes, share: Share, output: Path) -> None:
+    """The process of a job."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with output.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(share.environment())
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has been imported before
+    task: Task = cloudpickle.loads(pickled)
+    returned = task()
+    try:
+        pipe.send_bytes(cloudpickle.dumps(returned))
+    except Exception:  # an exception of the user's own that does not survive the journey
+        from kdq.complaint import describe
+
+        pipe.send_bytes(cloudpickle.dumps(failed(task, KdqError(describe(returned._return_value)))))
+    sys.stdout.flush()
+
+
+def _end_with_parent() -> None:
+    """However the command ends, no job of it goes on."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
