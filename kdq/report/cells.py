@@ -15,8 +15,8 @@ from kdq.results import Row, table
 SERIES = ["data", "method", "arch", "quantizer"]
 #: What tells cells apart, seeds aside.
 CELL = [*SERIES, "width"]
-#: Columns whose mean and standard deviation over seeds are shown.
-SPREAD = ["top1", "top1_float", "drop"]
+#: Columns whose mean and standard deviation over seeds are shown, and columns that have a mean only.
+SPREAD = ["top1", "top1_float", "drop", "top1_onnx_int8", "top1_onnx_fp32"]
 MEANS = ["nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "float_bytes"]
 _LONGEST_NAME = 60
 
@@ -31,8 +31,8 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
     frame = table(rows)
     for column in SERIES:
         frame[column] = frame[column].map(printable)
-    for column in latency_columns(frame):
-        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    for column in [name for name in (*SPREAD, *latency_columns(frame)) if name in frame]:
+        frame[column] = pd.to_numeric(frame[column])  # None where it was not measured becomes NaN
     for column in ("alphabet", "search"):
         several = frame.groupby("quantizer")[column].transform("nunique") > 1
         differing = several & (frame[column] != "")
@@ -50,11 +50,15 @@ def latency_columns(frame: pd.DataFrame) -> list[str]:
     return [column for column in frame.columns if column.startswith("latency_ms_")]
 
 
+def _spread(frame: pd.DataFrame) -> list[str]:
+    return [column for column in SPREAD if column in frame]
+
+
 def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
     """One line per cell and seed. Rows that differ in nothing but settings without a column become their mean; how
     many they were is in ``rows``."""
     keys = [*CELL, "role", "searched", "seed"]
-    numbers = [*SPREAD, *MEANS, *latency_columns(frame)]
+    numbers = [*_spread(frame), *MEANS, *latency_columns(frame)]
     groups = frame.groupby(keys, sort=True)
     return groups[numbers].mean().assign(rows=groups.size()).reset_index()
 
@@ -63,8 +67,8 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     """One line per cell: means over its ``n`` seeds, ``<column>_std`` for :data:`SPREAD` (NaN for one seed), and the
     number of ``rows``, larger than ``n`` where rows of one seed differ in settings that have no column."""
     groups = by_seed(frame).groupby([*CELL, "role", "searched"], sort=True)
-    numbers = [*SPREAD, *MEANS, *latency_columns(frame)]
-    spread = groups[SPREAD].std().add_suffix("_std")
+    numbers = [*_spread(frame), *MEANS, *latency_columns(frame)]
+    spread = groups[_spread(frame)].std().add_suffix("_std")
     return groups[numbers].mean().join(spread).assign(n=groups.size(), rows=groups["rows"].sum()).reset_index()
 
 

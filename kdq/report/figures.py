@@ -15,7 +15,8 @@ import pandas as pd
 
 from kdq.files import replacing
 from kdq.report import published
-from kdq.report.cells import latency_columns, pareto, records
+from kdq.report.cells import pareto, records
+from kdq.report.latency import shown_latency
 from kdq.report.layers import Frontier
 
 if TYPE_CHECKING:
@@ -51,18 +52,6 @@ def method_colors(methods: list[str]) -> dict[str, str]:
     """A colour for every method, the same in every report for the known ones."""
     others = [method for method in methods if method not in COLORS]
     return {method: COLORS.get(method) or _MORE_COLORS[others.index(method) % len(_MORE_COLORS)] for method in methods}
-
-
-def latency_column(part: pd.DataFrame) -> tuple[str, str]:
-    """The column of latencies to show for one data set, and its label: the exported INT8 network's where it was
-    measured, else PyTorch's (of the float network: packed weights are computed with as floats)."""
-    for column, label in (
-        ("latency_ms_onnx_int8", "latency (ms, ONNX Runtime INT8, batch 1)"),
-        ("latency_ms_onnx_fp32", "latency (ms, ONNX Runtime float32, batch 1)"),
-    ):
-        if column in latency_columns(part) and part[column].notna().any():
-            return column, label
-    return "latency_ms_torch", "latency (ms, PyTorch float32, batch 1)"
 
 
 def write_figures(
@@ -181,19 +170,27 @@ def _against_bytes(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) ->
 
 
 def _against_latency(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
-    column, label = latency_column(part)
-    measured = part[part[column].notna()]
+    shown = shown_latency(part)
+    measured = part[part[[shown.column, shown.top1]].notna().all(axis=1)]
     for model, group in measured.groupby(["method", "arch"], sort=True):
         panel.errorbar(
-            group[column], group["top1"], group["top1_std"].fillna(0), ls="", capsize=2, elinewidth=0.8, **style[model]
+            group[shown.column],
+            group[shown.top1],
+            group[f"{shown.top1}_std"].fillna(0),
+            ls="",
+            capsize=2,
+            elinewidth=0.8,
+            **style[model],
         )
-    _front(panel, measured, column)
-    panel.set(xlabel=label, ylabel="top-1 (%)", xlim=(0, 1.15 * measured[column].max() if len(measured) else 1))
+    _front(panel, measured, shown.column, shown.top1)
+    panel.set(
+        xlabel=shown.label, ylabel="top-1 (%)", xlim=(0, 1.15 * measured[shown.column].max() if len(measured) else 1)
+    )
 
 
-def _front(panel: Axes, part: pd.DataFrame, x: str) -> None:
+def _front(panel: Axes, part: pd.DataFrame, x: str, y: str = "top1") -> None:
     """Rings around the points that no other beats in both."""
-    points = part[[x, "top1"]].to_numpy()
+    points = part[[x, y]].to_numpy()
     front = points[pareto(list(points[:, 0]), list(points[:, 1]))] if len(points) else points
     panel.plot(front[:, 0], front[:, 1], ls="", marker="o", ms=9, mfc="none", mec="0.25", mew=0.8)
 

@@ -22,7 +22,8 @@ import pandas as pd
 
 from kdq.report import published
 from kdq.report.cells import latency_columns, records
-from kdq.report.figures import latency_column, method_colors
+from kdq.report.figures import method_colors
+from kdq.report.latency import shown_latency
 from kdq.report.layers import Frontier, Widths
 from kdq.report.words import NOTES, Statement
 
@@ -68,7 +69,7 @@ def page(
         "summary": summary,
         "warnings": list(warnings),
         "colors": method_colors(sorted(found["method"].unique())),
-        "latency": {str(data): _latency(part) for data, part in found.groupby("data", sort=True)},
+        "latency": {str(data): asdict(shown_latency(part)) for data, part in found.groupby("data", sort=True)},
         "published": _columns(beside, {"width": 0, "top1": 2, "published": 2, "levels": 0}),
         "published_warnings": published.warnings(beside),
         "searches": [_search(row, widths, searches) for row in records(searched)],
@@ -83,8 +84,9 @@ def page(
 
 
 def _cells(found: pd.DataFrame) -> dict[str, Any]:
-    latencies = dict.fromkeys(latency_columns(found), 4)
-    return _columns(found[[*_NAMES, *_DIGITS, *latencies]], _DIGITS | latencies)
+    exported = [column for column in found.columns if column.startswith("top1_onnx_")]
+    digits = _DIGITS | dict.fromkeys(exported, 3) | dict.fromkeys(latency_columns(found), 4)
+    return _columns(found[[*_NAMES, *digits]], digits)
 
 
 def _columns(frame: pd.DataFrame, digits: Mapping[str, int]) -> dict[str, Any]:
@@ -94,17 +96,6 @@ def _columns(frame: pd.DataFrame, digits: Mapping[str, int]) -> dict[str, Any]:
         for name in frame.columns
     ]
     return {"columns": list(frame.columns), "data": [list(line) for line in zip(*lists, strict=True)]}
-
-
-def _latency(part: pd.DataFrame) -> dict[str, str]:
-    column, label = latency_column(part)
-    note = (
-        "Latency is PyTorch's of the float network: weights are packed on disk and computed with as floats, so all "
-        "widths of a model share it. kdq-export measures integer arithmetic."
-        if column == "latency_ms_torch"
-        else "Latency is that of the exported network; cells without a measurement are not in the figure."
-    )
-    return {"column": column, "label": label, "note": note}
 
 
 def _search(row: Any, widths: Mapping[str, Widths], searches: Mapping[str, Frontier]) -> dict[str, Any]:

@@ -44,9 +44,10 @@ def test_the_tables_hold_every_row(tmp_path: Path, row: Callable[..., Row], fold
     wanted = table(read_rows(tmp_path / "rows"))
     assert len(wanted) == 5
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "results.parquet"), wanted)
-    kinds = wanted.dtypes.to_dict()
-    csv = pd.read_csv(tmp_path / "results.csv", keep_default_na=False, dtype=kinds)
-    pd.testing.assert_frame_equal(csv, wanted)
+    measured = wanted.dropna(axis=1)
+    csv = pd.read_csv(tmp_path / "results.csv", keep_default_na=False, dtype=measured.dtypes.to_dict())
+    assert list(csv.columns) == COLUMNS
+    pd.testing.assert_frame_equal(csv[list(measured)], measured)
 
 
 def test_report_in_markdown(tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]) -> None:

@@ -67,8 +67,8 @@ function lines(cells, look, x, y, mode = "lines+markers") {
   });
 }
 
-function rings(cells, x) {
-  const front = paretoFront(cells.map((c) => ({ x: c[x], y: c.top1 })).filter((p) => p.x !== null && p.y !== null));
+function rings(cells, x, y = "top1") {
+  const front = paretoFront(cells.map((c) => ({ x: c[x], y: c[y] })).filter((p) => p.x !== null && p.y !== null));
   return {
     x: front.map((p) => p.x), y: front.map((p) => p.y), mode: "markers", type: "scatter", hoverinfo: "skip", name: "Pareto front",
     marker: { size: 15, symbol: "circle-open", color: "#444", line: { width: 1.4 } },
@@ -124,8 +124,8 @@ function drawAccuracy(cells, published, latency, look) {
   const sizes = cells.length ? decades(cells.map((c) => c.size_bytes), shortSize) : {};
   draw("bytes", [...lines(cells, look, "size_bytes", "top1"), rings(cells, "size_bytes")], layout("packed size", "top-1 (%)", { xaxis: sizes, shapes }));
   draw("drop", lines(cells, look, "avg_bits", "drop"), layout("bits per weight", "points", { xaxis: bits, yaxis: { zeroline: true, zerolinecolor: "#999" } }));
-  const timed = cells.filter((c) => c[latency.column] !== null && c[latency.column] !== undefined);
-  const traces = timed.length ? [...lines(timed, look, latency.column, "top1", "markers"), rings(timed, latency.column)] : [];
+  const timed = cells.filter((c) => Number.isFinite(c[latency.column]) && Number.isFinite(c[latency.top1]));
+  const traces = [...lines(timed, look, latency.column, latency.top1, "markers"), rings(timed, latency.column, latency.top1)];
   draw("latency", traces, layout(latency.label, "top-1 (%)", { xaxis: { rangemode: "tozero" } }));
 }
 
