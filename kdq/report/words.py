@@ -24,6 +24,17 @@ NOTES = (
 )
 
 
+#: What a difference says of the question, in the order it is told; the student's place where it is one of a list.
+_VERDICTS = {
+    "yes": "leads at",
+    "no": "trails at",
+    "undecided within seed noise": "within seed noise at",
+    "the student leads, untested,": "leads, untested, at",
+    "the teacher leads, untested,": "trails, untested, at",
+    "equal": "equal at",
+}
+
+
 @dataclass(frozen=True)
 class Statement:
     """A sentence or a few. ``topic`` is ``answer``, ``bits``, ``bytes``, ``drop`` or ``control``; ``method`` is empty
@@ -97,8 +108,9 @@ def _headline(group: pd.DataFrame, here: dict[str, pd.DataFrame]) -> str:
         )
     said.append(f"Least lost to quantization {_least(here['degradation'])}.")
     if len(bits) or len(sizes):
-        seeds = _seeds(bits if len(bits) else sizes)
-        said.append(f"In brackets: student minus teacher in points of top-1, with 95 % intervals. {seeds}")
+        compared = bits if len(bits) else sizes
+        intervals = ", with 95 % intervals" if compared["p"].notna().any() else ""
+        said.append(f"In brackets: student minus teacher in points of top-1{intervals}. {_seeds(compared)}")
     if "baseline" not in methods:
         said.append("Without baseline rows, how much of a student's result is distillation cannot be said.")
     return "\n".join(said)
@@ -114,7 +126,7 @@ def _at_teachers_sizes(sizes: pd.DataFrame, here: dict[str, pd.DataFrame]) -> pd
 def _best(found: pd.DataFrame, at: str) -> str:
     """Yes, no and undecided, each with its widths or sizes and the best student there."""
     several = found["method"].nunique() > 1
-    verdicts: dict[str, list[str]] = {"yes": [], "no": [], "undecided within seed noise": [], "equal": []}
+    verdicts: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
     for _, group in found.groupby(at, sort=True):
         line = max(records(group), key=lambda line: line.difference)
         place = size_name(line.bytes) if at == "bytes" else width_name(line.width, line.searched)
@@ -124,9 +136,13 @@ def _best(found: pd.DataFrame, at: str) -> str:
 
 
 def _verdict(line: Any) -> str:
-    if not math.isnan(line.p) and line.p >= LEVEL:
+    if line.p >= LEVEL:
         return "undecided within seed noise"
-    return "equal" if abs(line.difference) < 5e-7 else "yes" if line.difference > 0 else "no"
+    if abs(line.difference) < 5e-7:
+        return "equal"
+    if math.isnan(line.p):
+        return "the student leads, untested," if line.difference > 0 else "the teacher leads, untested,"
+    return "yes" if line.difference > 0 else "no"
 
 
 def _bits(key: tuple[Any, ...], found: pd.DataFrame) -> str:
@@ -203,11 +219,9 @@ def _points(line: Any) -> str:
 
 def _listed(places: dict[str, Any]) -> str:
     """``leads at 2 bits by 1.30 (95 % CI 0.73 to 1.87); within seed noise at 3 bits (+0.10, ...)``."""
-    said: dict[str, list[str]] = {"leads at": [], "trails at": [], "within seed noise at": [], "equal at": []}
-    names = {"yes": "leads at", "no": "trails at", "equal": "equal at"}
+    said: dict[str, list[str]] = {place: [] for place in _VERDICTS.values()}
     for place, line in places.items():
-        verdict = names.get(_verdict(line), "within seed noise at")
-        said[verdict].append(f"{place} ({_signed(line.difference)}{_interval(line)})")
+        said[_VERDICTS[_verdict(line)]].append(f"{place} ({_signed(line.difference)}{_interval(line)})")
     return "; ".join(f"{verdict} {', '.join(found)}" for verdict, found in said.items() if found)
 
 

@@ -46,7 +46,7 @@ def test_within_noise(row: Callable[..., Row]) -> None:
 
 def test_one_seed(row: Callable[..., Row]) -> None:
     said = _said(_pair(row, [92.0], [90.0]))
-    assert "At equal bits: yes at 2 bits (+2.00)" in _text(said, "answer")
+    assert "At equal bits: the student leads, untested, at 2 bits (+2.00)." in _text(said, "answer")
     assert "One seed each: nothing can be said about seed noise." in _text(said, "answer")
     assert "(one seed: nothing can be said about noise)" in _text(said, "drop")
     assert "p =" not in " ".join(statement.text for statement in said)
@@ -72,7 +72,7 @@ def test_crossover_and_who_is_alone(row: Callable[..., Row]) -> None:
     rows.append(row(method="teacher", arch="big", bits=8, top1=94.0, size_bytes=6_400_000, float_bytes=0))
     text = _text(_said(rows), "bytes", "vkd")
     # At 400 kB the student has 82, the teacher 70; at 1.6 MB 84 and 82; beyond, only the teacher.
-    assert "leads at 400 kB (+12.00), 1.6 MB (+2.00)" in text
+    assert "leads, untested, at 400 kB (+12.00), 1.6 MB (+2.00)" in text
     assert "The mean curves do not cross where both exist." in text
     assert "Below 400 kB only the student has files, from 100 kB with 80.00 %." in text
 
@@ -90,7 +90,7 @@ def test_what_is_missing_is_said(row: Callable[..., Row]) -> None:
 def test_the_control(row: Callable[..., Row]) -> None:
     rows = [row(method="vkd", top1=90.0, top1_float=93.0), row(method="baseline", top1=88.0, top1_float=92.5)]
     text = _text(_said(rows), "control", "vkd")
-    assert "leads at 4 bits (+2.00), float (+0.50)" in text
+    assert "leads, untested, at 4 bits (+2.00), float (+0.50)" in text
     assert "cross-entropy alone" in text
 
 
