@@ -1,19 +1,21 @@
-"""A job from its config to its rows: teacher -> student -> quantize, making only what is not there yet."""
+"""A job from its config to its rows: teacher -> student -> quantize -> deploy, making only what is not there yet."""
 
 from __future__ import annotations
 
 from omegaconf import DictConfig
 
 from kdq.cell import Cell
+from kdq.deploy.stage import asked_columns, deploy
 from kdq.errors import KdqError
 from kdq.failures import Job, recorded
 from kdq.quantize_stage import quantize, row_keys
-from kdq.results import Row, read_rows
+from kdq.results import Row, has, read_rows
 from kdq.train_stage import obtain, planned
 
 
 def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
-    """The rows that the config asks for, one per width: those on disk, and the missing ones, made in one pass.
+    """The rows that the config asks for, one per width: those on disk, and the missing ones, made in one pass; then the
+    columns of ``deploy`` that they lack.
 
     Args:
         job: named in the record that a failure leaves.
@@ -26,12 +28,18 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     model = planned(cell)
     keys = row_keys(cell, model)
     known = {row.config_hash: row for row in read_rows(cell.output / "rows", set(keys.values()))}
+    columns = asked_columns(cell)
     missing = {width: key for width, key in keys.items() if key not in known}
-    made = {}
-    if missing:
-        with recorded(cell.output, {key: f"{cell.name}-b{width}" for width, key in missing.items()}, job):
+    unfinished = {key for key, row in known.items() if not has(row, columns)} | set(missing.values())
+    names = {key: f"{cell.name}-b{width}" for width, key in keys.items() if key in unfinished}
+    with recorded(cell.output, names, job):
+        if missing:
             made = quantize(cell, obtain(cell.store, model), missing, keys)
-    return [made[width] if width in made else known[key] for width, key in keys.items()]
+            known |= {missing[width]: row for width, row in made.items()}
+        for key, row in known.items():
+            if not has(row, columns):
+                known[key] = deploy(cell, row)
+    return [known[key] for key in keys.values()]
 
 
 def train(cfg: DictConfig, key: str, job: Job = Job()) -> None:  # noqa: B008

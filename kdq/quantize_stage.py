@@ -12,14 +12,14 @@ from typing import Any
 import hydra.utils
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 import kdq
 from kdq.cell import Cell, plain
 from kdq.dashboard.names import reference, series
 from kdq.data.loader import EvalLoader
 from kdq.errors import KdqError
-from kdq.evaluate import evaluate, latency_ms, multiply_adds
+from kdq.evaluate import bit_operations, evaluate, latency_ms, multiply_adds
 from kdq.origin import git_sha
 from kdq.progress import progress
 from kdq.quant.alphabet import check_bits
@@ -228,7 +228,7 @@ def quantize_options(cell: Cell) -> dict[str, Any]:
 def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
     """The columns that all widths of one model share."""
     cfg, role = cell.cfg, cell.cfg[cell.role]
-    image = torch.zeros(1, cfg.data.in_channels, cell.images.height, cell.images.width, device=cell.device)
+    image = _image(cell)
     images = 0 if cfg.quant.solver is None else len(cell.images.split.calibration(cfg.quant.images, cfg.quant.seed))
     return {
         "data": cfg.data.name,
@@ -275,10 +275,15 @@ def _row(
         "weight_bits_total": report.weight_bits_total if report.layers else report.float_bits * common["params"],
         "size_bytes": size,
         "quantize_seconds": report.seconds,
+        "bops": bit_operations(network, _image(cell)),
         "config_hash": key,
         "artifact": str(artifact),
     }
     return Row(**values)
+
+
+def _image(cell: Cell) -> Tensor:
+    return torch.zeros(1, cell.cfg.data.in_channels, cell.images.height, cell.images.width, device=cell.device)
 
 
 def _device_name(device: torch.device) -> str:

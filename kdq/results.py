@@ -12,17 +12,20 @@ from typing import Any
 
 import pandas as pd
 
+from kdq.errors import KdqError
 from kdq.files import replacing, write_text
 
 log = logging.getLogger(__name__)
 
 #: Version of the columns below; a reader reads all earlier ones.
-ROW_FORMAT = 1
+ROW_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell. Accuracies and drops are in percent (points), sizes in bytes, times in seconds unless named ``_ms``."""
+    """One cell. Accuracies and drops are in percent (points), sizes in bytes, times in seconds unless named ``_ms``,
+    throughputs in images a second. What was not measured is None: rows of format 1, and cells without ``deploy``, lack
+    the columns behind ``act_bits``."""
 
     data: str
     method: str
@@ -57,6 +60,19 @@ class Row:
     wandb_run: str
     artifact: str
     act_bits: int = 32
+    bops: int | None = None
+    top1_onnx_fp32: float | None = None
+    top1_onnx_int8: float | None = None
+    onnx_fp32_bytes: int | None = None
+    onnx_int8_bytes: int | None = None
+    latency_ms_onnx_fp32: float | None = None
+    latency_ms_onnx_int8: float | None = None
+    latency_p95_ms_onnx_fp32: float | None = None
+    latency_p95_ms_onnx_int8: float | None = None
+    throughput_onnx_fp32: float | None = None
+    throughput_onnx_int8: float | None = None
+    throughput_batch: int | None = None
+    latency_threads: int | None = None
     row_format: int = ROW_FORMAT
 
     @property
@@ -69,6 +85,11 @@ class Row:
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
 #: Columns that tell cells apart, in the order tables are sorted by.
 AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "act_bits", "bits"]
+
+
+def has(row: Row, columns: Iterable[str]) -> bool:
+    """Whether all of the optional ``columns`` were measured."""
+    return all(getattr(row, column) is not None for column in columns)
 
 
 def write_row(folder: Path, row: Row) -> Path:
@@ -99,13 +120,29 @@ def read_rows(folder: Path, hashes: Container[str] | None = None, skipped: list[
     return sorted(rows, key=lambda row: [getattr(row, axis) for axis in [*AXES, "config_hash"]])
 
 
+def read_row(path: Path) -> Row:
+    """The row in one file.
+
+    Raises:
+        KdqError: it is not there, or is no row.
+    """
+    try:
+        return _row(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise KdqError(f"no file {path}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise KdqError(f"{path} is not a row of kdq's: {' '.join(str(error).split())}") from error
+
+
 def _row(values: dict[str, Any]) -> Row:
     if values.get("row_format", 0) > ROW_FORMAT:
         raise ValueError(f"row format {values['row_format']} is newer than this kdq: update kdq")
     row = Row(**{name: values[name] for name in values if name in COLUMNS})
     for field in dataclasses.fields(Row):
-        value = getattr(row, field.name)
-        kind = {"str": str, "int": int, "float": float}[str(field.type)]
+        value, (name, _, optional) = getattr(row, field.name), str(field.type).partition(" | ")
+        if value is None and optional:
+            continue
+        kind = {"str": str, "int": int, "float": float}[name]
         if isinstance(value, bool) or not isinstance(value, (kind, int) if kind is float else kind):
             raise ValueError(f"{field.name} is {value!r}")
     return row
@@ -113,7 +150,11 @@ def _row(values: dict[str, Any]) -> Row:
 
 def table(rows: Iterable[Row]) -> pd.DataFrame:
     """The rows as a data frame with :data:`COLUMNS`, also when there is none."""
-    return pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
+    frame = pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
+    # Whole numbers stay whole where some are missing.
+    kinds = {"int | None": "Int64", "float | None": "float64"}
+    optional = {field.name: kinds[field.type] for field in dataclasses.fields(Row) if field.type in kinds}
+    return frame.astype(optional)
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:

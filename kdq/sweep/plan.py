@@ -20,8 +20,9 @@ from omegaconf import DictConfig
 
 from kdq.cell import Cell
 from kdq.complaint import describe
+from kdq.deploy.stage import asked_columns
 from kdq.quantize_stage import Width, row_keys
-from kdq.results import read_rows
+from kdq.results import has, read_rows
 from kdq.sweep.cost import model_work, row_work
 from kdq.train_stage import Model, planned
 
@@ -44,6 +45,7 @@ class Job:
         makes: what will be there afterwards, a model or rows: key to name.
         needs: keys of the models that other jobs make before.
         work: multiply-accumulate operations, roughly.
+        columns: optional columns that its rows will have.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Job:
     makes: dict[str, str]
     needs: frozenset[str]
     work: float
+    columns: tuple[str, ...] = ()
 
 
 @dataclass
@@ -98,7 +101,8 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
             keys = row_keys(cell, planned(cell))
             new = {width: key for width, key in keys.items() if key not in plan.rows}  # cells may mean the same row
             plan.rows |= dict.fromkeys(new.values(), cell.name)
-            there = {row.config_hash for row in read_rows(output / "rows", set(new.values()))}
+            columns = asked_columns(cell)
+            there = {row.config_hash for row in read_rows(output / "rows", set(new.values())) if has(row, columns)}
             missing = {width: key for width, key in new.items() if key not in there}
             if missing:
                 jobs.append(_rows_job(cell, overrides, missing, models.missing(cell, planned(cell), overrides)))
@@ -133,6 +137,7 @@ def _composed(group: list[Overrides], compose: Compose, plan: Plan) -> Iterator[
         try:
             cell = Cell(compose(overrides))
             row_keys(cell, planned(cell))
+            asked_columns(cell)
         except HydraException:
             raise
         except Exception as error:
@@ -145,7 +150,8 @@ def _rows_job(cell: Cell, overrides: Overrides, missing: dict[Width, str], needs
     names = {width: "-".join(map(str, width)) if isinstance(width, tuple) else str(width) for width in missing}
     makes = {key: f"{cell.name}-b{names[width]}" for width, key in missing.items()}
     what = f"{len(missing)} of {' '.join(names.values())} bits"
-    return Job(cell.name, "rows", what, overrides, makes, needs, row_work(cell, len(missing)))
+    columns = tuple(asked_columns(cell))
+    return Job(cell.name, "rows", what, overrides, makes, needs, row_work(cell, len(missing)), columns)
 
 
 class _Models:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdq.complaint import describe
 from kdq.failures import Failure, forget, read_failures, record
-from kdq.results import read_rows
+from kdq.results import has, read_rows
 from kdq.store import key_of
 from kdq.sweep.plan import Job, Plan
 from kdq.sweep.status import Status
@@ -84,7 +84,7 @@ def _launched(launch: Launch, overrides: list[list[str]], number: int) -> list[s
 
 def _judged(output: Path, job: Job, cause: str, log: str) -> dict[str, Failure]:
     """What of the job's is not there, by key; the job itself has recorded why, or could not."""
-    there = present(output, job.makes)
+    there = present(output, job.makes, job.columns)
     recorded = read_failures(output)
     failed = {key: failure for key, failure in recorded.items() if key in job.makes and key not in there}
     silent = [key for key in job.makes if key not in there and key not in failed]
@@ -100,7 +100,8 @@ def _record(output: Path, job: Job, cause: str, log: str, keys: Sequence[str] | 
     return failures
 
 
-def present(output: Path, keys: Sequence[str] | dict[str, str]) -> set[str]:
-    """Which of ``keys`` have a model or a readable row below ``output``."""
+def present(output: Path, keys: Sequence[str] | dict[str, str], columns: Sequence[str] = ()) -> set[str]:
+    """Which of ``keys`` have a model, or a readable row with ``columns``, below ``output``."""
     models = {path.name.rpartition("-")[2] for path in (output / "store").glob("[!.]*-*")}
-    return {row.config_hash for row in read_rows(output / "rows", set(keys))} | (models & set(keys))
+    rows = {row.config_hash for row in read_rows(output / "rows", set(keys)) if has(row, columns)}
+    return rows | (models & set(keys))

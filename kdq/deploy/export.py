@@ -1,0 +1,187 @@
+"""``kdq-export CELL``: a cell of a grid, or any packed file, in the format that another runtime loads."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from kdq.cell import Cell
+from kdq.complaint import CONFIG_PATH, compose, describe
+from kdq.deploy.graph import torch_program
+from kdq.deploy.onnx_files import onnx_models
+from kdq.deploy.stage import calibration, deploy
+from kdq.errors import KdqError
+from kdq.files import replacing
+from kdq.quant.packing import load_packed
+from kdq.results import Row, read_row, read_rows
+
+SUFFIXES = {"packed": ".kdq", "torch": ".pt2", "onnx-fp32": ".fp32.onnx", "onnx-int8": ".int8.onnx"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a packed file, and its row and the folder that has it where they are known."""
+
+    packed: Path
+    row: Row | None = None
+    output: Path | None = None
+
+
+def find(cell: str, output: Path) -> Source:
+    """The packed file that ``cell`` means: a row's ``config_hash`` or the start of it, a row's file, or a packed file.
+
+    Args:
+        output: the ``paths.output_dir`` of the run.
+
+    Raises:
+        KdqError: there is none, or several; the message names what is near.
+    """
+    path = Path(cell)
+    if path.suffix == ".kdq":
+        if not path.is_file():
+            raise KdqError(f"no file {path}")
+        root = path.resolve().parents[2] if path.resolve().parent.name == "quantized" else None
+        rows = read_rows(root / "rows", {path.stem.rpartition("-")[2]}) if root else []
+        return Source(path, rows[0], root) if rows else Source(path)
+    if path.suffix == ".json":
+        return _of_row(read_row(path), path.resolve().parent.parent)
+    rows = read_rows(output / "rows")
+    if not rows:
+        raise KdqError(f"no rows below {output}: give --output-dir, the paths.output_dir of a run")
+    found = [row for row in rows if row.config_hash.startswith(cell)] if cell else []
+    if len(found) == 1:
+        return _of_row(found[0], output)
+    hashes = [row.config_hash for row in rows]
+    near = [row.config_hash for row in found] or difflib.get_close_matches(cell, hashes, 4, 0.3) or hashes
+    listed = ", ".join(
+        f"{row.config_hash} ({row.file_name.rpartition('-')[0]})" for row in rows if row.config_hash in near[:4]
+    )
+    problem = f"{len(found)} cells start with {cell!r}" if found else f"no cell {cell!r} below {output}"
+    raise KdqError(f"{problem}: {'choose one of' if found else 'there are for example'} {listed}")
+
+
+def _of_row(row: Row, output: Path) -> Source:
+    packed = output / row.artifact
+    if not packed.is_file():
+        raise KdqError(f"the packed file {packed} of this row is gone: delete the row and run its command again")
+    return Source(packed, row, output)
+
+
+def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = ()) -> str:
+    """Write ``source`` to ``target`` in the format ``kind`` of :data:`SUFFIXES`; returns what to say about it.
+
+    Args:
+        overrides: of ``kdq``'s config, to name the images that INT8 is calibrated and measured on.
+
+    Raises:
+        KdqError: the network cannot be exported, or INT8 lacks images.
+    """
+    if kind == "packed":
+        with replacing(target) as temporary:
+            shutil.copyfile(source.packed, temporary)
+        return ""
+    network = load_packed(source.packed)
+    if kind == "torch":
+        program = torch_program(network, _shape(network, None))
+        with replacing(target) as temporary:
+            torch.export.save(program, temporary)
+        return ""
+    name = kind.removeprefix("onnx-")
+    cell, missing = _cell(source, network, name, overrides)
+    if cell is not None and source.row is not None:
+        row = deploy(cell, source.row)
+        with replacing(target) as temporary:
+            shutil.copyfile(source.packed.with_suffix(f".{name}.onnx"), temporary)
+        return (
+            f"top-1 {getattr(row, f'top1_onnx_{name}'):.2f} on the test set, {row.top1:.2f} as evaluated; "
+            f"{getattr(row, f'latency_ms_onnx_{name}'):.2f} ms an image on {row.latency_threads} threads"
+        )
+    if cell is None and name == "int8":
+        raise KdqError(f"INT8 needs calibration images: {missing}")
+    batches = None if cell is None else calibration(cell)
+    model = onnx_models(network, _shape(network, cell), [name], batches)[name]
+    with replacing(target) as temporary:
+        temporary.write_bytes(model)
+    return f"not measured: {missing}" if missing else ""
+
+
+def _cell(source: Source, network: nn.Module, name: str, overrides: Sequence[str]) -> tuple[Cell | None, str]:
+    """The config and the images of the source's data set; or None, and what is missing."""
+    data = source.row.data if source.row else None
+    given = any(override.startswith("data=") for override in overrides)
+    if not given and (data is None or not _known_data(data)):
+        what = "the packed file does not say its data set" if data is None else f"{data} is not a data set of conf/data"
+        return None, f"{what}: add overrides such as data=image_folder data.name={data or 'NAME'} data.root=FOLDER"
+    card, own = getattr(network, "kdq_preprocess", None), ["deploy=onnx", f"deploy.formats=[{name}]", "logger=none"]
+    own += [] if given else [f"data={data}"]
+    own += [f"paths.output_dir={source.output}"] if source.output else []
+    if card:
+        own += [f"data.mean={card['mean']}".replace(" ", ""), f"data.std={card['std']}".replace(" ", "")]
+    cell = Cell(compose([*own, *overrides]))
+    if data is not None and cell.cfg.data.name != data:
+        raise KdqError(f"the cell is of data {data}, not {cell.cfg.data.name}: give data.name={data} if it is the same")
+    if card and "size" in card and card["size"] != [cell.images.height, cell.images.width]:
+        size, found = "x".join(map(str, card["size"])), f"{cell.images.height}x{cell.images.width}"
+        raise KdqError(f"the network takes images of {size}, those of {cell.cfg.data.name} have {found}")
+    return cell, ""
+
+
+def _known_data(name: str) -> bool:
+    from importlib.resources import files
+
+    folder = files("kdq") / "conf" / "data" if CONFIG_PATH.startswith("pkg://") else Path(CONFIG_PATH) / "data"
+    return (folder / f"{name}.yaml").is_file()
+
+
+def _shape(network: nn.Module, cell: Cell | None) -> tuple[int, int, int]:
+    """Of one image: as the packed file says, or as the data set has it."""
+    card = getattr(network, "kdq_preprocess", None) or {}
+    if "size" in card:
+        return (len(card["mean"]), *card["size"])
+    if cell is not None:
+        return (cell.cfg.data.in_channels, cell.images.height, cell.images.width)
+    raise KdqError("the packed file does not say the size of its images: pack it again with a newer kdq")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``kdq-export CELL [--format F] [--output-dir DIR] [--to PATH] [OVERRIDE ...]``."""
+    parser = argparse.ArgumentParser(prog="kdq-export", description="Write a cell's model for another runtime.")
+    parser.add_argument("cell", help="a row's config_hash or its start, a row's .json file, or a packed .kdq file")
+    parser.add_argument("--format", choices=SUFFIXES, default="packed", help="default: packed")
+    parser.add_argument("--output-dir", type=Path, default="outputs", help="paths.output_dir of the run")
+    parser.add_argument("--to", type=Path, default=".", help="a file, or a folder for one named after the cell")
+    parser.add_argument("overrides", nargs="*", help="of kdq's config, for ONNX: the images, such as data=cifar10")
+    options = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(format="kdq-export: %(message)s")
+    OmegaConf.register_new_resolver("class_folders", _class_folders, replace=True)
+    try:
+        source = find(options.cell, options.output_dir)
+        target = options.to
+        if target.is_dir() or not target.suffix:
+            target = target / f"{source.packed.stem}{SUFFIXES[options.format]}"
+        said = export(source, options.format, target, options.overrides)
+    except Exception as error:
+        if "kdq.debug=true" in options.overrides:
+            raise
+        sys.exit(f"kdq-export: {describe(error)}")
+    print(f"{target}  {target.stat().st_size:,} bytes" + (f"; {said}" if said else ""))
+
+
+def _class_folders(root: str) -> int:
+    from kdq.app import class_folders
+
+    return class_folders(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""A torch network as a float ONNX graph with BatchNorm folded into the layers before it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.utils import parametrize
+
+from kdq.deploy.extra import needs
+from kdq.errors import KdqError
+from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.fold import batchnorm_affine, folded
+
+#: The newest that ONNX Runtime fuses INT8 graphs of.
+OPSET = 21
+_aten = torch.ops.aten
+_LAYERS = {_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default}
+_LAYERS |= {_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding}
+
+
+@dataclass(frozen=True)
+class FloatGraph:
+    """An ONNX model, and by layer the factors of the BatchNorms folded into their weights.
+
+    Attributes:
+        model: ``onnx.ModelProto``; its input ``image`` ``(batch, channels, height, width)`` and its output ``logits``
+            have a dynamic batch, and a layer's weight is the initializer ``<layer>.weight``.
+        factors: layer name to ``(out_channels,)``.
+    """
+
+    model: Any
+    factors: dict[str, Tensor]
+
+
+def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
+    """``network``, in eval mode and with its weights decoded, as ONNX.
+
+    Args:
+        shape: of one input image, ``(channels, height, width)``. Rounded activations are left out: they are added to
+            the graph by :func:`kdq.deploy.qdq.int8_graph`.
+
+    Raises:
+        KdqError: torch cannot export the network, or ONNX lacks one of its operations.
+    """
+    needs("onnx", "onnxscript")
+    plain = _decoded(network)
+    for module in plain.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, ActivationQuantizer)]:
+            del hooks[key]
+    program = _exported(plain, shape)
+    with _quietly():
+        factors = _fold(program, plain)
+        try:
+            exported = torch.onnx.export(
+                program, (), input_names=["image"], output_names=["logits"], opset_version=OPSET, verbose=False
+            )
+        except Exception as error:
+            raise KdqError(f"ONNX cannot hold this network: {_unsupported(error)}") from error
+    assert exported is not None
+    model = exported.model_proto
+    return FloatGraph(model, factors)
+
+
+def _decoded(network: nn.Module) -> nn.Module:
+    """A copy on the CPU with every weight decoded."""
+    weights = getattr(network, "quantized_weights", {})
+    plain = copy.deepcopy(network, {id(weight): weight for weight in weights.values()})
+    plain = plain.cpu().to(memory_format=torch.contiguous_format).eval()
+    for module in plain.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    return plain
+
+
+def torch_program(network: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    """The network as it was evaluated, for ``torch.export.save``; arguments and errors as :func:`float_graph`'s.
+
+    ``torch.export.load(path).module()`` runs it with torch alone, for any batch.
+    """
+    return _exported(_decoded(network), shape)
+
+
+def _exported(network: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    with _quietly():
+        try:
+            dynamic = ({0: torch.export.Dim("batch")},)
+            return torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=dynamic)
+        except Exception as error:  # torch raises many kinds, for many reasons, over many lines
+            raise KdqError(f"torch cannot export this network for {shape} images: {_first_line(error)}") from error
+
+
+def _fold(program: torch.export.ExportedProgram, network: nn.Module) -> dict[str, Tensor]:
+    """Fold every BatchNorm that alone reads a layer's output; its bias becomes the layer's."""
+    names = dict(program.graph_signature.inputs_to_parameters)
+    factors = {}
+    for node in list(program.graph.nodes):
+        if node.target not in _LAYERS or len(node.users) != 1:
+            continue
+        norm, weight = next(iter(node.users)), node.args[1]
+        if norm.target != _aten.batch_norm.default or norm.args[0] is not node or not _own(norm.args[2], weight):
+            continue
+        layer, module = names[weight.name].removesuffix(".weight"), names[norm.args[2].name].removesuffix(".bias")
+        factor, shift = batchnorm_affine(network.get_submodule(module))  # type: ignore[arg-type]
+        owner = network.get_submodule(layer)
+        bias = owner.bias if isinstance(owner.bias, Tensor) else None
+        new_weight, new_bias = folded(owner.weight.detach(), bias, factor, shift)  # type: ignore[operator]
+        program.state_dict[f"{layer}.weight"] = nn.Parameter(new_weight)
+        program.state_dict[f"{module}.bias"] = nn.Parameter(new_bias)
+        node.args = (*node.args[:2], norm.args[2], *node.args[3:])
+        norm.replace_all_uses_with(node)
+        program.graph.erase_node(norm)
+        factors[layer] = factor
+        node.graph.lint()
+    return factors
+
+
+def _own(*parameters: Node | None) -> bool:
+    """The parameters exist and are used once: changing them changes nothing else."""
+    return all(parameter is not None and len(parameter.users) == 1 for parameter in parameters)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The exporters tell their progress and their plans; what concerns a user comes as an error."""
+    names = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _unsupported(error: BaseException) -> str:
+    """The operation that ONNX lacks, which is deep in the chain of causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if found := re.search(r"op='([\w.]+)'", str(cause)):
+            return f"it has no {found[1]}; replace that operation, or use the packed or the torch format"
+        cause = cause.__cause__
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -1,0 +1,108 @@
+"""ONNX models of packed networks: made, described in their metadata, checked, and measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+import kdq
+from kdq.deploy.calibrate import ranges
+from kdq.deploy.extra import needs
+from kdq.deploy.graph import FloatGraph, float_graph
+from kdq.deploy.qdq import int8_graph, unmeasured
+from kdq.errors import KdqError
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("fp32", "int8")
+
+
+def onnx_models(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    formats: Sequence[str] = FORMATS,
+    calibration: Iterable[Tensor] | None = None,
+    act_range: str = "mse",
+) -> dict[str, bytes]:
+    """ONNX files by format.
+
+    Args:
+        network: a packed network as :func:`kdq.load` or :func:`kdq.quantize` gives it, or a float one.
+        shape: of one image, ``(channels, height, width)``.
+        formats: of :data:`FORMATS`. ``fp32``: float arithmetic on the network's own weights; rounded inputs of layers
+            are left float. ``int8``: INT8 arithmetic; up to seven bits a layer keeps its levels.
+        calibration: normalised image batches ``(batch, channels, height, width)``, for the ranges of INT8 activations.
+        act_range: see :meth:`kdq.quant.activations.Histogram.quantizer`.
+
+    Raises:
+        KdqError: an operation cannot be exported, or INT8 lacks calibration images.
+    """
+    needs("onnx", "onnxruntime", "onnxscript")
+    for name in formats:
+        if name not in FORMATS:
+            raise KdqError(f"ONNX format {name!r} is unknown: use one of {', '.join(FORMATS)}")
+    source, found = float_graph(network, shape), {}
+    card = _card(network, shape)
+    if "fp32" in formats:
+        found["fp32"] = _finished(source.model, card | {"kdq.weights": "float32"})
+    if "int8" in formats:
+        model, levels = _int8(source, network, calibration, act_range)
+        found["int8"] = _finished(model, card | {"kdq.weights": levels})
+    return found
+
+
+def _int8(
+    source: FloatGraph, network: nn.Module, calibration: Iterable[Tensor] | None, act_range: str
+) -> tuple[Any, str]:
+    """The INT8 model and what to say about its weights."""
+    weights = getattr(network, "quantized_weights", {})
+    own = getattr(network, "quantized_activations", {})
+    tensors = unmeasured(source.model.graph, own)
+    if tensors and calibration is None:
+        raise KdqError(
+            f"INT8 needs calibration images: {len(tensors)} tensors, such as {tensors[0]}, have no range; name a data "
+            "set, for example data=cifar10"
+        )
+    measured = ranges(source.model, tensors, calibration or [], choice=act_range)
+    model, exact = int8_graph(source, weights, own, measured)
+    if float_layers := sorted(set(weights) - set(exact)):
+        log.warning("these layers stay float in INT8: the exporter changed them: %s", ", ".join(float_layers))
+    channels = sum(len(mask) for mask in exact.values())
+    kept = sum(int(mask.sum()) for mask in exact.values())
+    bits = sorted({weights[name].bits for name, mask in exact.items() if name in weights and bool(mask.any())})
+    text = f"int8; {kept} of {channels} channels hold the packed network's own levels"
+    return model, text + (f" of {', '.join(map(str, bits))} bits" if bits else "")
+
+
+def _card(network: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
+    """What a user of the file must know, as ONNX metadata."""
+    preprocess: Mapping[str, Any] = getattr(network, "kdq_preprocess", None) or {}
+    card = {"kdq.version": kdq.__version__, "kdq.input": json.dumps(["batch", *shape])}
+    if preprocess:
+        steps = "resize to size, scale pixels to 0..1, subtract mean, divide by std; channels first, RGB or gray"
+        card |= {"kdq.preprocess": json.dumps(dict(preprocess)), "kdq.preprocess_steps": steps}
+    if classes := getattr(network, "kdq_classes", None):
+        card["kdq.classes"] = json.dumps(list(classes))
+    return card
+
+
+def _finished(model: Any, card: Mapping[str, str]) -> bytes:
+    """The checked file: without the exporter's notes, with ours."""
+    import onnx
+
+    model.producer_name, model.producer_version = "kdq", kdq.__version__
+    del model.metadata_props[:]
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        if hasattr(part, "metadata_props"):
+            del part.metadata_props[:]
+    for value in graph.output:
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.helper.set_model_props(model, dict(card))
+    onnx.checker.check_model(model, full_check=True)
+    data: bytes = model.SerializeToString()
+    return data

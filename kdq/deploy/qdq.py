@@ -1,0 +1,190 @@
+"""A float ONNX graph made INT8: QuantizeLinear and DequantizeLinear where integer kernels want them.
+
+Every tensor that a convolution, a linear layer or a sum of two activations reads is rounded to UINT8 once; all its
+readers take the rounded one. A runtime then fuses ``DequantizeLinear -> Conv -> Relu -> QuantizeLinear`` into one
+integer kernel, and the sum at the end of a residual block into another, so that nothing between the network's input and
+its last pooling is float. Weights are INT8 with a scale per output channel, biases INT32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdq.deploy.graph import FloatGraph
+from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.fold import Coded, int8_weight
+
+#: Bits of activations in INT8 kernels.
+ACT_BITS = 8
+#: What averages: with a rounded input, the sum before it is an integer kernel.
+POOLS = ("ReduceMean", "AveragePool", "GlobalAveragePool")
+
+
+def layer_of(node: Any, weights: Mapping[str, Any]) -> str | None:
+    """The name of the convolution or linear layer that ``node`` is, if its weight is one of ``weights``."""
+    if node.op_type not in ("Conv", "Gemm") or not node.input[1].endswith(".weight") or node.input[1] not in weights:
+        return None
+    # Gemm holds a linear layer's weight transposed, as torch does.
+    if node.op_type == "Gemm" and {a.name: a.i for a in node.attribute}.get("transB", 0) != 1:
+        return None
+    return node.input[1].removesuffix(".weight")
+
+
+def rounded_inputs(graph: Any) -> list[tuple[int, int]]:
+    """``(node, input)`` of everything that is rounded: the inputs of layers and of sums of two activations."""
+    constants = {initializer.name for initializer in graph.initializer}
+    found = []
+    for index, node in enumerate(graph.node):
+        if layer_of(node, dict.fromkeys(constants)) is not None:
+            found.append((index, 0))
+        elif node.op_type == "Add" and not constants & set(node.input):
+            found += [(index, 0), (index, 1)]
+        elif node.op_type in POOLS:
+            found.append((index, 0))
+    return found
+
+
+def unmeasured(graph: Any, layer_inputs: Mapping[str, ActivationQuantizer]) -> list[str]:
+    """The rounded tensors whose ranges the network's own quantizers do not tell."""
+    own = _Quantizers(graph, layer_inputs, {})
+    tensors = [
+        graph.node[index].input[position] for index, position in rounded_inputs(graph) if not own(index, position)
+    ]
+    return list(dict.fromkeys(tensors))
+
+
+def int8_graph(
+    source: FloatGraph,
+    coded: Mapping[str, Coded],
+    layer_inputs: Mapping[str, ActivationQuantizer],
+    tensors: Mapping[str, ActivationQuantizer],
+) -> tuple[Any, dict[str, Tensor]]:
+    """The INT8 model, and by layer which channels hold the quantized network's own levels.
+
+    Args:
+        source: the float graph.
+        coded: the quantized network's codes by layer; layers without are rounded to eight bits.
+        layer_inputs: the network's own quantizers of its layers' inputs.
+        tensors: a quantizer for each of the :func:`unmeasured` tensors.
+    """
+    build = _Builder(source, coded)
+    graph = build.model.graph
+    quantizers = _Quantizers(graph, layer_inputs, tensors)
+    chosen = {where: quantizers(*where) for where in rounded_inputs(graph)}
+    for (index, position), quantizer in chosen.items():
+        assert quantizer is not None
+        node = graph.node[index]
+        node.input[position] = build.rounded(node.input[position], quantizer)
+        if (layer := layer_of(node, build.constants)) is not None:
+            build.quantize_layer(node, layer, quantizer.scale)
+    return build.finish(), build.exact
+
+
+class _Quantizers:
+    """Which quantizer rounds an input of a node: the layer's own; else that of a layer that reads the same tensor, if
+    it has eight bits (fewer would cost a sum the precision it had); else the measured one."""
+
+    def __init__(
+        self,
+        graph: Any,
+        layer_inputs: Mapping[str, ActivationQuantizer],
+        tensors: Mapping[str, ActivationQuantizer],
+    ) -> None:
+        self.graph, self.layer_inputs = graph, layer_inputs
+        self.constants = {initializer.name: None for initializer in graph.initializer}
+        self.shared = dict(tensors)
+        for index, position in rounded_inputs(graph):
+            quantizer = layer_inputs.get(self._layer(index))
+            if quantizer is not None and quantizer.bits == ACT_BITS:
+                self.shared.setdefault(graph.node[index].input[position], quantizer)
+
+    def __call__(self, index: int, position: int) -> ActivationQuantizer | None:
+        shared = self.shared.get(self.graph.node[index].input[position])
+        return self.layer_inputs.get(self._layer(index), shared)
+
+    def _layer(self, index: int) -> str:
+        return layer_of(self.graph.node[index], self.constants) or ""
+
+
+class _Builder:
+    """The model in the making."""
+
+    def __init__(self, source: FloatGraph, coded: Mapping[str, Coded]) -> None:
+        import onnx
+
+        self.onnx, self.coded, self.factors = onnx, coded, source.factors
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(source.model)
+        self.constants = {item.name: onnx.numpy_helper.to_array(item) for item in self.model.graph.initializer}
+        self.exact: dict[str, Tensor] = {}
+        self.made: dict[tuple[str, ActivationQuantizer], str] = {}
+        self.nodes: dict[str, list[Any]] = {}
+
+    def rounded(self, tensor: str, quantizer: ActivationQuantizer) -> str:
+        """The name of ``tensor`` after rounding; each pair of nodes is made once."""
+        if (tensor, quantizer) in self.made:
+            return self.made[tensor, quantizer]
+        name = f"{tensor}_u8" if not any(tensor == other for other, _ in self.made) else f"{tensor}_u{quantizer.bits}"
+        scale = self.constant(f"{name}_scale", np.float32(quantizer.scale))
+        zero = self.constant(f"{name}_zero", np.uint8(quantizer.zero))
+        nodes, source = [], tensor
+        if quantizer.bits < ACT_BITS:  # UINT8 saturates at 255 only
+            low, high = -quantizer.zero, 2**quantizer.bits - 1 - quantizer.zero
+            limits = [
+                self.constant(f"{name}_{end}", np.float32(quantizer.scale * code))
+                for end, code in (("low", low), ("high", high))
+            ]
+            nodes.append(self.onnx.helper.make_node("Clip", [tensor, *limits], [f"{name}_clipped"]))
+            source = f"{name}_clipped"
+        nodes.append(self.onnx.helper.make_node("QuantizeLinear", [source, scale, zero], [name]))
+        nodes.append(self.onnx.helper.make_node("DequantizeLinear", [name, scale, zero], [f"{name}_float"]))
+        self.nodes.setdefault(tensor, []).extend(nodes)
+        self.made[tensor, quantizer] = f"{name}_float"
+        return f"{name}_float"
+
+    def quantize_layer(self, node: Any, layer: str, input_scale: float) -> None:
+        """Replace the weight of ``node`` by INT8 codes and its bias by INT32 ones."""
+        weight = torch.from_numpy(self.constants[node.input[1]].copy())
+        bias = torch.from_numpy(self.constants[node.input[2]].copy()) if len(node.input) > 2 else None
+        int8 = int8_weight(weight, self.coded.get(layer), self.factors.get(layer), bias, input_scale)
+        self.exact[layer] = int8.exact
+        node.input[1] = self.dequantized(f"{layer}.weight", int8.codes.numpy(), int8.scale.numpy())
+        if bias is not None:
+            scale = int8.scale.numpy() * np.float32(input_scale)
+            codes = np.round(bias.double().numpy() / scale.astype(np.float64)).astype(np.int32)
+            node.input[2] = self.dequantized(f"{layer}.bias", codes, scale)
+
+    def dequantized(self, name: str, codes: np.ndarray, scale: np.ndarray) -> str:
+        """A constant as codes and scales along its first axis."""
+        inputs = [self.constant(f"{name}_codes", codes), self.constant(f"{name}_scale", scale)]
+        inputs.append(self.constant(f"{name}_zero", np.zeros(len(scale), codes.dtype)))
+        output = f"{name}_float"
+        self.nodes.setdefault("", []).append(self.onnx.helper.make_node("DequantizeLinear", inputs, [output], axis=0))
+        return output
+
+    def constant(self, name: str, value: Any) -> str:
+        if name not in self.constants:
+            self.constants[name] = np.asarray(value)
+        return name
+
+    def finish(self) -> Any:
+        """Put the new nodes behind what they read, and keep the constants that are read."""
+        graph = self.model.graph
+        nodes = list(self.nodes.get("", []))
+        for source in graph.input:
+            nodes += self.nodes.get(source.name, [])
+        for node in graph.node:
+            nodes.append(node)
+            for output in node.output:
+                nodes += self.nodes.get(output, [])
+        read = {name for node in nodes for name in node.input}
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(nodes)
+        to_proto = self.onnx.numpy_helper.from_array
+        graph.initializer.extend(to_proto(value, name) for name, value in self.constants.items() if name in read)
+        return self.model

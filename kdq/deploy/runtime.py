@@ -1,0 +1,58 @@
+"""ONNX Runtime: sessions with a fixed number of threads, and what they compute."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from kdq.deploy.extra import needs
+from kdq.errors import KdqError
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def session(model: bytes | Path, threads: int | None = None) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU with ``threads`` threads, by default one per core.
+
+    Raises:
+        KdqError: onnxruntime is not installed.
+    """
+    needs("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads or cores(), 1
+    options.log_severity_level = 3  # its warnings are about its own optimiser
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def logits(runner: Any, images: Tensor) -> np.ndarray:
+    """The network's outputs ``(batch, classes)`` for ``images`` ``(batch, channels, height, width)``.
+
+    Raises:
+        KdqError: the model takes images of another size.
+    """
+    expected = tuple(runner.get_inputs()[0].shape[1:])
+    if tuple(images.shape[1:]) != expected:
+        given, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], expected))
+        raise KdqError(f"the model takes images of {wanted} (channels, height, width), these have {given}: resize them")
+    found: np.ndarray = runner.run(None, {"image": np.ascontiguousarray(images.cpu().numpy())})[0]
+    return found
+
+
+def top1(runner: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Accuracy in percent over ``(images, labels)`` batches."""
+    right = count = 0
+    for images, labels in batches:
+        right += int((logits(runner, images).argmax(1) == labels.cpu().numpy()).sum())
+        count += len(labels)
+    return round(100 * right / count, 4)

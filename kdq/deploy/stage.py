@@ -1,0 +1,98 @@
+"""The stage after a row: its packed file as ONNX models, their accuracy on the whole test set and their latency."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdq.cell import Cell
+from kdq.deploy import latency
+from kdq.deploy.onnx_files import FORMATS, onnx_models
+from kdq.deploy.runtime import cores, session, top1
+from kdq.errors import KdqError
+from kdq.files import replacing
+from kdq.progress import progress
+from kdq.quant.packing import load_packed
+from kdq.results import ROW_FORMAT, Row, write_row
+
+log = logging.getLogger(__name__)
+
+#: Points of accuracy by which an exported model may differ from the evaluated one without a warning.
+TOLERANCE = 0.1
+
+
+def asked_columns(cell: Cell) -> list[str]:
+    """The columns of a row that the ``deploy`` config fills.
+
+    Raises:
+        KdqError: it names an unknown format.
+    """
+    formats = cell.cfg.deploy.formats
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise KdqError(f"deploy.formats={unknown} is unknown: use one of {', '.join(FORMATS)}")
+    measured = ("top1_onnx_{}", "onnx_{}_bytes", "latency_ms_onnx_{}", "latency_p95_ms_onnx_{}", "throughput_onnx_{}")
+    return [column.format(name) for name in formats for column in measured]
+
+
+def deploy(cell: Cell, row: Row) -> Row:
+    """``row`` with the asked columns, which are written to its file; the ONNX models lie beside the packed file.
+
+    Raises:
+        KdqError: the packed file is gone, or the network cannot be exported.
+    """
+    path = cell.output / row.artifact
+    if not path.is_file():
+        raise KdqError(
+            f"the packed file {path} of a finished row is gone: delete {row.file_name} in rows and run again"
+        )
+    config, network = cell.cfg.deploy, load_packed(path)
+    shape = (cell.cfg.data.in_channels, cell.images.height, cell.images.width)
+    with progress(f"exporting {path.stem}", 4, "step") as bar:
+        models = onnx_models(network, shape, list(config.formats), calibration(cell), config.act_range)
+        bar.update()
+        values: dict[str, Any] = {"row_format": ROW_FORMAT}
+        for name, model in models.items():
+            target = path.with_suffix(f".{name}.onnx")
+            with replacing(target) as temporary:
+                temporary.write_bytes(model)
+            values[f"onnx_{name}_bytes"] = target.stat().st_size
+        sessions = {name: session(model, config.threads) for name, model in models.items()}
+        for name, runner in sessions.items():
+            values[f"top1_onnx_{name}"] = top1(runner, cell.images.evaluation("test", torch.device("cpu")))
+            _compare(row, name, values[f"top1_onnx_{name}"], path)
+        bar.update()
+        single = latency.of_sessions(sessions, shape, 1, config.runs)
+        bar.update()
+        many = latency.of_sessions(sessions, shape, config.batch, max(3, config.runs // 5), warmup=2)
+        bar.update()
+    for name in sessions:
+        values[f"latency_ms_onnx_{name}"] = single[name].median_ms
+        values[f"latency_p95_ms_onnx_{name}"] = single[name].p95_ms
+        values[f"throughput_onnx_{name}"] = many[name].throughput
+    values |= {"throughput_batch": config.batch, "latency_threads": config.threads or cores()}
+    deployed = dataclasses.replace(row, **values)
+    write_row(cell.output / "rows", deployed)
+    return deployed
+
+
+def calibration(cell: Cell) -> Iterator[Tensor]:
+    """The normalised batches that ``deploy.images`` asks for, without their labels."""
+    batches = cell.images.calibration(cell.cfg.deploy.images, cell.cfg.quant.seed, torch.device("cpu"))
+    return (images for images, _ in batches)
+
+
+def _compare(row: Row, name: str, found: float, path: Path) -> None:
+    # The float graph leaves activations float, so with rounded ones only INT8 computes what was evaluated.
+    if name == "fp32" and row.act_bits < 32:
+        return
+    if abs(found - row.top1) > TOLERANCE:
+        log.warning(
+            "THE EXPORTED MODEL DIFFERS: %s has a top-1 of %.2f in ONNX %s, %.2f as evaluated",
+            path.stem, found, name, row.top1,
+        )  # fmt: skip

@@ -1,0 +1,161 @@
+"""``deploy=onnx`` in a cell, ``kdq-export``, and the serving script of the README, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kdq
+from kdq.data.images import Images
+from kdq.data.sets import digits
+from kdq.deploy.export import main
+from kdq.results import read_rows
+from tests.conftest import TINY, data_config
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two cells, first without ``deploy`` and then with it: the folder, the rows before and after."""
+    output = tmp_path_factory.mktemp("deploy")
+    command = [sys.executable, "-m", "kdq", *TINY, "method=baseline", "quant.bits=[3,8]", f"paths.output_dir={output}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    before = read_rows(output / "rows")
+    quick = ["deploy.runs=5", "deploy.batch=8", "deploy.threads=1", "deploy.images=64"]
+    done = subprocess.run([*command, "deploy=onnx", *quick], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return output, before, read_rows(output / "rows")
+
+
+@pytest.fixture
+def export(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run ``kdq-export ARGUMENTS``; returns what it prints, or its error."""
+
+    def call(*arguments: object) -> str:
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            return str(stop.code)
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_finished_row_gets_the_columns_it_lacks(run: Any) -> None:
+    output, before, after = run
+    assert [row.top1_onnx_int8 for row in before] == [None, None]
+    for old, row in zip(before, after, strict=True):
+        packed = output / row.artifact
+        assert (row.config_hash, row.top1, row.quantize_seconds) == (old.config_hash, old.top1, old.quantize_seconds)
+        for kind, size in (("fp32", row.onnx_fp32_bytes), ("int8", row.onnx_int8_bytes)):
+            assert packed.with_suffix(f".{kind}.onnx").stat().st_size == size
+        assert row.top1_onnx_fp32 == pytest.approx(row.top1, abs=0.3)  # one of 360 images
+        assert row.top1_onnx_int8 == pytest.approx(row.top1, abs=1.5)
+        assert row.latency_p95_ms_onnx_int8 >= row.latency_ms_onnx_int8 > 0
+        assert row.throughput_onnx_fp32 > 0
+        assert (row.throughput_batch, row.latency_threads) == (8, 1)
+        assert old.bops == row.bops < 32 * 32 * row.macs
+
+
+def test_a_cell_that_has_everything_is_not_measured_again(run: Any, cli: Any) -> None:
+    output, _, rows = run
+    code, _, error = cli(
+        *TINY, "method=baseline", "quant.bits=[3,8]", "deploy=onnx", "deploy.runs=7", f"paths.output_dir={output}"
+    )
+    assert code == 0, error
+    assert read_rows(output / "rows") == rows
+
+
+def test_unknown_formats_are_refused_before_anything_is_made(cli: Any, tmp_path: Path) -> None:
+    code, _, error = cli(*TINY, "deploy=onnx", "deploy.formats=[int4]")
+    assert code == 1
+    assert "fp32, int8" in error
+    assert not (tmp_path / "store").exists()
+
+
+def test_every_format_of_a_cell(run: Any, export: Any, tmp_path: Path) -> None:
+    output, _, rows = run
+    row = rows[0]
+    images = torch.cat([batch for batch, _ in Images(digits(), data_config()).evaluation("test", torch.device("cpu"))])
+    with torch.no_grad():
+        expected = kdq.load(output / row.artifact)(images)
+
+    said = export(row.config_hash[:6], "--output-dir", output, "--to", tmp_path)
+    assert (tmp_path / Path(row.artifact).name).read_bytes() == (output / row.artifact).read_bytes()
+    assert f"{row.size_bytes:,} bytes" in said
+
+    export(output / "rows" / row.file_name, "--format", "torch", "--to", tmp_path / "model.pt2")
+    with torch.no_grad():
+        found = torch.export.load(tmp_path / "model.pt2").module()(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    said = export(output / row.artifact, "--format", "onnx-int8", "--to", tmp_path / "model.int8.onnx")
+    assert f"{row.top1:.2f} as evaluated" in said
+    assert (tmp_path / "model.int8.onnx").stat().st_size == row.onnx_int8_bytes
+
+
+def test_a_packed_file_alone(run: Any, export: Any, tmp_path: Path) -> None:
+    output, _, rows = run
+    shutil.copy(output / rows[0].artifact, tmp_path / "alone.kdq")
+    said = export(tmp_path / "alone.kdq", "--format", "onnx-fp32", "--to", tmp_path)
+    assert "not measured" in said
+    assert (tmp_path / "alone.fp32.onnx").is_file()
+    said = export(tmp_path / "alone.kdq", "--format", "onnx-int8", "--to", tmp_path)
+    assert "INT8 needs calibration images" in said
+    assert "data=image_folder" in said
+    export(tmp_path / "alone.kdq", "--format", "onnx-int8", "--to", tmp_path, "data=digits")
+    assert (tmp_path / "alone.int8.onnx").is_file()
+
+
+def test_mistakes_are_one_line_that_says_what_to_do(run: Any, export: Any, tmp_path: Path) -> None:
+    output, _, rows = run
+    near = export("feedbeef", "--output-dir", output)
+    assert "no cell 'feedbeef'" in near
+    assert rows[0].config_hash in near
+    assert "no rows below" in export("feedbeef", "--output-dir", tmp_path)
+    assert "no file" in export(tmp_path / "gone.kdq")
+    assert "no file" in export(tmp_path / "gone.json")
+    (tmp_path / "bad.json").write_text("{}")
+    assert "not a row" in export(tmp_path / "bad.json")
+    wrong = export(rows[0].config_hash, "--output-dir", output, "--format", "onnx-int8", "data=cifar10")
+    assert "the cell is of data digits, not cifar10" in wrong
+    assert "\n" not in near + wrong
+
+
+def test_the_readmes_script_classifies_an_image_file(run: Any, tmp_path: Path) -> None:
+    """With onnxruntime alone: importing torch or kdq would fail."""
+    output, _, rows = run
+    text = (ROOT / "README.md").read_text()
+    script = text.split("<!-- serve -->\n```python\n")[1].split("```")[0]
+    blocked = "import sys\nsys.modules.update(torch=None, kdq=None)\n"
+    (tmp_path / "classify.py").write_text(blocked + script)
+    shutil.copy((output / rows[-1].artifact).with_suffix(".int8.onnx"), tmp_path / "model.int8.onnx")
+    pixels, labels = digits().test_images.numpy(), digits().test_labels.tolist()
+    network = kdq.load(output / rows[-1].artifact)
+    batch = next(iter(Images(digits(), data_config(test_limit=5)).evaluation("test", torch.device("cpu"))))[0]
+    with torch.no_grad():
+        expected = network(batch).argmax(1).tolist()
+    for index, found in enumerate(expected[:2]):
+        Image.fromarray(np.squeeze(pixels[index], -1)).save(tmp_path / "image.png")
+        done = subprocess.run(
+            [sys.executable, "classify.py", "image.png"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.strip() == str(found), (done.stderr, labels[index])
+    about = json.loads(kdq_metadata(tmp_path / "model.int8.onnx")["kdq.preprocess"])
+    assert about["size"] == [8, 8]
+
+
+def kdq_metadata(path: Path) -> dict[str, str]:
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}

@@ -1,0 +1,88 @@
+"""Folding and INT8 codes against the layers they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdq.quant.alphabets import ALPHABETS
+from kdq.quant.fold import batchnorm_affine, folded, int8_weight
+from kdq.quant.weights import QuantizedWeight
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    """With factors of either sign, and one of zero."""
+    norm = nn.BatchNorm2d(channels).eval()
+    for value in (norm.weight, norm.bias, norm.running_mean):
+        assert isinstance(value, Tensor)
+        nn.init.normal_(value)
+    assert norm.running_var is not None
+    norm.running_var.uniform_(0.1, 3)
+    with torch.no_grad():
+        norm.weight[0] = 0
+    return norm
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_folded_layer_does_what_the_layer_and_its_norm_did(bias: bool) -> None:
+    layer, norm, images = nn.Conv2d(3, 8, 3, bias=bias).double(), _norm(8).double(), torch.randn(2, 3, 9, 9).double()
+    weight, offset = folded(layer.weight, layer.bias, *batchnorm_affine(norm))
+    torch.testing.assert_close(nn.functional.conv2d(images, weight, offset), norm(layer(images)))
+
+
+def test_a_norm_without_parameters_folds_too() -> None:
+    norm = nn.BatchNorm2d(4, affine=False).eval()
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    images = torch.randn(2, 4, 3, 3).double()
+    factor, shift = batchnorm_affine(norm)
+    torch.testing.assert_close(images * factor.view(-1, 1, 1) + shift.view(-1, 1, 1), norm.double()(images))
+
+
+def _coded(weight: Tensor, alphabet: str, bits: int) -> QuantizedWeight:
+    found = ALPHABETS[alphabet](weight.flatten(1)[None], bits)
+    codes = found.encode(weight.flatten(1)[None])[0].view(weight.shape)
+    return QuantizedWeight(codes, found.scale.flatten(), found.zero.flatten(), found.levels)
+
+
+@pytest.mark.parametrize("alphabet", ["uniform", "symmetric", "asymmetric", "ternary"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
+def test_levels_of_up_to_seven_bits_survive(alphabet: str, bits: int) -> None:
+    weight, factor = torch.randn(8, 4, 3, 3), batchnorm_affine(_norm(8))[0]
+    coded = _coded(weight, alphabet, bits)
+    wanted, bias = folded(coded.decode(), None, factor, torch.randn(8))
+    int8 = int8_weight(wanted, coded, factor, bias, input_scale=0.02)
+    assert int8.codes.dtype == torch.int8
+    assert bool((int8.scale > 0).all())
+    assert int8.exact[1:].all()
+    rebuilt = int8.codes.double().flatten(1) * int8.scale.double()[:, None]
+    torch.testing.assert_close(rebuilt.float(), wanted.flatten(1), rtol=1e-6, atol=1e-9)
+    assert all(len(row.unique()) <= coded.levels for row in int8.codes.flatten(1))
+
+
+def test_what_does_not_fit_is_rounded_to_the_nearest_of_255_levels() -> None:
+    weight, factor = torch.randn(8, 40), torch.tensor([-1.0, 1, -1, 1, -1, 1, -1, 1]).double()
+    for coded in (None, _coded(weight, "uniform", 8), _coded(weight, "uniform", 12)):
+        values = weight if coded is None else coded.decode()
+        wanted, _ = folded(values, None, factor, torch.zeros(8).double())
+        int8 = int8_weight(wanted, coded, factor, None, input_scale=1.0)
+        error = (int8.codes * int8.scale[:, None] - wanted).abs()
+        assert bool((error <= int8.scale[:, None] * 0.5001).all())
+        assert (int8.scale <= 2 * wanted.abs().amax(1) / 127).all()
+        if coded is not None and coded.bits == 8:
+            assert int8.exact[factor > 0].all()
+            assert error[int8.exact].max() < 1e-6
+        else:
+            assert not int8.exact.any()
+
+
+def test_a_bias_of_a_channel_without_weights_fits_int32() -> None:
+    weight, bias = torch.zeros(2, 4), torch.tensor([5.0, 0.0])
+    int8 = int8_weight(weight, None, None, bias, input_scale=0.01)
+    codes = bias.double() / (int8.scale.double() * 0.01)
+    assert bool((codes.abs() < 2**31).all())
+    assert codes[0] > 2**20  # and keeps its precision
+    coded = QuantizedWeight(torch.ones(2, 4, dtype=torch.int64), torch.full((2,), 1e-12), torch.ones(2), 3)
+    int8 = int8_weight(coded.decode(), coded, None, bias, input_scale=0.01)
+    assert int8.exact.tolist() == [False, True]
+    assert bias[0] / (int8.scale[0] * 0.01) < 2**31

@@ -1,0 +1,208 @@
+"""Exported graphs against the networks they were made from, in ONNX Runtime and in onnx's own reference evaluator."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+import kdq
+from kdq.deploy import extra
+from kdq.deploy.calibrate import ranges
+from kdq.deploy.onnx_files import onnx_models
+from kdq.deploy.runtime import logits, session
+from kdq.models import build
+from kdq.quant.activations import Histogram
+from tests.quant.conftest import ReluNet, trained_norms
+
+SHAPE = (3, 9, 9)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(64, *SHAPE)
+
+
+def _run(model: bytes, images: Tensor) -> Tensor:
+    return torch.from_numpy(logits(session(model, 1), images))
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
+
+
+def test_the_float_graph_is_the_network_for_any_batch(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = trained_norms(ReluNet())
+    quantized, _ = kdq.quantize(network, [images], bits=3, act_bits=None)
+    model = onnx_models(quantized, SHAPE, ["fp32"])["fp32"]
+    graph = onnx.load_from_string(model).graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    for batch in (1, 7):
+        with torch.no_grad():
+            torch.testing.assert_close(_run(model, images[:batch]), quantized(images[:batch]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(kdq.KdqError, match=r"takes images of 3x9x9 .* have 3x8x9"):
+        _run(model, images[:, :, 1:])
+
+
+class _TwoReaders(nn.Module):
+    """A layer whose output its BatchNorm reads, and a sum: it cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return (self.norm(y) + y).mean((2, 3))
+
+
+def test_a_norm_that_shares_its_input_is_not_folded(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = trained_norms(_TwoReaders())
+    models = onnx_models(network, SHAPE, calibration=[images])
+    with torch.no_grad():
+        expected = network(images)
+    torch.testing.assert_close(_run(models["fp32"], images), expected, rtol=1e-4, atol=1e-5)
+    assert (_run(models["int8"], images) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.fixture(scope="module")
+def mixed(images: Tensor) -> nn.Module:
+    """A residual network with layers of 2 to 8 bits and inputs of 8, as a packed file's user has it."""
+    torch.manual_seed(0)
+    network = trained_norms(build({"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 5, "width": 0.5}))
+    names = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    bits = {name: 2 + index % 7 for index, name in enumerate(names)}
+    quantized, _ = kdq.quantize(network, [images], bits=bits, act_bits=8)
+    quantized.kdq_preprocess = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0], "size": [9, 9]}
+    quantized.kdq_classes = list("abcde")
+    return quantized
+
+
+@pytest.fixture(scope="module")
+def int8(mixed: nn.Module, images: Tensor) -> bytes:
+    return onnx_models(mixed, SHAPE, ["int8"], [images])["int8"]
+
+
+def test_int8_computes_what_was_evaluated(mixed: nn.Module, int8: bytes, images: Tensor) -> None:
+    with torch.no_grad():
+        expected = mixed(images)
+    found = _run(int8, images)
+    # Sums of residual blocks are rounded too, which the evaluated network does not do.
+    assert (found - expected).abs().max() < 0.05 * (expected.max() - expected.min())
+    assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+    reference = ReferenceEvaluator(onnx.load_from_string(int8)).run(None, {"image": images[:8].numpy()})[0]
+    assert np.abs(reference - found[:8].numpy()).max() < 0.02 * float(expected.max() - expected.min())
+
+
+def test_int8_keeps_the_levels_and_says_so(mixed: nn.Module, int8: bytes) -> None:
+    model = onnx.load_from_string(int8)
+    constants, seen = _constants(model), 0
+    for name, weight in mixed.quantized_weights.items():
+        codes = constants[f"{name}.weight_codes"]
+        assert codes.dtype == np.int8
+        assert constants[f"{name}.weight_scale"].shape == (codes.shape[0],)
+        if weight.bits < 8:
+            assert all(len(np.unique(row)) <= weight.levels for row in codes)
+            seen += 1
+    assert seen > 5
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    assert "of 2, 3, 4, 5, 6, 7" in about["kdq.weights"]
+    assert json.loads(about["kdq.preprocess"]) == mixed.kdq_preprocess
+    assert json.loads(about["kdq.classes"]) == list("abcde")
+    assert not any(constant.dtype == np.float32 and constant.size > 64 for constant in constants.values())
+
+
+def test_every_kernel_between_input_and_pooling_is_an_integer_one(int8: bytes, tmp_path: Any) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "fused.onnx"), 3
+    onnxruntime.InferenceSession(int8, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 9
+    assert kinds.count("QLinearAdd") == 3
+    assert not {"Conv", "Relu", "Add", "Gemm"} & set(kinds)
+
+
+class _Chain(nn.Module):
+    """Without sums: INT8 rounds exactly what the evaluated network rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
+        self.two, self.head = nn.Conv2d(8, 8, 3, groups=2), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.one(x)))
+        return self.head(torch.relu(self.two(x)).flatten(1))
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_without_sums_int8_is_the_evaluated_network(images: Tensor, act_bits: int) -> None:
+    torch.manual_seed(0)
+    quantized, _ = kdq.quantize(trained_norms(_Chain()), [images], bits=4, act_bits=act_bits)
+    model = onnx_models(quantized, SHAPE, ["int8"])["int8"]  # no range is missing: no calibration
+    with torch.no_grad():
+        expected = quantized(images)
+    wrong = (_run(model, images) - expected).abs()
+    assert wrong.median() < 1e-4
+    # A value on the border between two codes may fall to either side, and what follows with it.
+    assert (wrong < 1e-3).all(1).float().mean() > 0.75
+
+
+def test_ranges_are_those_of_the_quantizer(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = trained_norms(_Chain())
+    model = onnx.load_from_string(onnx_models(network, SHAPE, ["fp32"])["fp32"])
+    tensors = [next(node.input[0] for node in model.graph.node if node.op_type == kind) for kind in ("Conv", "Gemm")]
+    found = ranges(model, tensors, images.split(20))
+    expected = [Histogram(), Histogram()]
+    expected[0].add(images)
+    with torch.no_grad():
+        expected[1].add(torch.relu(network.two(torch.relu(network.norm(network.one(images))))))
+    for tensor, histogram in zip(tensors, expected, strict=True):
+        assert found[tensor].scale == pytest.approx(histogram.quantizer(8).scale, rel=1e-6)
+        assert found[tensor].zero == histogram.quantizer(8).zero
+
+
+class _NoOnnx(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.i0e(self.conv(x)).mean((2, 3))
+
+
+class _Branching(_NoOnnx):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if float(x.sum()) > 0 else x
+
+
+@pytest.mark.parametrize(("network", "words"), [(_NoOnnx, "has no .*i0e"), (_Branching, "torch cannot export")])
+def test_what_cannot_be_exported_is_named_in_one_line(
+    network: type[nn.Module], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(kdq.KdqError, match=words) as refused:
+        onnx_models(network(), SHAPE, ["fp32"])
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr().out == ""
+
+
+def test_missing_calibration_packages_and_formats_are_told(mixed: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(kdq.KdqError, match="needs calibration images"):
+        onnx_models(mixed, SHAPE, ["int8"])
+    with pytest.raises(kdq.KdqError, match="fp32, int8"):
+        onnx_models(mixed, SHAPE, ["int4"])
+    monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    with pytest.raises(kdq.KdqError, match=r"onnxruntime not installed: pip install 'kdq\[deploy\]'"):
+        onnx_models(mixed, SHAPE, ["int8"])
