@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdq.cell import Cell
 from kdq.deploy import latency
+from kdq.deploy.extra import needs
 from kdq.deploy.onnx_files import FORMATS, onnx_models
 from kdq.deploy.runtime import cores, session, top1
 from kdq.errors import KdqError
@@ -31,9 +32,11 @@ def asked_columns(cell: Cell) -> list[str]:
     """The columns of a row that the ``deploy`` config fills.
 
     Raises:
-        KdqError: it names an unknown format.
+        KdqError: it names an unknown format, or packages are missing.
     """
     formats = cell.cfg.deploy.formats
+    if formats:
+        needs("onnx", "onnxruntime", "onnxscript")
     if unknown := [name for name in formats if name not in FORMATS]:
         raise KdqError(f"deploy.formats={unknown} is unknown: use one of {', '.join(FORMATS)}")
     measured = ("top1_onnx_{}", "onnx_{}_bytes", "latency_ms_onnx_{}", "latency_p95_ms_onnx_{}", "throughput_onnx_{}")
