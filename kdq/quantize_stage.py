@@ -45,6 +45,7 @@ OPTIONS = (
     "first_last_bits",
     "act_bits",
     "act_range",
+    "correct",
     "float_dtype",
 )
 

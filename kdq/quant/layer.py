@@ -40,3 +40,8 @@ def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
     inputs = inputs.movedim(1, 1 + spatial)
     grouped = inputs.unflatten(1 + spatial, (layer.groups, -1)).movedim(1 + spatial, 0)
     return grouped.flatten(2 + spatial).flatten(1, 1 + spatial)
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of the layer's output that its bias runs along."""
+    return -1 if isinstance(layer, nn.Linear) else 1

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdq.errors import KdqError
 from kdq.quant.alphabet import check_bits
+from kdq.quant.correction import CORRECTIONS
 from kdq.quant.layer import QUANTIZABLE
 from kdq.quant.moments import Moments
 from kdq.quant.recipe import SOLVERS, Recipe, Solver
@@ -69,6 +70,7 @@ def quantize_widths(
     first_last_bits: int | None = None,
     act_bits: int | None = None,
     act_range: str = "mse",
+    correct: str | None = None,
     float_dtype: str | None = None,
     on_layer: Callable[[str], None] | None = None,
     moments: Callable[[nn.Module, bool], Any] = Moments,
@@ -81,6 +83,8 @@ def quantize_widths(
         first_last_bits: width of the first and the last layer that run, whatever the others have.
         act_bits: round the inputs of every quantized layer too, one scale per tensor; None leaves them float.
         act_range: ``"mse"`` or ``"percentile"``, see :meth:`kdq.quant.activations.Histogram.quantizer`.
+        correct: after each layer, put the means of biased channels right (``"bias"``), or the means and variances of
+            BatchNorms too (``"batchnorm"``), see :mod:`kdq.quant.correction`; None leaves both.
         float_dtype: round what is not quantized (biases, BatchNorm, layers left float) to ``"bf16"`` or ``"fp16"``, to
             be stored in 16 bits; None leaves it in float32.
         on_layer: called with a layer's name when it is done, for a progress bar.
@@ -97,6 +101,8 @@ def quantize_widths(
             raise KdqError(f"bits name layers that are not quantized: {', '.join(unknown[:4])}")
     if act_bits is not None:
         _check_act_bits(act_bits)
+    if correct not in CORRECTIONS:
+        raise KdqError(f"correct={correct!r} is unknown: use bias, batchnorm or none")
     if float_dtype is not None:
         check_float_dtype(float_dtype)
     iterator = iter(batches)
@@ -106,13 +112,13 @@ def quantize_widths(
         if first_last_bits is not None:
             ends = dict.fromkeys((order[0], order[-1]), check_bits(first_last_bits))
             by_layer = [bits | ends for bits in by_layer]
-    walk = Walk(runner, by_layer, how, act_bits, act_range, moments, on_layer or (lambda name: None))
+    walk = Walk(runner, by_layer, how, act_bits, act_range, correct, moments, on_layer or (lambda name: None))
     walk.run(batches)
     results = []
     for version in walk.versions:
         version.report.seconds = time.perf_counter() - start
         version.report.float_weights = _float_weights(model, layers)
-        network = with_quantized_weights(model, version.weights, version.activations)
+        network = with_quantized_weights(model, version.weights, version.activations, version.state)
         if float_dtype is not None:
             network, version.report.float_bits = with_float_dtype(network, float_dtype), 16
         results.append((network, version.report))

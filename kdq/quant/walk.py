@@ -10,9 +10,10 @@ From :data:`WIDE` bits up, X~ agrees with X to the precision of what is solved, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from kdq.errors import KdqError
 from kdq.quant.activations import ActivationQuantizer, Histogram
+from kdq.quant.correction import ChannelSums, Norm, corrected_norm
 from kdq.quant.distributed import summed
 from kdq.quant.lanes import Lanes
-from kdq.quant.layer import weight_matrix
+from kdq.quant.layer import channel_axis, weight_matrix
 from kdq.quant.recipe import Recipe
 from kdq.quant.report import LayerReport, Report
 from kdq.quant.tape import Chunks, Tape
@@ -43,6 +45,8 @@ class Version:
     lane: int
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
+    #: New values of biases and running statistics, by their names in the state dict.
+    state: dict[str, Tensor] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
 
 
@@ -52,6 +56,7 @@ class Walk:
     Args:
         widths: for each width, the bits of every layer by name.
         act_bits: quantize the inputs of every layer too, to that many bits.
+        correct: one of :data:`kdq.quant.correction.CORRECTIONS`.
         on_layer: called with a layer's name when it is solved.
     """
 
@@ -62,10 +67,11 @@ class Walk:
         recipe: Recipe,
         act_bits: int | None,
         act_range: str,
+        correct: str | None,
         sampled: Callable[[nn.Module, bool], Any],
         on_layer: Callable[[str], None],
     ) -> None:
-        self.model, self.recipe, self.on_layer = model, recipe, on_layer
+        self.model, self.recipe, self.correct, self.on_layer = model, recipe, correct, on_layer
         self.act_bits, self.act_range, self.sampled = act_bits, act_range, sampled
         self.versions: list[Version] = []
         lanes = 1
@@ -79,6 +85,7 @@ class Walk:
         self.images: list[int] = []
         self.current = 0
         self.errors: dict[str, Tensor] = {}
+        self.norms: dict[str, dict[int, dict[str, Tensor]]] = {}
 
     def run(self, batches: Iterable[Any]) -> None:
         """Quantize every layer; the results are in ``versions``."""
@@ -93,7 +100,7 @@ class Walk:
         if first is None:
             raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")
         try:
-            with torch.no_grad(), _exact_kernels(), _rerouted(self.model, self, self.versions[0].bits):
+            with torch.no_grad(), _exact_kernels(), _rerouted(self._visitors()):
                 self.model(self.tape.watch(Lanes([first] * self.lanes)))
                 for _ in self._each_chunk(None):
                     pass
@@ -111,14 +118,81 @@ class Walk:
             if self.act_bits is not None:
                 self._fit_activations(name, inputs, self.act_bits)
             self._solve(name, layer, inputs)
-        forward = self._forward(name, layer, first_time)
-        outputs = forward(inputs)
-        self.tape.record(forward, (inputs,), {}, outputs)
+        outputs = self._noted(self._forward(name, layer), inputs)
+        if self.correct is not None and layer.bias is not None:
+            if first_time:
+                self._correct_bias(name, layer, outputs)
+            outputs = self._noted(self._shift(name, layer), outputs)
         if first_time:
+            outputs = self._noted(self._error(name), outputs)
             self.on_layer(name)
         return outputs
 
-    def _forward(self, name: str, layer: nn.Module, measured: bool) -> Callable[[Lanes], Lanes]:
+    def visit_norm(self, name: str, norm: Norm, inputs: Lanes) -> Lanes:
+        """Stand in for ``norm.forward``: re-estimate its running statistics for every version."""
+        if name not in self.norms:
+            mean, variance = self._channel_sums(inputs, 1)
+            self.norms[name] = {lane: corrected_norm(norm, mean, variance, lane) for lane in range(1, self.lanes)}
+            for version in self.versions:
+                new = self.norms[name].get(version.lane, {})
+                version.state |= {f"{name}.{buffer}": value for buffer, value in new.items()}
+
+        def run(lane: int, x: Tensor) -> Tensor:
+            buffers = {f"layer.{buffer}": value for buffer, value in self.norms[name].get(lane, {}).items()}
+            return torch.func.functional_call(_Original(norm), buffers, x)
+
+        return self._noted(lambda values: values.map(run), inputs)
+
+    def _visitors(self) -> list[tuple[nn.Module, Callable[[Lanes], Lanes]]]:
+        """The modules whose forward methods the walk takes over, each with its replacement."""
+        modules = {name: self.model.get_submodule(name) for name in self.versions[0].bits}
+        found: list[tuple[nn.Module, Callable[[Lanes], Lanes]]] = []
+        found += [(module, partial(self.visit, name, module)) for name, module in modules.items()]
+        if self.correct == "batchnorm":
+            norms = ((name, module) for name, module in self.model.named_modules() if isinstance(module, Norm))
+            found += [(m, partial(self.visit_norm, name, m)) for name, m in norms if m.running_mean is not None]
+        return found
+
+    def _noted(self, function: Callable[[Lanes], Lanes], inputs: Lanes) -> Lanes:
+        """``function(inputs)``, to be repeated for the other chunks."""
+        outputs = function(inputs)
+        self.tape.record(function, (inputs,), {}, outputs)
+        return outputs
+
+    def _correct_bias(self, name: str, layer: nn.Module, outputs: Lanes) -> None:
+        mean, _ = self._channel_sums(outputs, channel_axis(layer))
+        assert isinstance(layer.bias, Tensor)
+        for version in self.versions:
+            if version.lane:
+                version.state[f"{name}.bias"] = (layer.bias - (mean[version.lane] - mean[0])).to(layer.bias)
+
+    def _shift(self, name: str, layer: nn.Module) -> Callable[[Lanes], Lanes]:
+        """A function that adds to each lane what its bias was corrected by."""
+        assert isinstance(layer.bias, Tensor)
+        axis = channel_axis(layer)
+        shifts = {version.lane: version.state[f"{name}.bias"] - layer.bias for version in self.versions if version.lane}
+
+        def run(lane: int, y: Tensor) -> Tensor:
+            return (y.movedim(axis, -1) + shifts[lane]).movedim(-1, axis) if lane in shifts else y
+
+        return lambda outputs: outputs.map(run)
+
+    def _channel_sums(self, values: Lanes, axis: int) -> tuple[Tensor, Tensor]:
+        sums = ChannelSums(axis)
+        for chunk in self._each_chunk(values):
+            sums.add(chunk.lanes)
+        return sums.finish()
+
+    def _error(self, name: str) -> Callable[[Lanes], Lanes]:
+        """A function that adds up how far the lanes are from the float one, and passes them on."""
+
+        def add(outputs: Lanes) -> Lanes:
+            self._add_error(name, outputs)
+            return Lanes(outputs.lanes)
+
+        return add
+
+    def _forward(self, name: str, layer: nn.Module) -> Callable[[Lanes], Lanes]:
         assert isinstance(layer.weight, Tensor)
         weights: dict[int, Tensor] = {0: layer.weight}
         quantizers: dict[int, ActivationQuantizer] = {}
@@ -132,13 +206,7 @@ class Walk:
             x = quantizers[lane].nearest(x) if lane in quantizers else x
             return torch.func.functional_call(_Original(layer), {"layer.weight": weights[lane]}, x)
 
-        def forward(inputs: Lanes) -> Lanes:
-            outputs = inputs.map(run)
-            if measured:
-                self._add_error(name, outputs)
-            return outputs
-
-        return forward
+        return lambda inputs: inputs.map(run)
 
     def _each_chunk(self, inputs: Lanes | None) -> Iterator[Lanes]:
         """Bring every waiting chunk to where the first one is, and give the values of ``inputs`` in each."""
@@ -244,16 +312,15 @@ class _Original(nn.Module):
 
 
 @contextmanager
-def _rerouted(model: nn.Module, walk: Walk, layers: Collection[str]) -> Iterator[None]:
-    """While it lasts, the named layers of ``model`` call ``walk.visit`` in place of their forward methods."""
-    modules = {name: model.get_submodule(name) for name in layers}
+def _rerouted(visitors: Sequence[tuple[nn.Module, Callable[[Lanes], Lanes]]]) -> Iterator[None]:
+    """While it lasts, the modules call what is given in place of their forward methods."""
     try:
-        for name, module in modules.items():
-            module.forward = lambda inputs, name=name, module=module: walk.visit(name, module, inputs)
+        for module, visit in visitors:
+            module.forward = visit
         yield
     finally:
-        for module in modules.values():
-            del module.forward
+        for module, _ in visitors:
+            vars(module).pop("forward", None)
 
 
 @contextmanager

@@ -68,3 +68,28 @@ def test_less_error_than_rounding() -> None:
         return (X @ W.T - Xq @ Q.T).square().sum()
 
     assert error(gpfq(W, Xq.T @ Xq, Xq.T @ X, alphabet)) < 0.8 * error(alphabet.nearest(W))
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sums_in_another_order_change_codes_at_ties_only(device: str) -> None:
+    """What tells devices apart is the order in which they add: here the images in another order, and on a GPU its own.
+    A row's first code that differs must have come from a value half-way between two levels; what follows it makes up
+    for another error and may differ at will."""
+    W, X, Xq = problem(144, rows=4000, images=3000)
+    X, Xq = X + 8, Xq + 8  # columns that agree in most of their length lose digits: ties come up
+    alphabet, other = uniform(W, 4), torch.randperm(3000)
+    one = solve(W, X, Xq, alphabet)
+    Xd, Xqd = X[other].to(device), Xq[other].to(device)
+    moved = Alphabet(alphabet.scale.to(device), alphabet.zero.to(device), alphabet.levels)
+    two = moved.encode(gpfq(W.to(device), Xqd.T @ Xqd, Xqd.T @ Xd, moved)).cpu()
+    values, G, H = one.double() - alphabet.zero, Xq.double().T @ Xq.double(), Xq.double().T @ X.double()
+    differ = (one != two).any(1)
+    assert 0 < differ.sum() < 40  # of 4 000 rows
+    for row in differ.nonzero().flatten().tolist():
+        t = int((one[row] != two[row]).nonzero()[0])
+        before = W[row, : t + 1].double() @ H[t, : t + 1] / alphabet.scale[row] - values[row, :t] @ G[t, :t]
+        value = float(before / G[t, t])
+        assert abs(abs(value - round(value)) - 0.5) < 1e-3, (row, t, value)

@@ -1,0 +1,74 @@
+"""Put right what rounding does to a channel's mean and variance.
+
+Rounded weights shift the mean of every output channel and widen or narrow its spread, and the next layers are trained
+for neither. Both are known on the calibration images: a channel of the float network has mean ``m`` and variance ``v``
+there, the quantized network's has ``m~`` and ``v~``.
+
+- A layer with a bias takes the shift out of it: ``b <- b - (m~ - m)`` (bias correction; Nagel et al. 2019, arXiv
+  1906.04721).
+- A BatchNorm with running mean ``mu`` and variance ``s^2`` is re-estimated so that its outputs have the float network's
+  mean and variance: with ``r^2 = v~ / v``,
+
+      (s^2 + eps) <- r^2 (s^2 + eps),    mu <- m~ + r (mu - m).
+
+  Statistics taken afresh from the calibration images forget what the running ones know of the whole training set: on
+  a ResNet-20 (CIFAR-10, 256 images, 2 to 4 bits) they cost 0.4 to 0.7 points of validation accuracy. The relative ones
+  gained 0.5 points for GPFQ at 2 bits and changed nothing beyond noise elsewhere.
+
+Neither adds a byte to the stored network.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kdq.quant.distributed import summed
+
+#: What is put right after each layer: biases, BatchNorm statistics as well, or nothing.
+CORRECTIONS = (None, "bias", "batchnorm")
+Norm = nn.modules.batchnorm._BatchNorm
+
+
+class ChannelSums:
+    """Mean and variance of every channel of some lanes' activations, summed over batches.
+
+    Args:
+        axis: of the channels.
+    """
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.sums: Tensor | None = None
+
+    def add(self, lanes: list[Tensor]) -> None:
+        """Add one batch of every lane's activations."""
+        rows = []
+        for x in lanes:
+            x = x.movedim(self.axis, 0).flatten(1).double()
+            rows.append(torch.stack([x.new_full((len(x),), x.shape[1]), x.sum(1), x.square().sum(1)]))
+        new = torch.stack(rows)
+        self.sums = new if self.sums is None else self.sums + new
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Means and variances ``(lanes, channels)``, float64, over all processes."""
+        assert self.sums is not None
+        count, total, squares = summed(self.sums).unbind(1)
+        mean = total / count
+        return mean, (squares / count - mean.square()).clamp_min(0)
+
+
+def corrected_norm(norm: Norm, mean: Tensor, variance: Tensor, lane: int) -> dict[str, Tensor]:
+    """The running statistics that give ``lane`` the outputs of lane 0, in mean and variance; see the module's text.
+
+    Args:
+        mean, variance: of the inputs ``(lanes, channels)``.
+    """
+    running_mean, running_var = norm.running_mean, norm.running_var
+    assert running_mean is not None
+    assert running_var is not None
+    alive = (variance[0] > 0) & (variance[lane] > 0)  # a channel that never changes has no spread to compare
+    square = torch.where(alive, variance[lane] / variance[0].where(alive, torch.ones_like(variance[0])), 1.0)
+    new_mean = mean[lane] + square.sqrt() * (running_mean - mean[0])
+    new_var = (square * (running_var + norm.eps) - norm.eps).clamp_min(0)
+    return {"running_mean": new_mean.to(running_mean), "running_var": new_var.to(running_var)}
