@@ -45,11 +45,13 @@ def with_quantized_weights(
     model: nn.Module,
     weights: Mapping[str, QuantizedWeight],
     activations: Mapping[str, ActivationQuantizer] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` in eval mode that computes with ``weights``, kept as its ``quantized_weights``.
 
     Args:
         activations: quantizers of the inputs of layers, by name, kept as its ``quantized_activations``.
+        state: new values of other entries of the state dict.
     """
     quantized = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -57,6 +59,8 @@ def with_quantized_weights(
             parameter = quantized.get_submodule(name).weight
             assert isinstance(parameter, Tensor)
             parameter.copy_(weight.decode())
+    if state:
+        quantized.load_state_dict(dict(state), strict=False)
     for name, quantizer in (activations or {}).items():
         quantized.get_submodule(name).register_forward_pre_hook(quantizer)
     quantized.quantized_weights = dict(weights)  # type: ignore[assignment]
