@@ -6,18 +6,18 @@ import base64
 import hashlib
 import logging
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 from wandb.sdk.lib.paths import LogicalPath
 
+import wandb
 from kdq.dashboard.names import run_id, valid_name
+from kdq.dashboard.resume import folder_id, next_step
 from kdq.errors import KdqError
 from kdq.tracking import About, Artifact, Track
 
@@ -47,8 +47,8 @@ def wandb_run(logger: Mapping[str, Any], runs: Path, about: About) -> Iterator[T
     runs.mkdir(parents=True, exist_ok=True)
     kept = str((runs / "wandb-data").absolute())
     with _environment({"WANDB_DATA_DIR": kept, "WANDB_CACHE_DIR": kept}):
-        run = _start(logger, mode, runs, about)
-        track = WandbTrack(run, upload)
+        run, first_step = _start(logger, mode, runs, about)
+        track = WandbTrack(run, upload, first_step)
         exit_code = 1
         try:
             track.starts(about)
@@ -61,8 +61,8 @@ def wandb_run(logger: Mapping[str, Any], runs: Path, about: About) -> Iterator[T
 class WandbTrack(Track):
     """Everything that a stage tells, in a W&B run. Where W&B fails, it is told once and the stage goes on."""
 
-    def __init__(self, run: wandb.Run, upload: str) -> None:
-        self.run, self.upload, self._lost = run, upload, False
+    def __init__(self, run: wandb.Run, upload: str, first_step: int | None = None) -> None:
+        self.run, self.upload, self._lost, self._step = run, upload, False, first_step
         self.folder = "" if run.disabled else str(Path(run.dir).parent)
         super().__init__(_Logger(self))
 
@@ -126,7 +126,8 @@ class WandbTrack(Track):
 
     def log(self, values: Mapping[str, Any]) -> None:
         """One row of the run's history."""
-        self.guarded(lambda: self.run.log(dict(values)))
+        step, self._step = self._step, None  # from the first one on, W&B counts
+        self.guarded(lambda: self.run.log(dict(values), step=step, commit=True))
 
     def guarded(self, tell: Callable[[], Any]) -> None:
         """W&B's own process may die, or its disk be full; a training of many hours must not end with it."""
@@ -134,7 +135,8 @@ class WandbTrack(Track):
             tell()
         except Exception as error:
             if not self._lost:
-                log.warning("W&B does not log any more (%s: %s); the run goes on", type(error).__name__, error)
+                cause = " ".join(str(error).split())
+                log.warning("W&B did not take everything (%s: %s); the run goes on", type(error).__name__, cause)
             self._lost = True
 
 
@@ -153,8 +155,10 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> wandb.Table
     return wandb.Table(columns=list(columns), data=[list(row) for row in rows])
 
 
-def _start(logger: Mapping[str, Any], mode: str, runs: Path, about: About) -> wandb.Run:
-    offline = mode == "offline"
+def _start(logger: Mapping[str, Any], mode: str, runs: Path, about: About) -> tuple[wandb.Run, int | None]:
+    """The run, and the step of its first row where W&B would not know it."""
+    offline, name = mode == "offline", run_id(about.job_type, about.key, folder_id(runs))
+    first_step = next_step(runs, name) if offline else None
     settings = wandb.Settings(
         silent=True,
         console="off",
@@ -171,7 +175,7 @@ def _start(logger: Mapping[str, Any], mode: str, runs: Path, about: About) -> wa
         "project": logger["project"],
         "entity": logger["entity"],
         "dir": str(runs),
-        "id": run_id(about.job_type, about.key, _folder_id(runs)),
+        "id": name,
         "resume": "allow",
         "job_type": about.job_type,
         "name": about.name,
@@ -181,7 +185,7 @@ def _start(logger: Mapping[str, Any], mode: str, runs: Path, about: About) -> wa
         "settings": settings,
     }
     try:
-        return wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+        return wandb.init(mode=mode, **options), first_step or None  # type: ignore[arg-type]
     except Exception as error:
         if mode != "online":
             raise KdqError(f"W&B could not start ({error}): set logger=csv or logger=none") from error
@@ -215,21 +219,6 @@ def _mode(asked: str) -> str:
         log.warning("logger.mode=online, but nobody is logged in to W&B (run `wandb login`): logging offline")
         return "offline"
     return "online"
-
-
-def _folder_id(runs: Path) -> str:
-    """What tells the runs of this output folder from equal ones of another: eight digits in a file of its own."""
-    path = runs / ".id"
-    if not path.exists():
-        draft = runs / f".id-{secrets.token_hex(4)}"
-        draft.write_text(secrets.token_hex(4))
-        with suppress(FileExistsError):  # another process was faster
-            try:
-                os.link(draft, path)
-            except PermissionError:  # a file system without hard links
-                draft.replace(path)
-        draft.unlink(missing_ok=True)
-    return path.read_text()
 
 
 @contextmanager

@@ -23,7 +23,8 @@ def tell_sweep(cfg: DictConfig, rows: Sequence[Row]) -> None:
     if not rows:
         return
     values = {axis: sorted({getattr(row, axis) for row in rows}) for axis in AXES}
-    config = {axis: found[0] if len(found) == 1 else found for axis, found in values.items()} | {"rows": len(rows)}
+    config = {axis: found[0] if len(found) == 1 else found for axis, found in values.items()}
+    config |= {"rows": len(rows), "series": "Pareto front"}
     sweep = str(cfg.sweep)
     tags = [*map(str, values["data"]), *map(str, values["method"])]
     about = About("report", f"report-{sweep}", group=sweep, key=sweep, config=config, tags=tags)

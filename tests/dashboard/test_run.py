@@ -101,15 +101,6 @@ def test_ids_depend_on_what_is_made_and_on_the_output_folder(tmp_path: Path) -> 
     assert len(set(ids)) == 4
 
 
-def test_killed_and_run_again_is_one_run_in_two_segments(tmp_path: Path) -> None:
-    assert subprocess.run([sys.executable, __file__, str(tmp_path), "kill"], timeout=240).returncode == -signal.SIGKILL
-    track(tmp_path, point)
-    first, second = offline(tmp_path)
-    assert first.run["run_id"] == second.run["run_id"]
-    assert second.run["resume"]
-    assert (first.exit_code, second.exit_code) == (None, 0)
-
-
 def test_a_stage_outlives_the_process_that_wandb_runs_beside_it_and_leaves_the_home_folder_alone(
     tmp_path: Path,
 ) -> None:
@@ -121,7 +112,7 @@ def test_a_stage_outlives_the_process_that_wandb_runs_beside_it_and_leaves_the_h
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("made\n")
-    assert done.stderr.count("W&B does not log any more") == 1
+    assert done.stderr.count("W&B did not take everything") == 1
     (run,) = offline(tmp_path)
     assert [row["quantize/bits"] for row in run.history("quantize/top1")][:1] == [4]
     assert [path for path in home.rglob("*wandb*") if path.is_file()] == []

@@ -1,0 +1,43 @@
+"""Lineage, added once the runs are on the server: offline, W&B cannot say which artifact a run takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from wandb import Artifact
+
+
+class Api(Protocol):
+    """What is used of ``wandb.Api``."""
+
+    def runs(self, path: str, filters: dict[str, Any]) -> Any: ...
+    def artifact_exists(self, name: str) -> bool: ...
+    def artifact(self, name: str) -> Artifact: ...
+
+
+def link(api: Api, path: str, sweep: str | None, tell: Callable[[str], None]) -> int:
+    """Make every run of the project take the models that its config names as ``inputs``; what is linked stays so.
+
+    Args:
+        path: ``entity/project``.
+        sweep: only runs of this sweep; None: of all.
+        tell: gets a line for every run that changes and for every model that is missing.
+
+    Returns:
+        how many models are not on the server.
+    """
+    missing = 0
+    for run in api.runs(path, filters={} if sweep is None else {"group": sweep}):
+        wanted = run.config.get("inputs") or []
+        used = {artifact.id for artifact in run.used_artifacts()} if wanted else set()
+        for name in wanted:
+            if not api.artifact_exists(f"{path}/{name}"):
+                missing += 1
+                tell(f"{run.name}: {name} is not on the server: `wandb sync` the folder of the run that made it")
+                continue
+            artifact = api.artifact(f"{path}/{name}")
+            if artifact.id not in used:
+                run.use_artifact(artifact)
+                tell(f"{run.name} <- {name}")
+    return missing

@@ -1,0 +1,103 @@
+"""A ready dashboard: a saved view of the project, from the panels that answer kdq's question to those of a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
+from kdq.dashboard.names import BYTES, pareto_curve
+
+#: The loss terms of all methods.
+TERMS = ("ce", "kl", "tckd", "nckd")
+STEP = "trainer/global_step"
+
+
+def workspace(entity: str, project: str, data: str, sweep: str | None = None) -> ws.Workspace:
+    """The view for one data set, to be saved with ``.save()``.
+
+    Args:
+        sweep: only the runs of this sweep; models that another sweep trained are then missing.
+    """
+    filters = [ws.Tags().isin([data])]
+    if sweep is not None:
+        filters.append(ws.Metric("Group") == sweep)
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=f"kdq {data}" + (f" {sweep}" if sweep else ""),
+        sections=[_answer(data), _training(), _layers()],
+        settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters=filters,
+            order=[ws.Ordering(ws.Metric("CreatedTimestamp"), ascending=False)],
+            pinned_columns=["run:displayName", "run:jobType", "config:method", "config:arch", "config:bits"],
+        ),
+    )
+
+
+def _answer(data: str) -> ws.Section:
+    """Accuracy over bits and over bytes: means and standard deviations over seeds, and what no other model beats."""
+    by_model: Any = {"groupby": wr.Config("series"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    panels: Any = [
+        wr.LinePlot(
+            title="Top-1 over bits, by method",
+            x="quantize/bits",
+            y=["quantize/top1"],
+            log_x=True,
+            title_x="bits",
+            title_y="top-1 (%)",
+            **by_model,
+        ),
+        wr.LinePlot(
+            title="Top-1 over packed bytes, with the Pareto front",
+            x=BYTES,
+            y=["quantize/top1", pareto_curve(data)],
+            log_x=True,
+            title_x="bytes",
+            title_y="top-1 (%)",
+            **by_model,
+        ),
+        _chart(f"report/frontiers_{data}", "wandb/lineseries/v0", step="size_bytes", lineKey="curve", lineVal="top1"),
+        _chart(f"report/accuracy_vs_bytes_{data}", "wandb/scatter/v0", x="size_bytes", y="top1"),
+        wr.WeavePanelSummaryTable(table_name="report/rows"),
+    ]
+    return ws.Section(name="Which model wins", panels=panels, is_open=True, pinned=True)
+
+
+def _training() -> ws.Section:
+    curves: dict[str, Any] = {
+        "Validation top-1": ["val/top1"],
+        "Training top-1": ["train/top1"],
+        "Validation loss": ["val/loss"],
+        "Training loss": ["train/loss"],
+        "Loss terms": [f"train/{term}" for term in TERMS],
+        "Learning rate": ["train/lr"],
+        "Images per second": ["train/images_per_second"],
+        "GPU memory (GiB)": ["train/gpu_memory_gib"],
+    }
+    panels: Any = [wr.LinePlot(title=title, x=STEP, y=metrics) for title, metrics in curves.items()]
+    return ws.Section(name="Training", panels=panels, is_open=True)
+
+
+def _layers() -> ws.Section:
+    panels: Any = [
+        _chart("bits/chosen", "wandb/bar/v0", label="layer", value="bits"),
+        _chart("bits/frontier", "wandb/scatter/v0", x="avg_bits", y="loss"),
+        _chart("quantize/layer_errors", "wandb/lineseries/v0", step="layer", lineKey="curve", lineVal="error"),
+        wr.WeavePanelSummaryTable(table_name="quantize/layers"),
+        wr.WeavePanelSummaryTable(table_name="bits/points"),
+    ]
+    return ws.Section(name="Layers: errors and chosen bits", panels=panels, is_open=True)
+
+
+def _chart(name: str, preset: str, **fields: str) -> wr.CustomChart:
+    """The custom chart ``name`` that runs log, over all visible runs."""
+    title = name.partition("/")[2].replace("_", " ")
+    return wr.CustomChart(
+        query={"summaryTable": {"tableKey": f"{name}_table"}},
+        chart_name=preset,
+        chart_fields=fields,
+        chart_strings={"title": title},
+    )

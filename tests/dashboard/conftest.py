@@ -1,0 +1,26 @@
+"""A W&B account on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from wandb.sdk.lib import wbauth
+
+import wandb
+from kdq.dashboard import run
+from tests.wandb_server import WandbServer, wandb_server
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """The user is logged in to this server, in this process and those it starts."""
+    with wandb_server() as found:
+        monkeypatch.setenv("WANDB_BASE_URL", found.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setattr(run, "_unreachable", [])
+        wandb.teardown()  # this process keeps the address and the account it began with
+        yield found
+        assert "\n".join(found.unanswered) == ""
+    wandb.teardown()
+    wbauth.unauthenticate_session()

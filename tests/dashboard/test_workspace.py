@@ -1,0 +1,83 @@
+"""The saved view, as W&B's own package would send it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from kdq.dashboard.workspace import workspace
+from kdq.results import COLUMNS, Row, write_row
+
+
+def write_rows(output: Path, *sets: str) -> None:
+    """A row for each of these data sets."""
+    kinds = {"str": "x", "int": 8, "float": 1.0}
+    values: dict[str, Any] = {f.name: kinds.get(str(f.type)) for f in dataclasses.fields(Row) if f.name in COLUMNS}
+    for data in sets:
+        write_row(output / "rows", Row(**values | {"data": data, "row_format": 1}))
+
+
+def panels(data: str, sweep: str | None = None) -> dict[str, dict[str, Any]]:
+    """Every panel's config by its title or, for charts and tables of runs, their key."""
+    found = {}
+    for section in spec(data, sweep)["panelBankConfig"]["sections"]:
+        for panel in section["panels"]:
+            config = panel["config"]
+            text = str(config)
+            key = config.get("chartTitle") or next(k for k in KEYS if f"'{k}" in text)
+            found[key] = config
+    return found
+
+
+KEYS = (
+    "report/frontiers_digits_table",
+    "report/accuracy_vs_bytes_digits_table",
+    "report/rows",
+    "bits/chosen_table",
+    "bits/frontier_table",
+    "quantize/layer_errors_table",
+    "quantize/layers",
+    "bits/points",
+)
+
+
+def spec(data: str, sweep: str | None = None) -> dict[str, Any]:
+    view = workspace("me", "kdq", data, sweep)._model.model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert (view["entity"], view["project"]) == ("me", "kdq")
+    return view["spec"]["section"]
+
+
+def test_the_question_comes_first() -> None:
+    sections = spec("digits")["panelBankConfig"]["sections"]
+    assert [section["name"] for section in sections][:3] == [
+        "Which model wins",
+        "Training",
+        "Layers: errors and chosen bits",
+    ]
+    assert len(panels("digits")) == 18
+
+
+def test_accuracy_over_bits_and_bytes_are_means_over_seeds_of_each_model() -> None:
+    found = panels("digits")
+    bits, size = found["Top-1 over bits, by method"], found["Top-1 over packed bytes, with the Pareto front"]
+    assert (bits["xAxis"], bits["metrics"]) == ("quantize/bits", ["quantize/top1"])
+    assert (size["xAxis"], size["metrics"]) == ("quantize/size_bytes", ["quantize/top1", "pareto/digits"])
+    for panel in (bits, size):
+        assert (panel["groupBy"], panel["groupAgg"], panel["groupArea"]) == ("series.value", "mean", "stddev")
+        assert panel["xLogScale"]
+
+
+def test_charts_read_the_columns_of_their_tables() -> None:
+    found = panels("digits")
+    scatter = found["report/accuracy_vs_bytes_digits_table"]
+    assert (scatter["panelDefId"], scatter["fieldSettings"]) == ("wandb/scatter/v0", {"x": "size_bytes", "y": "top1"})
+    chosen = found["bits/chosen_table"]
+    assert (chosen["panelDefId"], chosen["fieldSettings"]) == ("wandb/bar/v0", {"label": "layer", "value": "bits"})
+
+
+def test_only_the_runs_of_the_data_set_and_of_the_sweep() -> None:
+    assert "paper" not in str(spec("digits")["runSets"])
+    run_set = str(spec("digits", "paper")["runSets"])
+    assert "'digits'" in run_set
+    assert "'paper'" in run_set
