@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,12 @@ def _row(values: dict[str, Any]) -> Row:
         kind = {"str": str, "int": int, "float": float}[name]
         if isinstance(value, bool) or not isinstance(value, (kind, int) if kind is float else kind):
             raise ValueError(f"{field.name} is {value!r}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{field.name} has {len(str(value))} digits")
+    impossible = [name for name in ("top1", "top1_float") if not 0 <= getattr(row, name) <= 100]
+    impossible += [name for name in ("size_bytes", "float_bytes", "avg_bits") if not 0 < getattr(row, name) < math.inf]
+    if impossible:
+        raise ValueError(f"{impossible[0]} is {getattr(row, impossible[0])}")
     return row
 
 

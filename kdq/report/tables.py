@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,10 +19,26 @@ TERMINAL_LINES = 60
 def accuracy_table(rows: Sequence[Row]) -> Table:
     """Top-1 by model and bits, mean and standard deviation over seeds, with the packed size below."""
     found = cells(named(rows))
+    return _accuracies(found, _widths(found))
+
+
+def fitting_tables(rows: Sequence[Row], console: Console) -> list[Table]:
+    """The :func:`accuracy_table`, its widths spread over as few tables as the console's own width needs."""
+    found = cells(named(rows))
     widths = _widths(found)
+    tables: list[Table] = []
+    unbound = console.options.update(width=9999)
+    for size in range(len(widths), 0, -1):
+        tables = [_accuracies(found, widths[i : i + size]) for i in range(0, len(widths), size)]
+        if all(console.measure(table, options=unbound).maximum <= console.width for table in tables):
+            break
+    return tables
+
+
+def _accuracies(found: pd.DataFrame, widths: Sequence[tuple[float, bool]]) -> Table:
     shown = [name for name in SERIES if name == "method" or found[name].nunique() > 1]
     constant = escape(", ".join(str(found[name].iloc[0]) for name in SERIES if name not in shown))
-    lines = list(series(found))
+    lines, grid = list(series(found)), grid_widths(found)
     cut = f"; {len(lines) - TERMINAL_LINES} more models in the report" if len(lines) > TERMINAL_LINES else ""
     about = f" ({constant})" if constant else ""
     text = Table(title=f"top-1 on the test set in %, size in bytes below{about}{cut}", show_lines=True)
@@ -34,7 +51,10 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
         entries = [_entry(group["top1_float"].mean(), group["top1_float_std"].mean(), group["float_bytes"].mean())]
         for width in widths:
             cell = by_width.get(width)
-            entries.append(_entry(cell.top1, cell.top1_std, cell.size_bytes) if cell is not None else "-")
+            if cell is not None:
+                entries.append(_entry(cell.top1, cell.top1_std, cell.size_bytes))
+            else:
+                entries.append("[red]missing[/]" if _is_missing(width, names[3], grid) else "")
         text.add_row(*(escape(value) for name, value in zip(SERIES, names, strict=True) if name in shown), *entries)
     return text
 
@@ -55,7 +75,7 @@ def markdown_accuracies(found: pd.DataFrame) -> list[str]:
                 if cell is not None:
                     entries.append(f"{mean_std(cell.top1, cell.top1_std)} ({cell.size_bytes:,.0f})")
                 else:
-                    entries.append("missing" if not width[1] and (names[3], width[0]) in grid else "")
+                    entries.append("missing" if _is_missing(width, names[3], grid) else "")
             seeds = f"{group['n'].min()}" if group["n"].nunique() == 1 else f"{group['n'].min()}–{group['n'].max()}"
             lines.append(markdown_line([*map(markdown_text, names[1:]), seeds, *entries]))
         lines.append("")
@@ -97,6 +117,11 @@ def mean_std(mean: float, std: float) -> str:
 
 def _rule(head: Sequence[str]) -> list[str]:
     return [markdown_line(head), "|" + " --- |" * len(head)]
+
+
+def _is_missing(width: tuple[float, bool], quantizer: str, grid: set[tuple[str, float]]) -> bool:
+    """Whether a model without this (width, searched) lacks a cell of the grid."""
+    return not width[1] and (quantizer, width[0]) in grid
 
 
 def _entry(mean: float, std: float, size: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from kdq.report.tables import accuracy_table
+from kdq.report.tables import accuracy_table, fitting_tables
 from kdq.report.write import Written
 from kdq.results import Row
 
@@ -19,12 +19,13 @@ ANSWERS = 4
 def print_results(console: Console, output: Path, rows: Sequence[Row], written: Written, runs: Path) -> None:
     """The table of ``rows``, the answer that all rows below ``output`` give, and where everything is."""
     if rows:
-        text = accuracy_table(rows)
-        if not console.is_terminal:  # a log has no width that a table could be cut to
-            console = Console(
-                file=console.file, width=console.measure(text, options=console.options.update(width=9999)).maximum
-            )
-        console.print(text)
+        if console.is_terminal:
+            tables = fitting_tables(rows, console)
+        else:  # a log has no width that a table could be cut to
+            tables = [accuracy_table(rows)]
+            wanted = console.measure(tables[0], options=console.options.update(width=9999)).maximum
+            console = Console(file=console.file, width=wanted)
+        console.print(*tables)
     for said in written.answer[:ANSWERS]:
         console.print(f"[bold]{escape(said.data)}, {escape(said.quantizer)}[/]\n{escape(said.text)}", highlight=False)
     if len(written.answer) > ANSWERS:

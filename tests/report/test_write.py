@@ -12,6 +12,7 @@ from rich.console import Console
 
 import kdq.report.html
 from kdq.report import accuracy_table, main, write_report
+from kdq.report.tables import fitting_tables
 from kdq.results import COLUMNS, Row, read_rows, table
 
 FIGURES = ("accuracy_vs_bits", "accuracy_vs_total_bits", "accuracy_vs_bytes", "accuracy_vs_latency", "drop_vs_bits")
@@ -81,7 +82,16 @@ def test_the_terminal_marks_missing_cells(row: Callable[..., Row]) -> None:
     assert "gpfq A8" in console.export_text(clear=False)
     lines = [line for line in console.export_text().splitlines() if "dkd" in line]
     assert len(lines) == 1
-    assert [cell.strip() for cell in lines[0].split("│")[1:-1]] == ["[red]dkd", "98.00", "-", "97.00"]
+    assert [cell.strip() for cell in lines[0].split("│")[1:-1]] == ["[red]dkd", "98.00", "missing", "97.00"]
+
+
+def test_a_table_too_wide_for_the_terminal_becomes_several(row: Callable[..., Row]) -> None:
+    rows = [row(bits=bits, seed=seed) for bits in (2, 3, 4, 6, 8, 32) for seed in (0, 1)]
+    for width, count in ((200, 1), (72, 2), (60, 3), (20, 6)):
+        tables = fitting_tables(rows, Console(width=width))
+        shown = [column.header for table in tables for column in table.columns]
+        assert len(tables) == count
+        assert [name for name in shown if str(name).endswith(" bits")] == [f"{b} bits" for b in (2, 3, 4, 6, 8, 32)]
 
 
 def test_no_rows_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
