@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from kdq.failures import read_failures
 from kdq.files import replacing, write_text
 from kdq.report.cells import by_seed, cells, missing, named, printable, width_name
 from kdq.report.layers import Frontier, Widths, frontiers, mixed_widths
@@ -17,6 +18,9 @@ from kdq.report.words import Statement, statements
 from kdq.results import Row, read_rows, table, write_csv
 
 log = logging.getLogger(__name__)
+
+#: So many failed cells are named at the report's top.
+_FAILURES = 10
 
 
 @dataclass
@@ -74,6 +78,9 @@ class Material:
     def warnings(self) -> list[str]:
         """What a reader must know before the numbers."""
         said = [f"A damaged row was left out: {line}" for line in self.skipped]
+        failed = list(read_failures(self.output).values())
+        said += [f"Failed: {failure.name}: {failure.cause}" for failure in failed[:_FAILURES]]
+        said += [f"{len(failed) - _FAILURES} more failed: see failed/."] if len(failed) > _FAILURES else []
         mixed = self.cells[self.cells["rows"] > self.cells["n"]]
         if len(mixed):
             first = mixed.iloc[0]

@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 import kdq.report.html
+from kdq.failures import Failure, forget, record
 from kdq.report import accuracy_table, main, write_report
 from kdq.report.tables import fitting_tables
+from kdq.report.write import Material
 from kdq.results import COLUMNS, Row, read_rows, table
 
 FIGURES = ("accuracy_vs_bits", "accuracy_vs_total_bits", "accuracy_vs_bytes", "accuracy_vs_latency", "drop_vs_bits")
@@ -117,6 +119,18 @@ def test_a_damaged_row_is_named_everywhere(
     assert "bad.json" in caplog.text
     for name in ("report.md", "report.html"):
         assert "bad.json" in (tmp_path / "report" / name).read_text()
+
+
+def test_failed_cells_are_named(tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]) -> None:
+    folder_of(tmp_path, [row()])
+    for number in range(12):
+        record(tmp_path, Failure(f"cell-{number:02}", f"key{number}", "out of <memory>", "", []))
+    text = "\n".join(Material(tmp_path).warnings)
+    assert "Failed: cell-00: out of <memory>" in text
+    assert "Failed: cell-09" in text
+    assert "2 more failed" in text
+    forget(tmp_path, {f"key{number}" for number in range(12)})
+    assert Material(tmp_path).warnings == []
 
 
 def test_a_part_that_fails_leaves_the_others(
