@@ -222,3 +222,21 @@ def test_a_teacher_from_a_file_is_used_as_it_is(cli: Any, tmp_path: Path) -> Non
     assert rows[0]["nll"] == rows[1]["nll"]
     assert rows[0]["val_top1"] == pytest.approx(rows[1]["val_top1"], abs=1e-3)
     assert len(list((tmp_path / "b" / "store").glob("digits-loaded-*"))) == 1
+
+
+@pytest.mark.parametrize("quant", ["gpfq", "none"])
+def test_floats_of_16_bits_are_what_is_evaluated_and_stored(cli: Any, tmp_path: Path, quant: str) -> None:
+    found = {}
+    for dtype in ("null", "bf16"):
+        output = tmp_path / dtype
+        code, _, error = cli(
+            *TINY, "method=baseline", f"quant={quant}", f"quant.float_dtype={dtype}", f"paths.output_dir={output}"
+        )
+        assert code == 0, error
+        row = found[dtype] = json.loads(next((output / "rows").glob("*.json")).read_text())
+        network = kdq.load(output / row["artifact"])
+        images = Images(digits(), data_config(train_limit=256)).evaluation("test", torch.device("cpu"))
+        assert evaluate(network.to(memory_format=torch.channels_last), images, 10)["nll"] == row["nll"]
+    assert found["bf16"]["size_bytes"] < found["null"]["size_bytes"]
+    if quant == "none":
+        assert (found["bf16"]["avg_bits"], found["null"]["avg_bits"]) == (16, 32)

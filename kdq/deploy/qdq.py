@@ -129,7 +129,8 @@ class _Builder:
         """The name of ``tensor`` after rounding; each pair of nodes is made once."""
         if (tensor, quantizer) in self.made:
             return self.made[tensor, quantizer]
-        name = f"{tensor}_u8" if not any(tensor == other for other, _ in self.made) else f"{tensor}_u{quantizer.bits}"
+        others = sum(tensor == other for other, _ in self.made)  # a layer of few bits and a sum may read one tensor
+        name = f"{tensor}_rounded{others or ''}"
         scale = self.constant(f"{name}_scale", np.float32(quantizer.scale))
         zero = self.constant(f"{name}_zero", np.uint8(quantizer.zero))
         nodes, source = [], tensor

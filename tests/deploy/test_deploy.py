@@ -26,13 +26,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Two cells, first without ``deploy`` and then with it: the folder, the rows before and after."""
+    """Two cells, first without ``deploy`` and then with it, as a grid: the folder, the rows before and after."""
     output = tmp_path_factory.mktemp("deploy")
-    command = [sys.executable, "-m", "kdq", *TINY, "method=baseline", "quant.bits=[3,8]", f"paths.output_dir={output}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    command, cell = [sys.executable, "-m", "kdq"], [*TINY, "method=baseline", f"paths.output_dir={output}"]
+    subprocess.run([*command, *cell, "quant.bits=[3,8]"], check=True, capture_output=True, timeout=200)
     before = read_rows(output / "rows")
     quick = ["deploy.runs=5", "deploy.batch=8", "deploy.threads=1", "deploy.images=64"]
-    done = subprocess.run([*command, "deploy=onnx", *quick], capture_output=True, text=True, timeout=200)
+    grid = ["-m", *cell, "quant.bits=3,8", "deploy=onnx", *quick]
+    done = subprocess.run([*command, *grid], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return output, before, read_rows(output / "rows")
 
@@ -74,6 +75,26 @@ def test_a_cell_that_has_everything_is_not_measured_again(run: Any, cli: Any) ->
     )
     assert code == 0, error
     assert read_rows(output / "rows") == rows
+
+
+def test_a_grid_knows_that_columns_are_missing_when_deploying_failed(run: Any, cli: Any) -> None:
+    output, _, rows = run
+    packed = output / rows[0].artifact
+    kept, path = packed.read_bytes(), output / "rows" / rows[0].file_name
+    row = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(row) | {"top1_onnx_int8": None}))
+        packed.unlink()
+        code, _, error = cli(
+            "-m", *TINY, "method=baseline", "quant.bits=3,8", "deploy=onnx", f"paths.output_dir={output}"
+        )
+        assert code == 1
+        assert "is gone" in error
+        assert "-b3" in error
+        assert "-b8" not in error
+    finally:
+        packed.write_bytes(kept)
+        path.write_text(row)
 
 
 def test_unknown_formats_are_refused_before_anything_is_made(cli: Any, tmp_path: Path) -> None:

@@ -103,6 +103,18 @@ def test_int8_computes_what_was_evaluated(mixed: nn.Module, int8: bytes, images:
     assert np.abs(reference - found[:8].numpy()).max() < 0.02 * float(expected.max() - expected.min())
 
 
+def test_layers_of_few_bits_and_sums_round_a_tensor_apart(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = trained_norms(build({"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 5, "width": 0.5}))
+    quantized, _ = kdq.quantize(network, [images], bits=8, act_bits=5)
+    model = onnx_models(quantized, SHAPE, ["int8"], [images])["int8"]
+    kinds = [node.op_type for node in onnx.load_from_string(model).graph.node]
+    assert kinds.count("Clip") == 8  # nine layers, two of which read the same tensor twice, and not the sums
+    with torch.no_grad():
+        expected = quantized(images)
+    assert (_run(model, images) - expected).abs().mean() < 0.05 * (expected.max() - expected.min())
+
+
 def test_int8_keeps_the_levels_and_says_so(mixed: nn.Module, int8: bytes) -> None:
     model = onnx.load_from_string(int8)
     constants, seen = _constants(model), 0
