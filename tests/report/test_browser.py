@@ -173,6 +173,17 @@ def test_numbers_are_those_of_the_cells(page: Page, row: Callable[..., Row]) -> 
     assert {"90.90", "71.87"} <= set(page.column(6, "published-table"))
 
 
+def test_latency_is_the_exported_networks_where_there_is_one(
+    browser: Any, tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]
+) -> None:
+    exported = {"latency_ms_onnx_int8": 0.1, "top1_onnx_int8": 96.5}
+    page = Page(browser, folder_of(tmp_path, [row(bits=8, top1=97.0, **exported), row(bits=4), row(bits=2)]))
+    points, ring = page.traces("latency")
+    assert [points[axis] for axis in "xy"] == [ring[axis] for axis in "xy"] == [[0.1], [96.5]]
+    assert "INT8" in page.run("return document.getElementById('latency').textContent")
+    assert "INT8" in page.run("return document.getElementById('latency-note').textContent")
+
+
 def test_narrow_windows_do_not_overflow(page: Page) -> None:
     try:
         page.browser.set_window_size(500, 900)
