@@ -35,8 +35,8 @@ COLORS = {
 }
 _MORE_COLORS = ["#cc79a7", "#6a3d9a", "#b15928", "#1b7f79", "#a6761d", "#e7298a"]
 _MARKERS = "osD^vPX*<>"
-#: Panels that a figure has at most; more would be too small to read.
-MOST_SETS, MOST_QUANTIZERS = 4, 3
+#: Panels, and names in the legend, that a figure has at most; more would be too small to read.
+MOST_SETS, MOST_QUANTIZERS, MOST_NAMES = 4, 3, 24
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -108,9 +108,12 @@ def _panels(found: pd.DataFrame, draw: Any) -> Figure:
                 panel.text(0.5, 0.5, "no rows", ha="center", va="center", transform=panel.transAxes, color="0.5")
                 panel.set(xticks=[], yticks=[])
     handles = [Line2D([], [], label=_text(f"{method} ({arch})"), **look) for (method, arch), look in style.items()]
-    extra = {line.get_label(): line for line in panels.flat[0].lines if str(line.get_label()).startswith("published")}
-    handles += [Line2D([], [], color="0.4", ls=":", label="float"), *list(extra.values())[:1]]
-    figure.legend(handles=handles[:24], loc="outside lower center", ncols=_columns(figure), frameon=False)
+    if len(handles) > MOST_NAMES:
+        handles, cut = handles[:MOST_NAMES], [*cut, f"{MOST_NAMES} of {len(models)} models are named"]
+    handles.append(Line2D([], [], color="0.4", ls=":", label="float"))
+    lines = [line for panel in panels.flat for line in panel.lines]
+    handles += [line for line in lines if str(line.get_label()).startswith("published")][:1]
+    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure), frameon=False)
     if cut:
         figure.suptitle(f"{' and '.join(cut)}; all are in report.html", fontsize=8)
     return figure

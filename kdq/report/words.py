@@ -18,7 +18,7 @@ NOTES = (
     "Differences are between means over seeds, in points of top-1 on the test set, with 95 % confidence intervals and "
     f"Welch's t-test (unequal variances, two-sided, p < {LEVEL:g}, not corrected for the number of comparisons). "
     "The intervals are about seeds only: the finite test set adds uncertainty, and where several students compete "
-    "the best mean stands for them, which favours it a little.",
+    "the best of them is shown, which favours it a little.",
     "Between measured sizes a model's accuracy is interpolated linearly in the logarithm of its bytes, the float model "
     "being its largest file; nothing is extrapolated.",
 )
@@ -107,12 +107,17 @@ def _headline(group: pd.DataFrame, here: dict[str, pd.DataFrame]) -> str:
             f"{size_name(smallest.student_from)} ({smallest.method}, {smallest.student_top1_from:.2f} %)."
         )
     said.append(f"Least lost to quantization {_least(here['degradation'])}.")
+    control = records(here["control"][here["control"]["width"] == here["control"]["width"].min()])
+    if control:
+        adds = [f"{line.method} ({_signed(line.difference)}{_interval(line)}{_noise(line)})" for line in control]
+        place = width_name(control[0].width, control[0].searched)
+        said.append(f"What distillation adds at {place}, over the same network without it: {', '.join(adds)}.")
+    if "baseline" not in methods:
+        said.append("Without baseline rows, how much of a student's result is distillation cannot be said.")
     if len(bits) or len(sizes):
         compared = bits if len(bits) else sizes
         intervals = ", with 95 % intervals" if compared["p"].notna().any() else ""
         said.append(f"In brackets: student minus teacher in points of top-1{intervals}. {_seeds(compared)}")
-    if "baseline" not in methods:
-        said.append("Without baseline rows, how much of a student's result is distillation cannot be said.")
     return "\n".join(said)
 
 
@@ -124,15 +129,21 @@ def _at_teachers_sizes(sizes: pd.DataFrame, here: dict[str, pd.DataFrame]) -> pd
 
 
 def _best(found: pd.DataFrame, at: str) -> str:
-    """Yes, no and undecided, each with its widths or sizes and the best student there."""
+    """Yes where any student leads beyond noise, no where all trail beyond it, else undecided; each with its widths or
+    sizes and the best such student there."""
     several = found["method"].nunique() > 1
     verdicts: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
     for _, group in found.groupby(at, sort=True):
-        line = max(records(group), key=lambda line: line.difference)
+        line = max(records(group), key=_rank)
         place = size_name(line.bytes) if at == "bytes" else width_name(line.width, line.searched)
         who = f"{line.method} " if several else ""
         verdicts[_verdict(line)].append(f"{place} ({who}{_signed(line.difference)}{_interval(line)})")
     return "; ".join(f"{verdict} at {', '.join(places)}" for verdict, places in verdicts.items() if places)
+
+
+def _rank(line: Any) -> tuple[bool, bool, float]:
+    verdict = _verdict(line)
+    return verdict == "yes", verdict != "no", line.difference
 
 
 def _verdict(line: Any) -> str:
@@ -227,6 +238,10 @@ def _listed(places: dict[str, Any]) -> str:
 
 def _interval(line: Any) -> str:
     return "" if math.isnan(line.p) else f", {_number(line.low)} to {_number(line.high)}"
+
+
+def _noise(line: Any) -> str:
+    return ": within seed noise" if line.p >= LEVEL else ""
 
 
 def _seeds(found: pd.DataFrame) -> str:

@@ -92,6 +92,21 @@ def test_the_control(row: Callable[..., Row]) -> None:
     text = _text(_said(rows), "control", "vkd")
     assert "leads, untested, at 4 bits (+2.00), float (+0.50)" in text
     assert "cross-entropy alone" in text
+    rows.append(row(method="teacher", top1=95.0))
+    assert "What distillation adds at 4 bits, over the same network without it: vkd (+2.00)." in _text(
+        _said(rows), "answer"
+    )
+
+
+def test_no_needs_every_student_to_trail(row: Callable[..., Row]) -> None:
+    """A student with wide noise may have the lower mean and still not be beaten."""
+    rows = _pair(row, [80.0, 80.2, 80.4], [82.0, 82.2, 82.4])
+    assert "At equal bits: no at 2 bits (−2.00, " in _text(_said(rows), "answer")
+    common = {"method": "dkd", "bits": 2, "float_bytes": 0}
+    noisy = [row(seed=seed, top1=top1, **common) for seed, top1 in enumerate([70.0, 80.0, 88.0])]
+    assert "At equal bits: undecided within seed noise at 2 bits (dkd −2.87, " in _text(_said(rows + noisy), "answer")
+    better = [row(seed=seed, top1=83.0 + seed / 10, **common | {"method": "dml"}) for seed in range(3)]
+    assert "At equal bits: yes at 2 bits (dml +0.90, " in _text(_said(rows + noisy + better), "answer")
 
 
 def test_different_widths_are_not_compared(row: Callable[..., Row]) -> None:
