@@ -37,6 +37,7 @@ _MORE_COLORS = ["#cc79a7", "#6a3d9a", "#b15928", "#1b7f79", "#a6761d", "#e7298a"
 _MARKERS = "osD^vPX*<>"
 #: Panels, and names in the legend, that a figure has at most; more would be too small to read.
 MOST_SETS, MOST_QUANTIZERS, MOST_NAMES = 4, 3, 24
+_PUBLISHED = "published: $2^b+1$ levels"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -111,8 +112,8 @@ def _panels(found: pd.DataFrame, draw: Any) -> Figure:
     if len(handles) > MOST_NAMES:
         handles, cut = handles[:MOST_NAMES], [*cut, f"{MOST_NAMES} of {len(models)} models are named"]
     handles.append(Line2D([], [], color="0.4", ls=":", label="float"))
-    lines = [line for panel in panels.flat for line in panel.lines]
-    handles += [line for line in lines if str(line.get_label()).startswith("published")][:1]
+    if any(line.get_label() == _PUBLISHED for panel in panels.flat for line in panel.lines):
+        handles.append(Line2D([], [], color="0.4", ls="--", lw=0.9, marker="x", label=_PUBLISHED))
     figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure), frameon=False)
     if cut:
         figure.suptitle(f"{' and '.join(cut)}; all are in report.html", fontsize=8)
@@ -143,16 +144,16 @@ def _bits_axis(panel: Axes, part: pd.DataFrame) -> None:
 
 def _against_bits(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
     _lines(panel, part, style, "avg_bits")
-    known = published.beside(part)
-    known = known[known["width"] < math.inf]
-    for model, group in known.groupby(["method", "arch"], sort=True):
-        # 2^b + 1 levels are log2(2^b + 1) bits.
-        bits = [math.log2(levels) for levels in group["levels"]]
-        panel.plot(
-            bits, group["published"], color=style[model]["color"], ls="--", lw=0.9, marker="x",
-            label="published (one seed, $2^b+1$ levels)",
-        )  # fmt: skip
+    _published(panel, published.beside(part), style, 1)
     _bits_axis(panel, part)
+
+
+def _published(panel: Axes, known: pd.DataFrame, style: Mapping[Any, Any], weights: int) -> None:
+    """The study's lines for models of so many weights; 2^b + 1 levels are log2(2^b + 1) bits."""
+    for model, group in known[known["width"] < math.inf].groupby(["method", "arch"], sort=True):
+        bits = [weights * math.log2(levels) for levels in group["levels"]]
+        look = {"color": style[model]["color"], "ls": "--", "lw": 0.9, "marker": "x"}
+        panel.plot(bits, group["published"], label=_PUBLISHED, **look)
 
 
 def _drops(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
@@ -163,6 +164,11 @@ def _drops(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
 
 def _against_total_bits(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
     _lines(panel, part, style, "weight_bits_total")
+    known = published.beside(part)
+    for role in ("teacher", "student"):
+        arch, weights = published.study()[role]["arch"], published.study()[role]["params"]
+        mine = known[(known["study_arch"] == arch) & (known["arch"] == arch)]
+        _published(panel, mine, style, weights)
     _size_axis(panel, "bits of all weights", "b")
 
 
@@ -232,7 +238,7 @@ def _searches(searched: pd.DataFrame, searches: Mapping[str, Frontier]) -> Figur
 
 def _columns(figure: Figure) -> int:
     """How many entries of a legend go beside each other below a figure."""
-    return max(1, int(figure.get_figwidth() / 1.7))
+    return max(1, int(figure.get_figwidth() / 2.1))
 
 
 def _figure(width: float, height: float) -> Figure:

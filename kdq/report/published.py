@@ -71,7 +71,10 @@ def warnings(published: pd.DataFrame) -> list[str]:
     """What must be said beside the numbers of :func:`beside`."""
     if published.empty:
         return []
-    said = ["Published: one seed; “b bits” are 2^b + 1 levels there and take b + 1 bits to store, here 2^b."]
+    said = [
+        "Published: one seed; “b bits” are 2^b + 1 levels there and take b + 1 bits to store; here 2^b, "
+        "but for the quantizer “published”, which has theirs."
+    ]
     for data, known in records(published[["data", "study_data"]].drop_duplicates()):
         if data != known:
             said.append(f"{data} is not the study's {known}: other images, so the values are not comparable.")
