@@ -24,7 +24,7 @@ def print_results(console: Console, output: Path, rows: Sequence[Row], written: 
         else:  # a log has no width that a table could be cut to
             tables = [accuracy_table(rows)]
             wanted = console.measure(tables[0], options=console.options.update(width=9999)).maximum
-            console = Console(file=console.file, width=wanted)
+            console = Console(file=console.file, width=max(wanted, 100))
         console.print(*tables)
     for said in written.answer[:ANSWERS]:
         console.print(f"[bold]{escape(said.data)}, {escape(said.quantizer)}[/]\n{escape(said.text)}", highlight=False)
