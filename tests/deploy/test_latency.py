@@ -24,6 +24,7 @@ def test_calls_take_turns_and_the_warm_up_is_not_counted(monkeypatch: pytest.Mon
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
     found = latency.alternating({name: call(name) for name in ("slow", "fast")}, batch=8, runs=20, warmup=1)
     assert order == ["slow", "fast"] * 21
+    assert found["slow"].min_ms == pytest.approx(10)
     assert found["slow"].median_ms == pytest.approx(105)
     assert found["slow"].p95_ms == pytest.approx(190.5)
     assert found["fast"].median_ms == pytest.approx(2)
