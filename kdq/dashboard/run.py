@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ class WandbTrack(Track):
                 self.run.use_artifact(name)
 
     def axis(self, x: str, curves: Iterable[str]) -> None:
-        self.run.define_metric(x)
+        self.guarded(lambda: self.run.define_metric(x))
         for curve in curves:
-            self.run.define_metric(curve, step_metric=x, step_sync=True)
+            self.guarded(partial(self.run.define_metric, curve, step_metric=x, step_sync=True))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self.guarded(lambda: self.run.summary.update(dict(values)))
@@ -89,15 +90,9 @@ class WandbTrack(Track):
         self.log({name: _table(columns, rows)})
 
     def lines(self, name: str, title: str, x: str, y: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-        points = [(curve, *point) for curve, values in curves.items() for point in values]
-        fields = {"step": x, "lineKey": "curve", "lineVal": y}
-        self.log(
-            {
-                name: wandb.plot_table(
-                    "wandb/lineseries/v0", _table(["curve", x, y], points), fields, {"title": title, "xname": x}
-                )
-            }
-        )
+        table = _table(["curve", x, y], [(curve, *point) for curve, values in curves.items() for point in values])
+        fields, strings = {"step": x, "lineKey": "curve", "lineVal": y}, {"title": title, "xname": x}
+        self.log({name: wandb.plot_table("wandb/lineseries/v0", table, fields, strings)})
 
     def points(self, name: str, title: str, x: str, y: str, values: Sequence[tuple[float, float]]) -> None:
         self.log({name: wandb.plot.scatter(_table([x, y], values), x, y, title)})
@@ -106,12 +101,15 @@ class WandbTrack(Track):
         self.log({name: wandb.plot.bar(_table([label, value], values), label, value, title)})
 
     def made(self, model: Artifact) -> None:
-        """Log ``model``: its file where ``logger.upload`` says so, else a reference to it."""
+        """Log ``model`` as an artifact: its file where ``logger.upload`` says so, else a reference to it."""
+        self.guarded(lambda: self.run.log_artifact(self._artifact(model), aliases=["latest", model.key]))
+
+    def _artifact(self, model: Artifact) -> wandb.Artifact:
         facts = dict(model.facts) | {"kdq_key": model.key}
         artifact = wandb.Artifact(valid_name(model.name), f"{model.kind}-model", metadata=facts)
         if self.upload not in ("all", model.kind):
             content = model.path.read_bytes() if model.content is None else model.content()
-            digest = base64.b64encode(hashlib.md5(content).digest()).decode()
+            digest = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
             entry = ArtifactManifestEntry(
                 path=LogicalPath(model.path.name), ref=model.path.absolute().as_uri(), digest=digest, size=len(content)
             )
@@ -122,7 +120,7 @@ class WandbTrack(Track):
         else:
             with artifact.new_file(model.path.name, mode="wb") as file:
                 file.write(model.content())
-        self.guarded(lambda: self.run.log_artifact(artifact, aliases=["latest", model.key]))
+        return artifact
 
     def log(self, values: Mapping[str, Any]) -> None:
         """One row of the run's history."""

@@ -59,10 +59,11 @@ def test_online_a_run_and_its_lineage_are_on_the_server_when_it_ends(server: Wan
 
 
 def test_online_a_stage_that_is_run_again_continues_its_run(server: WandbServer, tmp_path: Path) -> None:
-    log(tmp_path, ONLINE, CELL, 50.0, 60.0)
-    log(tmp_path, ONLINE, CELL, 70.0)
+    """Also by another version of kdq, on another machine."""
+    log(tmp_path, ONLINE, replace(CELL, config={"bits": 4, "git_sha": "old"}), 50.0, 60.0)
+    log(tmp_path, ONLINE, replace(CELL, config={"bits": 4, "git_sha": "new"}, group="again"), 70.0)
     (run,) = server.runs.values()
-    assert run.starts == 2
+    assert (run.starts, run.exit_codes, run.config["git_sha"]) == (2, [0, 0], "new")
     assert [(row["_step"], row["val/top1"]) for row in run.history.values()] == [(0, 50), (1, 60), (2, 70)]
 
 
