@@ -137,7 +137,9 @@ class Store:
         self, spec: Mapping[str, Any], slug: str, weights: Mapping[str, Tensor], metrics: Mapping[str, Any]
     ) -> None:
         key = key_of(spec)
-        temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=".publish-"))
+        for left in self.root.glob(f".publish-{key}-*"):  # by a holder that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=f".publish-{key}-"))
         try:
             (temporary / _FILES[0]).write_bytes(weights_file(weights))
             (temporary / _FILES[1]).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(spec))))

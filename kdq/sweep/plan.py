@@ -97,15 +97,14 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
     """
     plan, models, jobs = Plan(output, cells), _Models(), list[Job]()
     for group in _by_bits(cells):
-        for cell, overrides in _composed(group, compose, plan):
-            keys = row_keys(cell, planned(cell))
+        for cell, overrides, model, keys in _planned(group, compose, plan):
             new = {width: key for width, key in keys.items() if key not in plan.rows}  # cells may mean the same row
             plan.rows |= dict.fromkeys(new.values(), cell.name)
             columns = asked_columns(cell)
             there = {row.config_hash for row in read_rows(output / "rows", set(new.values())) if has(row, columns)}
             missing = {width: key for width, key in new.items() if key not in there}
             if missing:
-                jobs.append(_rows_job(cell, overrides, missing, models.missing(cell, planned(cell), overrides)))
+                jobs.append(_rows_job(cell, overrides, missing, models.missing(cell, model, overrides)))
     plan.waves = [wave for wave in (*models.waves(), jobs) if wave]
     plan.models_there, plan.speed = len(models.there), models.speed()
     return plan
@@ -119,37 +118,38 @@ def _by_bits(cells: Sequence[Overrides]) -> list[list[Overrides]]:
     return list(groups.values())
 
 
-def _composed(group: list[Overrides], compose: Compose, plan: Plan) -> Iterator[tuple[Cell, Overrides]]:
-    """The cells of a group as one with a list of bits, where that means the same; else one by one.
-
-    What cannot be planned is noted in ``plan``.
-    """
+def _planned(
+    group: list[Overrides], compose: Compose, plan: Plan
+) -> Iterator[tuple[Cell, Overrides, Model, dict[Width, str]]]:
+    """The cells of a group, with their models and the keys of their rows: as one cell with a list of bits, where that
+    means the same, else one by one. What cannot be planned is noted in ``plan``."""
+    configs = {}
     if len(group) > 1:
         parser = OverridesParser.create()
         values = [parser.parse_override(o).value() for cell in group for o in cell if o.startswith(_BITS)]
         bits = [width for value in values for width in (value if isinstance(value, list) else [value])]
         together = (*(o for o in group[0] if not o.startswith(_BITS)), f"{_BITS}{bits}".replace(" ", ""))
-        cell = Cell(compose(together))
-        # For a bit search a list is the candidates of one row. A wrong width must not take the others with it.
-        if not cell.cfg.quant.get("search") and all(isinstance(width, int) and 2 <= width <= 32 for width in bits):
-            group = [together]
+        # A wrong width must not take the others with it; for a bit search a list is the candidates of one row.
+        if all(isinstance(width, int) and 2 <= width <= 32 for width in bits):
+            configs[together] = compose(together)
+            if not configs[together].quant.get("search"):
+                group = [together]
     for overrides in group:
         try:
-            cell = Cell(compose(overrides))
-            row_keys(cell, planned(cell))
+            cell = Cell(configs.get(overrides) or compose(overrides))
+            model = planned(cell)
             asked_columns(cell)
+            yield cell, overrides, model, row_keys(cell, model)
         except HydraException:
             raise
         except Exception as error:
             plan.impossible.append((overrides, describe(error)))
-        else:
-            yield cell, overrides
 
 
 def _rows_job(cell: Cell, overrides: Overrides, missing: dict[Width, str], needs: frozenset[str]) -> Job:
     names = {width: "-".join(map(str, width)) if isinstance(width, tuple) else str(width) for width in missing}
     makes = {key: f"{cell.name}-b{names[width]}" for width, key in missing.items()}
-    what = f"{len(missing)} of {' '.join(names.values())} bits"
+    what = f"{len(missing)} row{'s' * (len(missing) > 1)} at {' '.join(names.values())} bits"
     columns = tuple(asked_columns(cell))
     return Job(cell.name, "rows", what, overrides, makes, needs, row_work(cell, len(missing)), columns)
 
@@ -174,9 +174,12 @@ class _Models:
             return frozenset()
         needs = frozenset[str]().union(*(self.missing(cell, needed, overrides) for needed in model.needs))
         wave = 1 + max((self._jobs[key][0] for key in needs), default=0)
-        epochs = f"{model.training.recipe['epochs']} epochs" if model.training else "read from a file"
+        how = f"{model.training.recipe['epochs']} epochs" if model.training else "read from a file"
         makes, work = {model.key: model.slug}, model_work(cell, model)
-        self._jobs[model.key] = (wave, Job(model.slug, model.role, epochs, overrides, makes, needs, work))
+        self._jobs[model.key] = (
+            wave,
+            Job(model.slug, model.role, f"{model.role}, {how}", overrides, makes, needs, work),
+        )
         return needs | {model.key}
 
     def waves(self) -> list[list[Job]]:

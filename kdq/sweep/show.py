@@ -20,7 +20,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         text.add_column("cost", justify="right")
         for number, wave in enumerate(plan.waves, 1):
             for job in wave:
-                text.add_row(str(number), job.name, f"{job.kind}, {job.what}", cost(job.work, plan.speed))
+                text.add_row(str(number), job.name, job.what, cost(job.work, plan.speed))
             text.add_section()
         if not console.is_terminal:  # a log has no width that a table could be cut to
             console = Console(width=console.measure(text, options=console.options.update(width=9999)).maximum)

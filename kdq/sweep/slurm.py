@@ -75,6 +75,7 @@ def _returned(task: Task, job: Any) -> JobReturn:
     try:
         return job.results()[0]
     except Exception as error:
-        end = KdqError(f"Slurm job {job.job_id} ended as {job.state} without a result; see {job.paths.stderr}")
+        state = job.state.split()[0]  # "CANCELLED by 0"
+        end = KdqError(f"Slurm job {job.job_id} ended as {state} without a result; see {job.paths.stderr}")
         end.__cause__ = error
         return failed(task, end)

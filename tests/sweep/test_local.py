@@ -1,0 +1,88 @@
+"""How a machine is divided, and processes that leave nothing behind and die alone."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdq.errors import KdqError
+from kdq.sweep.local import Share, shares, usable_gpus
+from tests.conftest import TINY
+
+
+def test_without_gpus_cores_are_divided() -> None:
+    assert shares([], 8, None, 1, 1) == [Share((), 1)] * 8
+    assert shares([], 8, 3, 1, 1) == [Share((), 2)] * 3
+    assert shares([], 2, 4, 1, 1) == [Share((), 1)] * 4
+    assert shares([], 8, None, 1, 2) == [Share((), 1)] * 4  # two processes each
+    for jobs, devices in [(None, 1), (1, 1), (2, 2), (3, 1), (1, 8)]:
+        machine = shares([], 8, jobs, 1, devices)
+        assert sum(share.threads * devices for share in machine) <= 8
+
+
+def test_with_gpus_every_job_has_its_own_unless_they_are_to_be_shared() -> None:
+    gpus = ["0", "1", "2", "3"]
+    assert [share.gpus for share in shares(gpus, 16, None, 1, 1)] == [("0",), ("1",), ("2",), ("3",)]
+    assert [share.threads for share in shares(gpus, 16, None, 1, 1)] == [4] * 4
+    shared = shares(gpus[:2], 16, None, 3, 1)
+    assert [share.gpus for share in shared] == [("0",), ("1",)] * 3
+    assert sum(share.threads for share in shared) <= 16
+    assert [share.gpus for share in shares(gpus, 16, None, 1, 2)] == [("0", "1"), ("2", "3")]
+    assert [share.gpus for share in shares(gpus, 16, None, 1, 3)] == [("0", "1", "2")]
+    assert [share.gpus for share in shares(gpus, 16, 3, 1, 1)] == [("0",), ("1",), ("2",)]
+    with pytest.raises(KdqError, match=r"trainer\.devices=5, but 4 GPUs"):
+        shares(gpus, 16, None, 1, 5)
+
+
+def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    assert Share(("2", "3"), 4).environment() == {
+        "OMP_NUM_THREADS": "4",
+        "MKL_NUM_THREADS": "4",
+        "CUDA_VISIBLE_DEVICES": "2,3",
+    }
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert Share((), 4).environment() == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "4"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert usable_gpus() == ["5", "7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert usable_gpus() == []
+
+
+@pytest.mark.timeout(280)
+def test_jobs_are_fresh_processes_and_one_that_is_killed_dies_alone(tmp_path: Path) -> None:
+    (tmp_path / "lethal_net.py").write_text(
+        "import multiprocessing, os, signal\n"
+        "from kdq.models import CifarResNet\n"
+        "def net(lethal=False, **options):\n"
+        "    if lethal and multiprocessing.parent_process() is not None:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return CifarResNet(**options)\n"
+    )
+    command = [sys.executable, "-m", "kdq"]  # which builds the network, too: to see what it costs
+    arguments = ["-m", "method=baseline", "student.net._target_=lethal_net.net", "+student.net.lethal=true,false"]
+    arguments += [
+        "quant.bits=2",
+        "hydra/launcher=local",
+        "hydra.launcher.jobs=2",
+        *TINY,
+        f"paths.output_dir={tmp_path}",
+    ]
+    done = subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=270,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"kdq: failed: digits-baseline-resnet20-s0 \+student.net.lethal=true", done.stderr, re.IGNORECASE)
+    assert "was killed by signal 9" in done.stderr
+    assert "kdq: 1 of 2 rows are missing" in done.stderr
+    assert len(list((tmp_path / "rows").glob("*.json"))) == 1
+    assert len(list(tmp_path.glob("runs/*/*/output.log"))) == 3  # two trainings, one job of rows
