@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 from wandb.sdk.lib.paths import LogicalPath
 
-import wandb
 from kdq.dashboard.names import run_id, valid_name
 from kdq.dashboard.resume import folder_id, next_step
 from kdq.errors import KdqError
