@@ -210,7 +210,7 @@ def _searched(
         "bit search: %d evaluations, %.1f s, %.1f s of them to quantize every layer at every width",
         found.found.evaluations,
         found.seconds,
-        found.bank_seconds,
+        found.bank.seconds,
     )
     tell_search(track, found)
     return found.network, found.report

@@ -8,9 +8,7 @@ The overrides name the model as ``kdq`` takes them; it is trained if the store d
 from __future__ import annotations
 
 import json
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -21,10 +19,10 @@ from kdq.app import class_folders
 from kdq.cell import Cell
 from kdq.complaint import compose
 from kdq.evaluate import evaluate
+from kdq.quant.bank import fill_bank, packed_size
 from kdq.quant.mixed import first_batches, search_bits
 from kdq.quant.network import quantizable_layers, quantize
-from kdq.quant.packing import save_packed
-from kdq.quant.search import Assignment
+from kdq.quant.search import Assignment, check_candidates
 from kdq.quantize_stage import quantize_options
 from kdq.train_stage import float_model
 
@@ -55,6 +53,7 @@ def compare(cell: Cell, averages: list[float]) -> list[dict[str, Any]]:
     validation = first_batches(cell.images.evaluation("val", device), cfg.quant.search.images)
     candidates, options = list(cfg.quant.bits), quantize_options(cell)
     layers = quantizable_layers(network, list(cfg.quant.keep_float))
+    bank = fill_bank(network, calibration, check_candidates(candidates), **options)
     rows = []
 
     def add(budget: str, how: str, version: Any, report: Any, evaluations: int, seconds: float) -> None:
@@ -62,7 +61,7 @@ def compare(cell: Cell, averages: list[float]) -> list[dict[str, Any]]:
             part: evaluate(version, batches, cfg.data.num_classes)["top1"]
             for part, batches in (("val", validation), ("test", cell.images.evaluation("test", device)))
         }
-        size = _packed_size(version)
+        size = packed_size(version)
         values = (budget, how, report.avg_bits, size, top1["val"], top1["test"], evaluations, seconds)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
 
@@ -71,10 +70,9 @@ def compare(cell: Cell, averages: list[float]) -> list[dict[str, Any]]:
         version, report = quantize(network, calibration, _leading(network, layers, average), **options)
         add(f"{average:g} bits", "uniform", version, report, 0, time.perf_counter() - start)
         for method in ("sensitivity_once", "exact", "greedy"):
-            found = search_bits(
-                network, calibration, validation, candidates=candidates, avg_bits=average, method=method, **options
-            )
-            add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, found.seconds)
+            found = search_bits(network, calibration, validation, avg_bits=average, method=method, bank=bank, **options)
+            seconds = bank.seconds + found.seconds
+            add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, seconds)
     return rows
 
 
@@ -90,8 +88,3 @@ def _leading(network: Any, layers: list[str], average: float) -> Assignment:
         bits[name] += 1
         spare -= sizes[name]
     return bits
-
-
-def _packed_size(network: Any) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        return save_packed(network, Path(folder) / "network.kdq")

@@ -8,8 +8,6 @@ layer then correcting the errors of the layers that really precede it.
 from __future__ import annotations
 
 import json
-import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +19,11 @@ from torch import Tensor, nn
 
 from kdq.errors import KdqError
 from kdq.files import write_text
-from kdq.quant.network import QuantizedWeight, Report, quantizable_layers, quantize, quantize_widths
-from kdq.quant.packing import save_packed, stored_bytes
-from kdq.quant.search import Assignment, Budget, Found, Point, Trace, check_candidates, cost_of, greedy, widest
+from kdq.quant.bank import Bank, fill_bank, packed_size
+from kdq.quant.network import Report, quantize
+from kdq.quant.search import Found, Point, Trace, check_candidates, greedy
 from kdq.quant.sensitivity import METHODS, from_table
-from kdq.quant.stitch import Stitched, bit_operations, weight_costs
+from kdq.quant.stitch import Stitched
 
 #: What a step of the search may count as saved.
 COSTS = ("weight_bits", "bytes", "bops")
@@ -38,17 +36,24 @@ class MixedPrecision:
     Attributes:
         network, report: quantized with the chosen widths.
         found: the choice, the points on the way to it, and the number of evaluations.
-        avg_bits, size_bytes: of each point, in the order of ``found.points``.
-        seconds: of the search; ``bank_seconds`` of them quantized every layer at every width.
+        bank: every layer at every width, whose making took ``bank.seconds`` of the ``seconds`` of the search.
     """
 
     network: nn.Module
     report: Report
     found: Found
-    avg_bits: list[float]
-    size_bytes: list[int]
+    bank: Bank
     seconds: float
-    bank_seconds: float
+
+    @property
+    def avg_bits(self) -> list[float]:
+        """Of each point, in the order of ``found.points``."""
+        return [self.bank.avg_bits(point.assignment) for point in self.found.points]
+
+    @property
+    def size_bytes(self) -> list[int]:
+        """Of each point, in the order of ``found.points``, but for some bytes of the file's header."""
+        return [self.bank.size_bytes(point.assignment) for point in self.found.points]
 
     def metrics(self) -> list[dict[str, float]]:
         """What loggers show of each point."""
@@ -83,6 +88,7 @@ def search_bits(
     max_drop: float | None = None,
     cost: str = "weight_bits",
     method: str = "greedy",
+    bank: Bank | None = None,
     trace: Path | None = None,
     key: str = "",
     on_step: Callable[[str], None] = lambda line: None,
@@ -99,6 +105,7 @@ def search_bits(
         max_drop: most points of validation accuracy to lose. At least one of these three; all given ones hold.
         cost: what a step is priced by: ``weight_bits``, packed ``bytes``, or ``bops`` (bits times multiply-adds).
         method: ``greedy``, or ``exact`` or ``sensitivity_once`` on the table of single changes.
+        bank: what :func:`kdq.quant.bank.fill_bank` made of the same arguments, if it was called before.
         trace: a file that remembers evaluations, so that a killed search goes on; ``key`` says what they depend on.
         on_step: called with a line of text for every step.
         options: for :func:`kdq.quant.network.quantize_widths`.
@@ -111,56 +118,31 @@ def search_bits(
         raise KdqError(f"cost={cost!r} is unknown: use one of {', '.join(COSTS)}")
     if method not in ("greedy", *METHODS):
         raise KdqError(f"method={method!r} is unknown: use one of greedy, {', '.join(METHODS)}")
-    widths, batches = check_candidates(candidates), list(calibration)
-    layers = quantizable_layers(model, options.get("exclude", ()))
-    versions = quantize_widths(model, batches, widths, **options)
-    bank_seconds = time.perf_counter() - start
-    by_width = {bits: _weights(version) for bits, (version, _) in zip(widths, versions, strict=True)}
-    bank = {name: {bits: weights[name] for bits, weights in by_width.items()} for name in layers}
-    stitched = Stitched(model, bank, validation)
-    by_bits = weight_costs(model, layers, widths)
-    by_bytes = {name: {bits: float(stored_bytes(weight)) for bits, weight in bank[name].items()} for name in layers}
-    rest = _file_size(versions[-1][0]) - round(cost_of(by_bytes, dict.fromkeys(layers, widths[-1])))
-    image = stitched.batches[0][0][:1]
-    prices = {"weight_bits": by_bits, "bytes": by_bytes, "bops": bit_operations(model, layers, widths, image)}[cost]
-    weights = cost_of(by_bits, widest(by_bits)) / widths[-1]
-
-    def averages(assignment: Assignment) -> tuple[float, int]:
-        return cost_of(by_bits, assignment) / weights, rest + round(cost_of(by_bytes, assignment))
-
-    def tell(point: Point) -> None:
-        if point.step is not None:
-            layer, wide, narrow = point.step
-            average, size = averages(point.assignment)
-            loss = f"loss {point.measure.loss:.5f}, top-1 {point.measure.top1:.2f}" if point.measure else "not measured"
-            on_step(f"{layer} {wide} -> {narrow} bits: {loss}; {average:.3f} bits on average, {size} bytes")
-
-    measure, room = Trace(stitched, trace, key), math.inf if size_bytes is None else size_bytes - rest
+    batches = list(calibration)
+    bank = bank or fill_bank(model, batches, check_candidates(candidates), **options)
+    stitched = Stitched(model, bank.weights, validation)
+    prices = bank.prices(cost, model, stitched.batches[0][0][:1])
+    measure, spare = Trace(stitched, trace, key), 0
     while True:
-        limits = [] if avg_bits is None else [(by_bits, avg_bits * weights)]
-        limits += [(by_bytes, room)] if size_bytes is not None else []
-        budget = Budget(limits, max_drop, stitched.accuracy())
-        found = greedy(prices, measure, budget, tell) if method == "greedy" else from_table(method, measure, budget)
+        room = None if size_bytes is None else size_bytes - spare
+        budget = bank.budget(avg_bits, room, max_drop, stitched.accuracy())
+        if method == "greedy":
+            found = greedy(prices, measure, budget, lambda point: _tell(point, bank, on_step))
+        else:
+            found = from_table(method, measure, budget)
         network, report = quantize(model, batches, found.chosen.assignment, **options)
-        excess = 0 if size_bytes is None else _file_size(network) - size_bytes
+        excess = 0 if size_bytes is None else packed_size(network) - size_bytes
         if excess <= 0:
-            break
-        room -= excess  # the header's length is an estimate; what was measured is remembered
-    points = [averages(point.assignment) for point in found.points]
-    seconds = time.perf_counter() - start
-    return MixedPrecision(
-        network, report, found, [bits for bits, _ in points], [size for _, size in points], seconds, bank_seconds
-    )
+            return MixedPrecision(network, report, found, bank, time.perf_counter() - start)
+        spare += excess  # the header's length was an estimate; what was measured is remembered
 
 
-def _weights(network: nn.Module) -> dict[str, QuantizedWeight]:
-    weights: Any = network.quantized_weights
-    return dict(weights)
-
-
-def _file_size(network: nn.Module) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        return save_packed(network, Path(folder) / "network.kdq")
+def _tell(point: Point, bank: Bank, on_step: Callable[[str], None]) -> None:
+    if point.step is not None:
+        layer, wide, narrow = point.step
+        loss = f"loss {point.measure.loss:.5f}, top-1 {point.measure.top1:.2f}" if point.measure else "not measured"
+        average, size = bank.avg_bits(point.assignment), bank.size_bytes(point.assignment)
+        on_step(f"{layer} {wide} -> {narrow} bits: {loss}; {average:.3f} bits on average, {size} bytes")
 
 
 def first_batches(batches: Iterable[Any], images: int) -> list[tuple[Tensor, Tensor]]:

@@ -1,0 +1,92 @@
+"""Every layer of a network quantized once at every candidate width, and what each choice costs."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdq.quant.network import quantizable_layers, quantize_widths
+from kdq.quant.packing import save_packed, stored_bytes
+from kdq.quant.search import Assignment, Budget, Costs, cost_of, widest
+from kdq.quant.stitch import bit_operations, weight_costs
+from kdq.quant.weights import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What a bit search chooses from.
+
+    Attributes:
+        weights: ``weights[layer][bits]``.
+        bits, bytes: the cost of each choice, in bits of weights and in bytes of the packed file.
+        other_bytes: of the packed file, whatever is chosen.
+        seconds: that the filling took.
+    """
+
+    weights: Mapping[str, Mapping[int, QuantizedWeight]]
+    bits: Costs
+    bytes: Costs
+    other_bytes: int
+    seconds: float
+
+    @property
+    def count(self) -> float:
+        """Weights of all layers together."""
+        most = widest(self.bits)
+        return cost_of(self.bits, most) / max(most.values())
+
+    def avg_bits(self, assignment: Assignment) -> float:
+        return cost_of(self.bits, assignment) / self.count
+
+    def size_bytes(self, assignment: Assignment) -> int:
+        """The packed file's size, but for some bytes of its header."""
+        return self.other_bytes + round(cost_of(self.bytes, assignment))
+
+    def prices(self, cost: str, model: nn.Module, image: Tensor) -> Costs:
+        """What a step of the search saves, by the name of the ``cost``; see :func:`kdq.quant.mixed.search_bits`.
+
+        Args:
+            image: one input of ``model`` ``(1, ...)``.
+        """
+        if cost == "bops":
+            return bit_operations(model, list(self.weights), list(next(iter(self.bits.values()))), image)
+        return {"weight_bits": self.bits, "bytes": self.bytes}[cost]
+
+    def budget(self, avg_bits: float | None, size_bytes: float | None, max_drop: float | None, top1: float) -> Budget:
+        """The limits given, as what the choices may cost; ``top1`` is the float network's, for ``max_drop``."""
+        limits: list[tuple[Costs, float]] = []
+        if avg_bits is not None:
+            limits.append((self.bits, avg_bits * self.count))
+        if size_bytes is not None:
+            limits.append((self.bytes, size_bytes - self.other_bytes))
+        return Budget(limits, max_drop, top1)
+
+
+def fill_bank(model: nn.Module, batches: Iterable[Any], widths: Sequence[int], **options: Any) -> Bank:
+    """Quantize every layer of ``model`` at every width, in one pass that shares the float network's part.
+
+    Args:
+        widths: ascending.
+        options: of :func:`kdq.quant.network.quantize_widths`.
+    """
+    start = time.perf_counter()
+    layers = quantizable_layers(model, options.get("exclude", ()))
+    versions = [version for version, _ in quantize_widths(model, batches, widths, **options)]
+    by_width: list[Any] = [version.quantized_weights for version in versions]
+    weights = {name: {bits: by_width[i][name] for i, bits in enumerate(widths)} for name in layers}
+    size = {name: {bits: float(stored_bytes(weight)) for bits, weight in weights[name].items()} for name in layers}
+    other = packed_size(versions[-1]) - round(math.fsum(size[name][widths[-1]] for name in layers))
+    return Bank(weights, weight_costs(model, layers, widths), size, other, time.perf_counter() - start)
+
+
+def packed_size(network: nn.Module) -> int:
+    """Bytes of the packed file of ``network``."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save_packed(network, Path(folder) / "network.kdq")
