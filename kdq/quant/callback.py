@@ -25,12 +25,13 @@ class GreedyBitSearch(Callback):
         kdq.save(search.result.network, "model.kdq")
 
     It runs in ``on_train_end``, while the model is still on its device and the process group still stands, on every
-    rank alike: a rank that skipped it would leave the others waiting in the sums over the calibration images. The
-    model in training is left as it is. Each step is logged as ``bits/...``.
+    rank alike: a rank that skipped it would leave the others waiting. Each brings its own share of the images, sums
+    and losses are those of all, and so all ranks hold the same result. The model in training is left as it is. Each
+    step is logged as ``bits/...``.
 
     Args:
         network: name of the module's attribute that holds the network; empty: the module itself, called on images.
-        calibration_images: taken from the training loader.
+        calibration_images: taken from the training loader, by all ranks together.
         validation_images: taken from the first validation loader; both loaders give ``(images, labels)``.
         options: budget, candidates, solver and whatever else :func:`kdq.quant.mixed.search_bits` takes.
 
@@ -52,11 +53,11 @@ class GreedyBitSearch(Callback):
             validation = validation[0]
         if training is None or validation is None:
             raise KdqError("GreedyBitSearch needs a training and a validation loader: pass both to trainer.fit")
-        device = pl_module.device
+        device, ranks = pl_module.device, trainer.world_size
         self.result = search_bits(
             model.to(device),
-            [images.to(device) for images, _ in first_batches(training, self.calibration_images)],
-            first_batches(validation, self.validation_images),
+            [images.to(device) for images, _ in first_batches(training, -(-self.calibration_images // ranks))],
+            first_batches(validation, -(-self.validation_images // ranks)),
             on_step=lambda line: rank_zero_info(f"bit search: {line}"),
             **self.options,
         )

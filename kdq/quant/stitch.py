@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.errors import KdqError
+from kdq.quant.distributed import summed
 from kdq.quant.layer import weight_matrix
 from kdq.quant.network import QuantizedWeight
 from kdq.quant.search import Assignment, Costs, Measure
@@ -24,6 +25,8 @@ class Stitched:
     The loss is the mean KL divergence from the float network's predictions, in nats: smooth in every weight, unlike
     the accuracy, and free of labels. Two assignments in a row mostly agree on the first layers: the outputs of those
     are kept from the last evaluation, and only what follows the first difference is computed again.
+
+    Where torch.distributed runs, every process brings batches of its own and all get the measures of all batches.
 
     Args:
         model: the float network; it is not modified.
@@ -70,14 +73,16 @@ class Stitched:
             loss += float(F.kl_div(log_p, self.reference[index], reduction="sum", log_target=True))
             right += float((log_p.argmax(1) == labels).sum())
             count += len(labels)
+        loss, right, count = summed(torch.tensor([loss, right, count], dtype=torch.float64)).tolist()
         return Measure(loss / count, 100 * right / count)
 
     def accuracy(self) -> float:
         """Top-1 of the float network on the same images, in percent."""
-        right = [
-            (log_p.argmax(1) == labels).sum() for log_p, (_, labels) in zip(self.reference, self.batches, strict=True)
-        ]
-        return 100 * float(torch.stack(right).sum()) / sum(len(labels) for _, labels in self.batches)
+        pairs = zip(self.reference, self.batches, strict=True)
+        right = sum(float((log_p.argmax(1) == labels).sum()) for log_p, (_, labels) in pairs)
+        count = sum(len(labels) for _, labels in self.batches)
+        right, count = summed(torch.tensor([right, count], dtype=torch.float64)).tolist()
+        return 100 * right / count
 
     def _reroute(self, name: str, layer: nn.Module) -> None:
         own = layer.forward

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -181,3 +186,68 @@ def test_the_callback_quantizes_a_copy_of_a_foreign_modules_best_weights(images:
     bias = search.result.network.state_dict()["0.bias"]
     assert torch.equal(bias, kept[1]["backbone.0.bias"])
     assert all(torch.equal(value, kept[2][name]) for name, value in module.state_dict().items())
+
+
+def _rank(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    training, validation = torch.load(f"{folder}/case.pt")
+    torch.manual_seed(0)
+    search = GreedyBitSearch("backbone", 128, 200, avg_bits=3.0, candidates=[2, 3, 4, 8])
+    trainer = L.Trainer(
+        max_epochs=1,
+        limit_train_batches=0.5,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=False,
+        callbacks=[search],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(_Foreign(), DataLoader(TensorDataset(*training), 32), DataLoader(TensorDataset(*validation), 50))
+    assert search.result is not None
+    found = search.result.found
+    torch.save((asdict(found), search.result.network.state_dict()), f"{folder}/{rank}.pt")
+
+
+def test_the_callback_finds_the_same_on_every_rank(images: Images, tmp_path: Path) -> None:
+    """Each rank has half of the images, and what it finds is what one process finds on all of them."""
+    pixels, labels = images.preprocess(images.set.train_images), images.set.train_labels
+    training, validation = (pixels[:512], labels[:512]), (pixels[-200:], labels[-200:])
+    torch.save((training, validation), tmp_path / "case.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    (one, state), (other, other_state) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2))
+    assert one == other
+    assert all(torch.equal(value, other_state[name]) for name, value in state.items())
+    assert len(one["points"]) > 3
+    top1 = one["chosen"]["measure"]["top1"]
+    assert top1 * 200 / 100 == pytest.approx(round(top1 * 200 / 100))  # counted over 200 images, not 100
+
+
+def test_stitched_losses_of_two_processes_are_those_of_one(trained: nn.Module, data: Any, tmp_path: Path) -> None:
+    calibration, validation = data
+    images, labels = (torch.cat(parts) for parts in zip(*validation, strict=True))
+    torch.save((trained, calibration, images[:200], labels[:200]), tmp_path / "case.pt")
+    mp.spawn(_search_rank, (str(tmp_path),), nprocs=2)
+    alone = search_bits(trained, calibration, [(images[:200], labels[:200])], candidates=WIDTHS, avg_bits=3.0)
+    for rank in range(2):
+        assignments, losses = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert assignments == [point.assignment for point in alone.found.points]
+        expected = [point.measure.loss for point in alone.found.points if point.measure is not None]
+        assert losses == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def _search_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model, calibration, images, labels = torch.load(f"{folder}/case.pt", weights_only=False)
+    batches = [batch[rank::2] for batch in calibration]
+    found = search_bits(model, batches, [(images[rank::2], labels[rank::2])], candidates=WIDTHS, avg_bits=3.0).found
+    losses = [point.measure.loss for point in found.points if point.measure is not None]
+    torch.save(([point.assignment for point in found.points], losses), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

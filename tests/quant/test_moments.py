@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,17 +61,21 @@ def test_a_channel_that_fires_at_the_border_only_leaves_dead_columns_exactly_zer
     assert (dead == 0).all()
 
 
+CASES: dict[str, dict[str, Any]] = {"weights": {}, "activations": {"act_bits": 6}, "corrected": {"correct": "bias"}}
+
+
 def _worker(rank: int, world: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.set_num_threads(1)
     model, images = torch.load(f"{folder}/case.pt", weights_only=False)
     results = {}
-    for act_bits in (None, 6):
-        quantized, report = kdq.quantize(model, [images[rank::world]], bits=3, act_bits=act_bits, refine=1)
-        results[act_bits] = (
+    for case, options in CASES.items():
+        quantized, report = kdq.quantize(model, [images[rank::world]], bits=3, refine=1, **options)
+        results[case] = (
             {name: weight.codes for name, weight in quantized.quantized_weights.items()},
             [layer.error for layer in report.layers],
+            {name: value for name, value in quantized.state_dict().items() if name.endswith("bias")},
         )
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -91,9 +96,11 @@ def test_two_processes_find_the_codes_of_one(tmp_path: Path) -> None:
     torch.save((model, images), tmp_path / "case.pt")
     mp.spawn(_worker, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for act_bits in (None, 6):
-        alone, report = kdq.quantize(model, [images], bits=3, act_bits=act_bits, refine=1)
-        for codes, errors in (first[act_bits], second[act_bits]):
+    for case, options in CASES.items():
+        alone, report = kdq.quantize(model, [images], bits=3, refine=1, **options)
+        for codes, errors, biases in (first[case], second[case]):
             for name, weight in alone.quantized_weights.items():
-                assert torch.equal(codes[name], weight.codes), (act_bits, name)
+                assert torch.equal(codes[name], weight.codes), (case, name)
             assert errors == pytest.approx([layer.error for layer in report.layers], rel=1e-4)
+            for name, bias in biases.items():
+                assert torch.allclose(bias, alone.state_dict()[name], atol=1e-6), (case, name)
