@@ -70,7 +70,12 @@ class Bank:
 
 
 def fill_bank(model: nn.Module, batches: Iterable[Any], widths: Sequence[int], **options: Any) -> Bank:
-    """Quantize every layer of ``model`` at every width, in one pass that shares the float network's part.
+    """Quantize every layer of ``model`` at every width, in one pass.
+
+    Each layer is solved on the float network's inputs. Solved on those of a network whose layers all have its own
+    width, it would make up for errors that the stitched network does not have: on a ResNet-20, over 40 assignments of 2
+    to 4 bits, the losses of such stitched networks follow those of the networks finally quantized less closely
+    (correlation of log losses at equal average bits 0.59 against 0.77).
 
     Args:
         widths: ascending.
@@ -78,7 +83,7 @@ def fill_bank(model: nn.Module, batches: Iterable[Any], widths: Sequence[int], *
     """
     start = time.perf_counter()
     layers = quantizable_layers(model, options.get("exclude", ()))
-    versions = [version for version, _ in quantize_widths(model, batches, widths, **options)]
+    versions = [version for version, _ in quantize_widths(model, batches, widths, isolated=True, **options)]
     by_width: list[Any] = [version.quantized_weights for version in versions]
     weights = {name: {bits: by_width[i][name] for i, bits in enumerate(widths)} for name in layers}
     size = {name: {bits: float(stored_bytes(weight)) for bits, weight in weights[name].items()} for name in layers}

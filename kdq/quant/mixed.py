@@ -88,6 +88,7 @@ def search_bits(
     max_drop: float | None = None,
     cost: str = "weight_bits",
     method: str = "greedy",
+    context: str = "chosen",
     bank: Bank | None = None,
     trace: Path | None = None,
     key: str = "",
@@ -127,7 +128,7 @@ def search_bits(
         room = None if size_bytes is None else size_bytes - spare
         budget = bank.budget(avg_bits, room, max_drop, stitched.accuracy())
         if method == "greedy":
-            found = greedy(prices, measure, budget, lambda point: _tell(point, bank, on_step))
+            found = greedy(prices, measure, budget, lambda point: _tell(point, bank, on_step), context)
         else:
             found = from_table(method, measure, budget)
         network, report = quantize(model, batches, found.chosen.assignment, **options)

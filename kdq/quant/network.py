@@ -71,6 +71,7 @@ def quantize_widths(
     act_bits: int | None = None,
     act_range: str = "mse",
     correct: str | None = None,
+    isolated: bool = False,
     float_dtype: str | None = None,
     on_layer: Callable[[str], None] | None = None,
     moments: Callable[[nn.Module, bool], Any] = Moments,
@@ -85,6 +86,8 @@ def quantize_widths(
         act_range: ``"mse"`` or ``"percentile"``, see :meth:`kdq.quant.activations.Histogram.quantizer`.
         correct: after each layer, put the means of biased channels right (``"bias"``), or the means and variances of
             BatchNorms too (``"batchnorm"``), see :mod:`kdq.quant.correction`; None leaves both.
+        isolated: solve every layer on the float network's inputs, as if it alone were quantized: its codes then do not
+            depend on the widths of the layers before it.
         float_dtype: round what is not quantized (biases, BatchNorm, layers left float) to ``"bf16"`` or ``"fp16"``, to
             be stored in 16 bits; None leaves it in float32.
         on_layer: called with a layer's name when it is done, for a progress bar.
@@ -112,7 +115,7 @@ def quantize_widths(
         if first_last_bits is not None:
             ends = dict.fromkeys((order[0], order[-1]), check_bits(first_last_bits))
             by_layer = [bits | ends for bits in by_layer]
-    walk = Walk(runner, by_layer, how, act_bits, act_range, correct, moments, on_layer or (lambda name: None))
+    walk = Walk(runner, by_layer, how, act_bits, act_range, correct, isolated, moments, on_layer or (lambda name: None))
     walk.run(batches)
     results = []
     for version in walk.versions:

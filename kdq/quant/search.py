@@ -30,6 +30,8 @@ from kdq.files import write_text
 Assignment = dict[str, int]
 #: ``costs[layer][bits]``; its keys are the layers and their candidate widths.
 Costs = Mapping[str, Mapping[int, float]]
+#: Where the price of a layer's step is measured: with the other layers as chosen so far, or at their widest.
+CONTEXTS = ("chosen", "widest")
 #: Width at which each layer's sensitivity is measured once.
 PROBE_BITS = 4
 #: Steps that end at this width or above are taken on the noise law, without being measured.
@@ -56,7 +58,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome of a search: its choice, every point on the way to it, and what it took."""
+    """The outcome of a search: its choice, every point on the way to it, and how many assignments it asked about."""
 
     chosen: Point
     points: list[Point]
@@ -80,11 +82,14 @@ class Trace:
     def __init__(self, evaluate: Callable[[Assignment], Measure], path: Path | None = None, key: str = "") -> None:
         self._evaluate, self.path, self.key = evaluate, path, key
         self.entries: dict[tuple[tuple[str, int], ...], Measure] = {}
+        #: What was asked for since it was opened, remembered or not.
+        self.asked: set[tuple[tuple[str, int], ...]] = set()
         if path is not None and path.exists():
             self._read(path)
 
     def __call__(self, assignment: Assignment) -> Measure:
         name = tuple(sorted(assignment.items()))
+        self.asked.add(name)
         if name not in self.entries:
             measure = self._evaluate(dict(assignment))
             if not math.isfinite(measure.loss):
@@ -160,16 +165,18 @@ def greedy(
     evaluate: Callable[[Assignment], Measure],
     budget: Budget,
     on_step: Callable[[Point], None] = lambda point: None,
+    context: str = "chosen",
 ) -> Found:
     """Lower the cheapest layer until the budget is met; see the module's text.
 
     Args:
         costs: what a step saves is counted in them.
+        context: where prices are measured: one of :data:`CONTEXTS`.
         on_step: called with every new point.
     """
     trace = evaluate if isinstance(evaluate, Trace) else Trace(evaluate)
-    search = _Greedy(costs, trace, budget, on_step)
-    return Found(search.run(), search.points, len(trace.entries))
+    search = _Greedy(costs, trace, budget, on_step, context)
+    return Found(search.run(), search.points, len(trace.asked))
 
 
 @dataclass
@@ -178,6 +185,7 @@ class _Greedy:
     evaluate: Trace
     budget: Budget
     on_step: Callable[[Point], None]
+    context: str
     points: list[Point] = field(default_factory=list)
 
     def run(self) -> Point:
@@ -194,9 +202,9 @@ class _Greedy:
             taken = {**here.assignment, layer: to}
             measure = None
             if to < TRUSTED_BITS:
-                if measured_at != len(self.points):
-                    price = self._price(here, layer, to, self.evaluate(taken))
-                    heapq.heappush(heap, (price, layer, to, len(self.points)))
+                valid = len(self.points) if self.context == "chosen" else 0
+                if measured_at != valid:
+                    heapq.heappush(heap, (self._price(here, layer, to), layer, to, valid))
                     continue
                 measure = self.evaluate(taken)
                 if self.budget.drops_too_far(measure):
@@ -226,10 +234,11 @@ class _Greedy:
         loss = sensitivity * (_noise(to) - _noise(now))
         return loss / (self.costs[layer][now] - self.costs[layer][to]), layer, to, -1
 
-    def _price(self, here: Point, layer: str, to: int, measure: Measure) -> float:
-        base = here.measure or self.evaluate(here.assignment)
-        saved = self.costs[layer][here.assignment[layer]] - self.costs[layer][to]
-        return (measure.loss - base.loss) / saved
+    def _price(self, here: Point, layer: str, to: int) -> float:
+        now = here.assignment[layer]
+        others = here.assignment if self.context == "chosen" else widest(self.costs)
+        loss = self.evaluate({**others, layer: to}).loss - self.evaluate({**others, layer: now}).loss
+        return loss / (self.costs[layer][now] - self.costs[layer][to])
 
     def _next(self, layer: str, assignment: Assignment) -> bool:
         return any(width < assignment[layer] for width in self.costs[layer])

@@ -110,4 +110,4 @@ def from_table(method: str, trace: Trace, budget: Budget) -> Found:
     start = widest(costs)
     chosen = METHODS[method](costs, sensitivities(costs, trace), limit)
     points = [Point(a, cost_of(costs, a), trace(a)) for a in (start, chosen)]
-    return Found(points[1], points, len(trace.entries))
+    return Found(points[1], points, len(trace.asked))

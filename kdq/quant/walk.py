@@ -57,6 +57,7 @@ class Walk:
         widths: for each width, the bits of every layer by name.
         act_bits: quantize the inputs of every layer too, to that many bits.
         correct: one of :data:`kdq.quant.correction.CORRECTIONS`.
+        isolated: no width has a lane: every layer is solved as if it alone were quantized.
         on_layer: called with a layer's name when it is solved.
     """
 
@@ -68,6 +69,7 @@ class Walk:
         act_bits: int | None,
         act_range: str,
         correct: str | None,
+        isolated: bool,
         sampled: Callable[[nn.Module, bool], Any],
         on_layer: Callable[[str], None],
     ) -> None:
@@ -76,9 +78,9 @@ class Walk:
         self.versions: list[Version] = []
         lanes = 1
         for bits in widths:
-            wide = act_bits is None and min(bits.values()) >= WIDE
-            self.versions.append(Version(bits, 0 if wide else lanes))
-            lanes += not wide
+            shared = isolated or (act_bits is None and min(bits.values()) >= WIDE)
+            self.versions.append(Version(bits, 0 if shared else lanes))
+            lanes += not shared
         self.lanes = lanes
         self.tape = Tape()
         self.chunks = Chunks(next(model.parameters()).device)
@@ -265,11 +267,11 @@ class Walk:
         }
         grams = {lane: self.sampled(layer, True) for lane in own}
         crosses = {lane: self.sampled(layer, False) for lane in own}
-        if len(own) < len({version.lane for version in self.versions}):
+        if shared := len(own) < len({version.lane for version in self.versions}):
             grams[0] = self.sampled(layer, True)
         for chunk in self._each_chunk(inputs):
             x = chunk.lanes[0]
-            if 0 in grams:
+            if shared:
                 grams[0].add(x, x)
             for lane, quantizer in own.items():
                 x_tilde = chunk.lanes[lane] if quantizer is None else quantizer.nearest(chunk.lanes[lane])

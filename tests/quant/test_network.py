@@ -244,3 +244,16 @@ def test_torch_functions_between_layers(name: str) -> None:
     for quantized in (two, four):
         expected = literal.quantize_network(model, images, quantized.quantized_weights)
         assert torch.equal(quantized.last.weight, expected["last"])
+
+
+@pytest.mark.parametrize("act_bits", [None, 6])
+def test_isolated_layers_get_the_codes_of_a_network_where_they_alone_are_quantized(
+    relu_net: nn.Module, act_bits: int | None
+) -> None:
+    images, layers = torch.randn(70, 3, 9, 9), ["stem", "grouped", "depthwise", "shortcut", "mix", "head"]
+    together = quantize_widths(relu_net, [images], [2, 4], isolated=True, act_bits=act_bits)
+    for bits, (quantized, _) in zip((2, 4), together, strict=True):
+        for name in layers:
+            others = [other for other in layers if other != name]
+            alone, _ = kdq.quantize(relu_net, [images], bits=bits, exclude=others, act_bits=act_bits)
+            assert torch.equal(codes(quantized)[name], codes(alone)[name]), (bits, name)
