@@ -76,7 +76,10 @@ class Images:
             images, labels, indices = *self.on(device), self.split.val
         else:
             images, labels = self.set.test_images.to(device), self.set.test_labels.to(device)
-            indices = torch.arange(len(images))[: self.config["test_limit"]]
+            limit = self.config["test_limit"]
+            count = len(images) if limit is None else min(limit, len(images))
+            # Evenly spaced, for a folder's images lie class by class.
+            indices = torch.arange(count) * len(images) // max(count, 1)
         return EvalLoader(
             images, labels, indices, EVAL_BATCH, preprocess=self.preprocess, rank=rank, world_size=world_size
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -34,6 +36,18 @@ def test_calibration_images_are_training_images_and_nested_by_count() -> None:
 def test_a_split_without_validation_or_training_is_refused(fraction: float, limit: int | None) -> None:
     with pytest.raises(KdqError, match=r"data\.(val_fraction|train_limit)="):
         split(1000, fraction, 0, limit)
+
+
+def test_a_limited_test_set_has_images_of_every_class() -> None:
+    """A folder of images is read class by class."""
+    whole = digits()
+    order = whole.test_labels.argsort(stable=True)
+    by_class = dataclasses.replace(whole, test_images=whole.test_images[order], test_labels=whole.test_labels[order])
+    for limit, count in ((50, 50), (10_000, len(order)), (None, len(order))):
+        loader = Images(by_class, data_config(test_limit=limit)).evaluation("test", torch.device("cpu"))
+        labels = torch.cat([labels for _, labels in loader])
+        assert len(labels) == count
+        assert (torch.bincount(labels) / count - 0.1).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(("pad", "flip", "cutout"), [(2, True, 3), (0, True, 0), (4, False, 0), (0, False, 4)])
