@@ -183,7 +183,7 @@ def _searched(
     so searches of the same model with other budgets share one trace."""
     assert isinstance(width, tuple)
     search = plain(cell.cfg.quant.search)
-    images, budgets = search.pop("images"), ("avg_bits", "size_bytes", "max_drop", "cost", "method")
+    images, budgets = search.pop("images"), ("avg_bits", "size_bytes", "max_drop", "cost", "method", "context")
     spec = row_spec(cell, entry, width)
     spec["quant"]["search"] = {name: value for name, value in search.items() if name not in budgets}
     measured = key_of(spec | {"images": images})

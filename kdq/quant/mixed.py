@@ -21,7 +21,7 @@ from kdq.errors import KdqError
 from kdq.files import write_text
 from kdq.quant.bank import Bank, fill_bank, packed_size
 from kdq.quant.network import Report, quantize
-from kdq.quant.search import Found, Point, Trace, check_candidates, greedy
+from kdq.quant.search import CONTEXTS, Found, Point, Trace, check_candidates, greedy
 from kdq.quant.sensitivity import METHODS, from_table
 from kdq.quant.stitch import Stitched
 
@@ -88,7 +88,7 @@ def search_bits(
     max_drop: float | None = None,
     cost: str = "weight_bits",
     method: str = "greedy",
-    context: str = "chosen",
+    context: str = "widest",
     bank: Bank | None = None,
     trace: Path | None = None,
     key: str = "",
@@ -106,6 +106,7 @@ def search_bits(
         max_drop: most points of validation accuracy to lose. At least one of these three; all given ones hold.
         cost: what a step is priced by: ``weight_bits``, packed ``bytes``, or ``bops`` (bits times multiply-adds).
         method: ``greedy``, or ``exact`` or ``sensitivity_once`` on the table of single changes.
+        context: where ``greedy`` measures prices, one of :data:`kdq.quant.search.CONTEXTS`.
         bank: what :func:`kdq.quant.bank.fill_bank` made of the same arguments, if it was called before.
         trace: a file that remembers evaluations, so that a killed search goes on; ``key`` says what they depend on.
         on_step: called with a line of text for every step.
@@ -119,6 +120,8 @@ def search_bits(
         raise KdqError(f"cost={cost!r} is unknown: use one of {', '.join(COSTS)}")
     if method not in ("greedy", *METHODS):
         raise KdqError(f"method={method!r} is unknown: use one of greedy, {', '.join(METHODS)}")
+    if context not in CONTEXTS:
+        raise KdqError(f"context={context!r} is unknown: use one of {', '.join(CONTEXTS)}")
     batches = list(calibration)
     bank = bank or fill_bank(model, batches, check_candidates(candidates), **options)
     stitched = Stitched(model, bank.weights, validation)

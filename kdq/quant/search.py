@@ -8,8 +8,8 @@ weight bits, packed bytes, or bits times multiply-adds.
 costs the least loss for the cost it saves. Measuring every possible step before each move would take
 (layers x steps)^2 evaluations, so
 
-- a step's price is measured when it is about to be taken, in the context of all steps taken before (prices from an
-  untouched network mislead below four bits), and kept until another layer's step looks cheaper;
+- a step's price is measured when it is about to be taken: with the other layers at their widest, once, or with them as
+  chosen so far (``context``), and then again whenever another layer's step was taken in between;
 - until then a step is priced by the noise law of a uniform grid, whose squared error is proportional to ``4^-bits``,
   scaled by one measurement per layer. Down to :data:`TRUSTED_BITS` the law holds well enough to take the step on it:
   the losses there are too small to tell apart.
@@ -30,7 +30,11 @@ from kdq.files import write_text
 Assignment = dict[str, int]
 #: ``costs[layer][bits]``; its keys are the layers and their candidate widths.
 Costs = Mapping[str, Mapping[int, float]]
-#: Where the price of a layer's step is measured: with the other layers as chosen so far, or at their widest.
+#: Where the price of a layer's step is measured: with the other layers as chosen so far, or at their widest. If losses
+#: are those of the finished network, the first is right. Where a last pass lets every layer make up for the errors of
+#: those before it, the errors of a stitched network add up to more than remains of them, and the second is closer: on
+#: a ResNet-20 (see :func:`kdq.quant.bank.fill_bank`) sums of single losses follow the final ones with a correlation of
+#: 0.90, stitched losses with 0.77.
 CONTEXTS = ("chosen", "widest")
 #: Width at which each layer's sensitivity is measured once.
 PROBE_BITS = 4
