@@ -21,6 +21,7 @@ from kdq.deploy.extra import needs
 from kdq.errors import KdqError
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.fold import batchnorm_affine, folded
+from kdq.quant.packed import keep_decoded
 
 #: The newest that ONNX Runtime fuses INT8 graphs of.
 OPSET = 21
@@ -80,7 +81,7 @@ def _decoded(network: nn.Module) -> nn.Module:
     plain = plain.cpu().to(memory_format=torch.contiguous_format).eval()
     for module in plain.modules():
         if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
+            keep_decoded(module)
     return plain
 
 

@@ -73,3 +73,13 @@ def keep_packed(layer: nn.Module, weight: PackedWeight) -> None:
     layer.weight = nn.Parameter(weight.packed, requires_grad=False)
     # "unsafe": the decoded weight has another dtype and shape than what is stored.
     parametrize.register_parametrization(layer, "weight", Decoding(weight), unsafe=True)
+
+
+def keep_decoded(layer: nn.Module) -> None:
+    """Undo :func:`keep_packed`: decode the weight once and hold it."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    # torch's remove_parametrizations would take the weight from the class, which copies of this layer share.
+    layer.__class__ = type(layer).__bases__[0]
+    del layer.parametrizations
+    layer.weight = nn.Parameter(weight.detach())

@@ -115,6 +115,16 @@ def test_layers_of_few_bits_and_sums_round_a_tensor_apart(images: Tensor) -> Non
     assert (_run(model, images) - expected).abs().mean() < 0.05 * (expected.max() - expected.min())
 
 
+def test_a_network_with_packed_weights_exports_alike(
+    mixed: nn.Module, int8: bytes, images: Tensor, tmp_path: Any
+) -> None:
+    kdq.save(mixed, tmp_path / "net.kdq")
+    packed = kdq.load(tmp_path / "net.kdq", decode="layer")
+    assert onnx_models(packed, SHAPE, ["int8"], [images])["int8"] == int8
+    with torch.no_grad():
+        assert torch.equal(packed(images), mixed(images))  # and stays as it was
+
+
 def test_int8_keeps_the_levels_and_says_so(mixed: nn.Module, int8: bytes) -> None:
     model = onnx.load_from_string(int8)
     constants, seen = _constants(model), 0
