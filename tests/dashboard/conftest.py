@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import wandb
 from wandb.sdk.lib import wbauth
 
-import wandb
 from kdq.dashboard import run
 from tests.wandb_server import WandbServer, wandb_server
 
