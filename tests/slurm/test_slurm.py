@@ -101,8 +101,19 @@ def test_a_grid_runs_in_named_jobs_and_one_that_is_cancelled_takes_no_other_with
     assert all(f"Slurm job {job} ended as CANCELLED without a result" in failure["cause"] for failure in failures)
     printed = list(network_folder.glob("runs/*/*/slurm/*_log.out"))
     assert len(printed) == 5  # three trainings, two rows
-    states = slurm("sacct", "-X", "-n", "-o", "State%20", "-j", ",".join(path.name.split("_")[0] for path in printed))
-    assert sorted(state.split()[0] for state in states.splitlines()) == ["CANCELLED"] + ["COMPLETED"] * 4
+    jobs = ",".join(path.name.split("_")[0] for path in printed)
+    assert settled(jobs) == ["CANCELLED"] + ["COMPLETED"] * 4
+
+
+def settled(jobs: str) -> list[str]:
+    """How the jobs ended; accounting hears of it some seconds after the launcher has their results."""
+    for _ in range(60):
+        lines = slurm("sacct", "-X", "-n", "-o", "State%20", "-j", jobs).splitlines()
+        states = sorted(line.split()[0] for line in lines)
+        if not {"RUNNING", "COMPLETING", "PENDING"} & set(states):
+            break
+        time.sleep(1)
+    return states
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
