@@ -10,7 +10,7 @@ in a temporary folder.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from kdq.quant.lanes import Lanes, lanes_in, replace_lanes
 
+#: Images pushed through a layer at a time, whatever batches the caller has, so that sums, and hence codes, do not
+#: depend on those.
+CHUNK = 64
 #: Bytes of waiting chunks that stay in memory.
 IN_MEMORY = 512 * 2**20
 
@@ -119,6 +122,24 @@ class Chunks:
         """Remove the temporary folder."""
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def in_chunks(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, int]]:
+    """The inputs in chunks of one size, and how many of each chunk's images are real: the last chunk is filled up with
+    copies of its last image."""
+    waiting: list[Tensor] = []
+    size = None
+    for batch in batches:
+        images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
+        waiting.append(images)
+        while sum(map(len, waiting)) >= CHUNK:
+            together = torch.cat(waiting)
+            waiting, size = [together[CHUNK:]], CHUNK
+            yield together[:CHUNK].clone(), CHUNK
+    if rest := sum(map(len, waiting)):
+        images = torch.cat(waiting)
+        padding = 0 if size is None else size - rest
+        yield torch.cat([images, images[-1:].expand(padding, *images.shape[1:])]), rest
 
 
 def _repeat(call: _Call, values: Values) -> Any:

@@ -27,12 +27,9 @@ from kdq.quant.lanes import Lanes
 from kdq.quant.layer import channel_axis, weight_matrix
 from kdq.quant.recipe import Recipe
 from kdq.quant.report import LayerReport, Report
-from kdq.quant.tape import Chunks, Tape
+from kdq.quant.tape import Chunks, Tape, in_chunks
 from kdq.quant.weights import QuantizedWeight
 
-#: Images pushed through a layer at a time, whatever batches the caller has, so that sums, and hence codes, do not
-#: depend on those.
-CHUNK = 64
 #: Bits from which a width needs no lane of its own.
 WIDE = 8
 
@@ -93,7 +90,7 @@ class Walk:
         """Quantize every layer; the results are in ``versions``."""
         device = self.chunks.device
         first: Tensor | None = None
-        for images, count in _in_chunks(batches, device):
+        for images, count in in_chunks(batches, device):
             if first is None:
                 first = images
             else:
@@ -335,21 +332,3 @@ def _exact_kernels() -> Iterator[None]:
 def _same(made: list[Tensor], of: list[Tensor]) -> list[Tensor]:
     """``made`` with one object wherever ``of`` has one."""
     return [made[next(i for i, other in enumerate(of) if other is tensor)] for tensor in of]
-
-
-def _in_chunks(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, int]]:
-    """The inputs in chunks of one size, and how many of each chunk's images are real: the last chunk is filled up with
-    copies of its last image."""
-    waiting: list[Tensor] = []
-    size = None
-    for batch in batches:
-        images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
-        waiting.append(images)
-        while sum(map(len, waiting)) >= CHUNK:
-            together = torch.cat(waiting)
-            waiting, size = [together[CHUNK:]], CHUNK
-            yield together[:CHUNK].clone(), CHUNK
-    if rest := sum(map(len, waiting)):
-        images = torch.cat(waiting)
-        padding = 0 if size is None else size - rest
-        yield torch.cat([images, images[-1:].expand(padding, *images.shape[1:])]), rest
