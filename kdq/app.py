@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdq.cluster import leading
 from kdq.complaint import CONFIG_PATH, describe
+from kdq.cores import use_cores
 from kdq.errors import KdqError
 from kdq.failures import Job
 
@@ -39,6 +40,7 @@ def job(cfg: DictConfig) -> list[Row] | float:
 def _job(cfg: DictConfig) -> list[Row] | float:
     from kdq import pipeline
 
+    use_cores()
     alone = HydraConfig.get().mode == RunMode.RUN
     try:
         if cfg.kdq.train is not None:

@@ -70,7 +70,8 @@ class KeepBest(Callback):
                 )
             if name not in self.best or top1 >= self.best[name].top1:
                 state = learner.product.state_dict()
-                weights = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
+                plain = torch.contiguous_format
+                weights = {key: tensor.detach().cpu().clone(memory_format=plain) for key, tensor in state.items()}
                 self.best[name] = Best(top1, trainer.current_epoch, weights)
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,8 +162,9 @@ def fit(
         default_root_dir=work,
     )
     try:
-        if trainer["compile"]:
-            for network in module.networks():
+        for network in module.networks():
+            network.to(memory_format=torch.channels_last)  # as the images are: what convolutions are fastest in
+            if trainer["compile"]:
                 network.compile()
         finished = _finished_epochs(checkpoint)
         resume = str(checkpoint) if finished else None

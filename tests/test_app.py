@@ -126,7 +126,7 @@ def test_one_bad_cell_takes_no_other_with_it(cli: Any, tmp_path: Path) -> None:
     assert code == 1
     failure = [line for line in err.splitlines() if line.startswith("kdq: failed")]
     assert len(failure) == 1
-    assert re.search(r"student.recipe.lr=1e\+30: the loss became (nan|inf) at epoch 0, step \d+: lower", failure[0])
+    assert re.search(r"student.recipe.lr=1e\+30: the loss became (nan|inf) at epoch 0, by step \d+: lower", failure[0])
     assert "kdq: 1 of 2 rows are missing" in err
     assert len(list((tmp_path / "rows").glob("*.json"))) == 1
     assert "baseline" in out

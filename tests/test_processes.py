@@ -109,7 +109,7 @@ def test_a_sweep_over_processes_is_one_sweep(tmp_path: Path) -> None:
 
 
 def test_the_error_of_a_process_is_the_error_of_the_training(tmp_path: Path) -> None:
-    with pytest.raises(KdqError, match=r"the loss became \S+ at epoch 0, step \d"):
+    with pytest.raises(KdqError, match=r"the loss became \S+ at epoch 0, by step \d"):
         trained(tmp_path, "method=baseline", *PLAIN_NET, *TWO, "student.recipe.lr=1e30")
     with pytest.raises(KdqError, match="batch_size=33 must be a multiple of 2 devices x 1 portions"):
         trained(tmp_path, "method=baseline", *PLAIN_NET, *TWO, "student.recipe.batch_size=33")

@@ -24,8 +24,9 @@ from torch import nn
 from kdq.app import class_folders
 from kdq.cell import Cell
 from kdq.complaint import compose
+from kdq.cores import usable_cores
 from kdq.deploy import latency
-from kdq.deploy.runtime import cores, session
+from kdq.deploy.runtime import session
 from kdq.files import write_text
 from kdq.pipeline import run
 from kdq.quant.packing import DECODE, load_packed
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--memory"]:  # what the memory part runs in processes of its own
         print(json.dumps(memory(Path(arguments[1]), arguments[2], json.loads(arguments[3]))))
         return
-    threads = [int(value) for value in _own(arguments, "threads", f"1,{cores()}").split(",")]
+    threads = [int(value) for value in _own(arguments, "threads", f"1,{usable_cores()}").split(",")]
     repeats = int(_own(arguments, "repeats", "3"))
     OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
     overrides = [argument for argument in arguments if not argument.startswith("bench.")]

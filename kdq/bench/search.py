@@ -1,13 +1,15 @@
-"""Bit search on a real model: greedy, exact and sort-once from one table, and uniform widths, at equal bits.
+"""Bit search on real models: greedy, exact and sort-once, and uniform widths, at equal bits.
 
-    python -m kdq.bench search [kdq overrides] [bench.avg_bits=2.5,3]
+    python -m kdq.bench search [kdq overrides] [bench.avg_bits=2.5,3] [bench.seeds=0,1,2]
 
-The overrides name the model as ``kdq`` takes them; it is trained if the store does not hold it.
+The overrides name the model as ``kdq`` takes them; it is trained if the store does not hold it. With several seeds the
+last table has means, and what each way gains over uniform widths of the same model: mean and standard deviation.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from typing import Any
 
@@ -19,6 +21,7 @@ from kdq.app import class_folders
 from kdq.cell import Cell
 from kdq.complaint import compose
 from kdq.evaluate import evaluate
+from kdq.files import write_text
 from kdq.quant.bank import fill_bank, packed_size
 from kdq.quant.mixed import first_batches, search_bits
 from kdq.quant.network import quantizable_layers, quantize
@@ -26,23 +29,48 @@ from kdq.quant.search import Assignment, check_candidates
 from kdq.quantize_stage import quantize_options
 from kdq.train_stage import float_model
 
-COLUMNS = ("budget", "how", "avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")
+COLUMNS = ("seed", "budget", "how", "avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")
+MEANS = ("avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table and write it as JSON to ``report/bench_search.json`` below the output folder."""
-    own = [argument for argument in arguments if argument.startswith("bench.avg_bits=")]
-    averages = [float(value) for value in (own[-1].partition("=")[2] if own else "2.5,3").split(",")]
+    """Print the tables and write the rows as JSON to ``report/bench_search_<method>.json`` below the output folder."""
+    own = dict(a.split("=", 1) for a in arguments if a.startswith("bench."))
+    averages = [float(value) for value in own.get("bench.avg_bits", "2.5,3").split(",")]
     OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
-    cell = Cell(compose([a for a in arguments if a not in own], "quant=greedy"))
-    rows = compare(cell, averages)
-    text = Table(*COLUMNS, title=f"{cell.cfg.data.name}, {cell.cfg.method.name}, {cell.cfg[cell.role].name}")
+    rows, console = [], Console(width=140)
+    for seed in own.get("bench.seeds", "0").split(","):
+        overrides = [a for a in arguments if not a.startswith("bench.")]
+        cell = Cell(compose([*overrides, f"seed={seed}"], "quant=greedy"))
+        rows += [{"seed": int(seed), **row} for row in compare(cell, averages)]
+        _show(console, cell, COLUMNS, rows)
+        path = cell.output / "report" / f"bench_search_{cell.cfg.method.name}.json"
+        write_text(path, json.dumps(rows, indent=1))
+    means = _means(rows)
+    _show(console, cell, tuple(means[0]), means)
+
+
+def _show(console: Console, cell: Cell, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    text = Table(*columns, title=f"{cell.cfg.data.name}, {cell.cfg.method.name}, {cell.cfg[cell.role].name}")
     for row in rows:
-        text.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS))
-    Console(width=120).print(text)
-    path = cell.output / "report" / "bench_search.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1))
+        text.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+    console.print(text)
+
+
+def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for every budget and way; a way's gain is over uniform widths of the same seed."""
+    found = []
+    for budget, how in dict.fromkeys((row["budget"], row["how"]) for row in rows):
+        mine = [row for row in rows if (row["budget"], row["how"]) == (budget, how)]
+        base = {row["seed"]: row for row in rows if (row["budget"], row["how"]) == (budget, "uniform")}
+        mean: dict[str, Any] = {"budget": budget, "how": how}
+        mean |= {column: statistics.fmean(row[column] for row in mine) for column in MEANS}
+        for part in ("val_top1", "test_top1"):
+            gains = [row[part] - base[row["seed"]][part] for row in mine]
+            spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
+            mean[f"{part}_gain"] = f"{statistics.fmean(gains):+.2f} ± {spread:.2f}"
+        found.append(mean)
+    return found
 
 
 def compare(cell: Cell, averages: list[float]) -> list[dict[str, Any]]:
@@ -59,11 +87,11 @@ def compare(cell: Cell, averages: list[float]) -> list[dict[str, Any]]:
     def add(budget: str, how: str, version: Any, report: Any, evaluations: int, seconds: float) -> None:
         top1 = {
             part: evaluate(version, batches, cfg.data.num_classes)["top1"]
-            for part, batches in (("val", validation), ("test", cell.images.evaluation("test", device)))
+            for part, batches in ((part, cell.images.evaluation(part, device)) for part in ("val", "test"))
         }
         size = packed_size(version)
         values = (budget, how, report.avg_bits, size, top1["val"], top1["test"], evaluations, seconds)
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        rows.append(dict(zip(COLUMNS[1:], values, strict=True)))
 
     for average in averages:
         start = time.perf_counter()

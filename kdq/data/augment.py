@@ -7,6 +7,7 @@ made at once on the CPU from one seed, so they are the same on every device and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,15 @@ class Preprocess:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 ``(batch, height, width, channels)`` to float32 ``(batch, channels, height, width)``, stored
         channels-last, the layout convolutions run fastest in."""
-        mean = torch.tensor(self.mean, device=images.device)
-        scale = 1 / torch.tensor(self.std, device=images.device)
-        return images.float().mul_(scale / 255).sub_(mean * scale).permute(0, 3, 1, 2)
+        scale, shift = _placed(self, images.device)
+        return images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=16)
+def _placed(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``1 / (255 std)`` and ``mean / std`` on the device: copied there once, for a copy waits for the device."""
+    mean, scale = torch.tensor(preprocess.mean), 1 / torch.tensor(preprocess.std)
+    return (scale / 255).to(device), (mean * scale).to(device)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import EvalLoader
 from kdq.data.sets import ImageSet
+from kdq.data.source import Resident, source
 from kdq.data.split import split
 from kdq.errors import KdqError
 
@@ -42,7 +43,7 @@ class Images:
         )
         self.augment = Augment(**config["augment"])
         self.preprocess = self._preprocess()
-        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._sources: dict[tuple[str, torch.device], Resident] = {}
 
     def _preprocess(self) -> Preprocess:
         mean, std = self.config["mean"], self.config["std"]
@@ -64,30 +65,29 @@ class Images:
         size = [self.height, self.width]
         return {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std), "size": size}
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """All training images and labels on ``device``; copied there once."""
-        if device not in self._placed:
-            self._placed[device] = (self.set.train_images.to(device), self.set.train_labels.to(device))
-        return self._placed[device]
+    def source(self, part: str, device: torch.device) -> Resident:
+        """The raw images and labels of ``"train"`` or ``"test"`` for ``device``; copied there once if they fit."""
+        if (part, device) not in self._sources:
+            whole = self.set
+            train, test = (whole.train_images, whole.train_labels), (whole.test_images, whole.test_labels)
+            self._sources[part, device] = source(*(train if part == "train" else test), device)
+        return self._sources[part, device]
 
     def evaluation(self, part: str, device: torch.device, rank: int = 0, world_size: int = 1) -> EvalLoader:
         """The ``"val"`` or ``"test"`` images in order."""
         if part == "val":
-            images, labels, indices = *self.on(device), self.split.val
+            found, indices = self.source("train", device), self.split.val
         else:
-            images, labels = self.set.test_images.to(device), self.set.test_labels.to(device)
-            limit = self.config["test_limit"]
-            count = len(images) if limit is None else min(limit, len(images))
+            found, limit, there = self.source("test", device), self.config["test_limit"], len(self.set.test_labels)
+            count = there if limit is None else min(limit, there)
             # Evenly spaced, for a folder's images lie class by class.
-            indices = torch.arange(count) * len(images) // max(count, 1)
-        return EvalLoader(
-            images, labels, indices, EVAL_BATCH, preprocess=self.preprocess, rank=rank, world_size=world_size
-        )
+            indices = torch.arange(count) * there // max(count, 1)
+        return EvalLoader(found, indices, EVAL_BATCH, preprocess=self.preprocess, rank=rank, world_size=world_size)
 
     def calibration(self, count: int, seed: int, device: torch.device) -> EvalLoader:
         """``count`` training images without augmentation, for the quantizer."""
-        images, labels = self.on(device)
-        return EvalLoader(images, labels, self.split.calibration(count, seed), EVAL_BATCH, preprocess=self.preprocess)
+        indices = self.split.calibration(count, seed)
+        return EvalLoader(self.source("train", device), indices, EVAL_BATCH, preprocess=self.preprocess)
 
 
 def _channel_moments(images: Tensor) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""Batches from images that already lie on the training device."""
+"""Batches on the training device: shuffled and augmented for training, in order for evaluation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdq.data.augment import Augment, Preprocess
+from kdq.data.source import Resident
 
 
 class TrainLoader:
@@ -19,15 +20,14 @@ class TrainLoader:
     out, as its gradient would be noisier than the others'.
 
     Args:
-        images: uint8 ``(images, height, width, channels)`` on the device; ``labels`` int64 ``(images,)`` too.
+        source: gives the raw images.
         indices: which of them to use, int64 on the CPU.
         epoch: tells the current epoch, so that a resumed training goes on with the epoch's own order.
     """
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
+        source: Resident,
         indices: Tensor,
         batch_size: int,
         *,
@@ -39,7 +39,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.images, self.labels, self.indices = images, labels, indices
+        self.source, self.indices = source, indices
         self.local = max(1, min(batch_size, len(indices)) // (world_size * portions))
         self.portion, self.portions = self.local * world_size, portions
         self.preprocess, self.augment = preprocess, augment
@@ -50,15 +50,16 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
-        device = self.images.device
-        order = self.indices[torch.randperm(len(self.indices), generator=generator)].to(device)
-        height, width = self.images.shape[1:3]
-        draws = self.augment.draw(len(order), height, width, generator).to(device)
-        for batch in range(len(self)):
-            start = batch * self.portion + self.rank * self.local
-            own = slice(start, start + self.local)
-            images = self.augment(self.images[order[own]], draws[own])
-            yield self.preprocess(images), self.labels[order[own]]
+        order = self.indices[torch.randperm(len(self.indices), generator=generator)]
+        draws = self.augment.draw(len(order), *self.source.size, generator)
+        own = self._own(draws).to(self.source.device).split(self.local)
+        for (images, labels), drawn in zip(self.source.batches(self._own(order), self.local), own, strict=True):
+            yield self.preprocess(self.augment(images, drawn)), labels
+
+    def _own(self, values: Tensor) -> Tensor:
+        """What of an epoch's ``values`` (one for each image) is this process's: a slice of every batch."""
+        parts = values[: len(self) * self.portion].unflatten(0, (len(self), self.portion // self.local, self.local))
+        return parts[:, self.rank].flatten(0, 1)
 
 
 class EvalLoader:
@@ -70,8 +71,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
+        source: Resident,
         indices: Tensor,
         batch_size: int,
         *,
@@ -79,13 +79,12 @@ class EvalLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.images, self.labels = images, labels
-        self.indices = indices[rank::world_size].to(images.device)
+        self.source, self.indices = source, indices[rank::world_size]
         self.batch_size, self.preprocess = batch_size, preprocess
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in self.indices.split(self.batch_size):
-            yield self.preprocess(self.images[chosen]), self.labels[chosen]
+        for images, labels in self.source.batches(self.indices, self.batch_size):
+            yield self.preprocess(images), labels

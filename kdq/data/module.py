@@ -18,10 +18,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self._trainer()
-        images, labels = self.images.on(trainer.strategy.root_device)
         return TrainLoader(
-            images,
-            labels,
+            self.images.source("train", trainer.strategy.root_device),
             self.images.split.train,
             self.batch_size,
             preprocess=self.images.preprocess,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from kdq.cores import usable_cores
 from kdq.deploy.extra import needs
 from kdq.errors import KdqError
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def session(model: bytes | Path, threads: int | None = None) -> Any:
@@ -29,7 +24,7 @@ def session(model: bytes | Path, threads: int | None = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads or cores(), 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads or usable_cores(), 1
     options.log_severity_level = 3  # its warnings are about its own optimiser
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

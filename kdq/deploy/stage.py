@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from kdq.cell import Cell
+from kdq.cores import usable_cores
 from kdq.deploy import latency
 from kdq.deploy.extra import needs
 from kdq.deploy.onnx_files import FORMATS, onnx_models
-from kdq.deploy.runtime import cores, session, top1
+from kdq.deploy.runtime import session, top1
 from kdq.errors import KdqError
 from kdq.files import replacing
 from kdq.progress import progress
@@ -78,7 +79,7 @@ def deploy(cell: Cell, row: Row) -> Row:
         values[f"latency_ms_onnx_{name}"] = single[name].median_ms
         values[f"latency_p95_ms_onnx_{name}"] = single[name].p95_ms
         values[f"throughput_onnx_{name}"] = many[name].throughput
-    values |= {"throughput_batch": config.batch, "latency_threads": config.threads or cores()}
+    values |= {"throughput_batch": config.batch, "latency_threads": config.threads or usable_cores()}
     deployed = dataclasses.replace(row, **values)
     write_row(cell.output / "rows", deployed)
     return deployed

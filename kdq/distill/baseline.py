@@ -13,7 +13,6 @@ from kdq.distill.learner import Learner
 from kdq.distill.losses import soft_cross_entropy
 from kdq.distill.moment import Moment
 from kdq.distill.recipe import Recipe
-from kdq.errors import KdqError
 
 
 class Baseline(L.LightningModule):
@@ -33,6 +32,8 @@ class Baseline(L.LightningModule):
         super().__init__()
         self.recipe, self.num_classes, self.seed = recipe, num_classes, seed
         self.student = Learner(student, num_classes, recipe.ema)
+        #: The last step's ``loss`` and its terms, of every learner, on the device: reading them is :mod:`kdq.vitals`'.
+        self.latest: dict[str, Tensor] = {}
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -53,7 +54,7 @@ class Baseline(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         terms, logits = self.losses(*batch, self.moment(batch_idx))
-        return self.total("student", terms, logits, batch[1], batch_idx)
+        return self.total("student", terms, logits, batch[1])
 
     def moment(self, batch_idx: int) -> Moment:
         trainer = self.trainer
@@ -62,23 +63,17 @@ class Baseline(L.LightningModule):
             trainer.current_epoch, batch_idx, self.recipe.epochs, steps, trainer.global_rank, trainer.world_size
         )
 
-    def total(self, name: str, terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
-        """The sum of one learner's ``terms``; each is logged.
-
-        Raises:
-            KdqError: the sum is not finite; it says at which epoch and step, and what usually helps.
-        """
+    def total(self, name: str, terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum of one learner's ``terms``; what is logged of the step is kept, without waiting for the device."""
         loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
-            raise KdqError(
-                f"the loss became {loss.item()} at epoch {self.current_epoch}, step {batch_idx}: "
-                f"lower the learning rate (recipe.lr={self.recipe.lr}) or set recipe.clip_grad=1"
-            )
         learner, suffix = self.learners[name], self.suffix(name)
-        learner.train_top1(logits, labels)
-        self.log_dict({f"train/{term}{suffix}": value for term, value in {"loss": loss, **terms}.items()})
-        self.log(f"train/top1{suffix}", learner.train_top1, on_step=False, on_epoch=True)
+        learner.train_top1(logits.detach(), labels)
+        self.latest |= {f"{term}{suffix}": value.detach() for term, value in {"loss": loss, **terms}.items()}
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        for name, learner in self.learners.items():
+            self.log(f"train/top1{self.suffix(name)}", learner.train_top1)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

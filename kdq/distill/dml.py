@@ -77,8 +77,8 @@ class DML(Baseline):
         weight = self.weight_at(self.moment(batch_idx).progress)
         mine, theirs = self.student(images), self.peer(images)
         losses = [
-            self.total("student", self.terms(mine, theirs, labels, weight), mine, labels, batch_idx),
-            self.total("peer", self.terms(theirs, mine, labels, weight), theirs, labels, batch_idx),
+            self.total("student", self.terms(mine, theirs, labels, weight), mine, labels),
+            self.total("peer", self.terms(theirs, mine, labels, weight), theirs, labels),
         ]
         self.manual_backward(torch.stack(losses).sum() / self.recipe.accumulate)
         if (batch_idx + 1) % self.recipe.accumulate == 0:

@@ -22,12 +22,13 @@ class Frozen:
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` for ``images``, without gradient."""
         if next(self.network.parameters()).device != images.device:
             self.network.to(images.device)
-        return self.network(images)
+        with torch.inference_mode():
+            logits = self.network(images)
+        return logits.clone()  # an inference tensor may not take part in the student's backward pass
 
 
 class Taught(Baseline):

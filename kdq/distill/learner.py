@@ -20,8 +20,9 @@ class Learner(nn.Module):
         super().__init__()
         self.network = network
         self.average = None if ema is None else MovingAverage(network, ema)
-        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
+        # Validating its arguments would make the host wait for the device at every step.
+        self.train_top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.val_top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_loss = MeanMetric(nan_strategy="disable")  # a NaN is to be seen, not left out
 
     def forward(self, images: Tensor) -> Tensor:
@@ -59,10 +60,11 @@ class MovingAverage(nn.Module):
         done = int(self.updates)
         decay = min(self.decay, (1 + done) / (10 + done))
         self.updates += 1
-        for mine, theirs in zip(self.network.state_dict().values(), network.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(theirs, 1 - decay)
-            else:
+        pairs = list(zip(self.network.state_dict().values(), network.state_dict().values(), strict=True))
+        moving = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
+        torch._foreach_lerp_([mine for mine, _ in moving], [theirs for _, theirs in moving], 1 - decay)
+        for mine, theirs in pairs:
+            if not mine.is_floating_point():
                 mine.copy_(theirs)
 
     def train(self, mode: bool = True) -> MovingAverage:

@@ -70,6 +70,7 @@ class Recipe:
             momentum=self.momentum,
             nesterov=self.momentum > 0,
             weight_decay=self.weight_decay,
+            fused=self.clip_grad is None,  # Lightning cannot clip the gradients of a fused optimizer
         )
 
     def scheduler(self, optimizer: SGD, total_steps: int) -> LambdaLR:

@@ -13,6 +13,8 @@ costs the least loss for the cost it saves. Measuring every possible step before
 - until then a step is priced by the noise law of a uniform grid, whose squared error is proportional to ``4^-bits``,
   scaled by one measurement per layer. Down to :data:`TRUSTED_BITS` the law holds well enough to take the step on it:
   the losses there are too small to tell apart.
+
+The last step usually saves more than was missing: steps that fit into what it left are taken back, the dearest first.
 """
 
 from __future__ import annotations
@@ -191,6 +193,7 @@ class _Greedy:
     on_step: Callable[[Point], None]
     context: str
     points: list[Point] = field(default_factory=list)
+    paid: dict[tuple[str, int], float] = field(default_factory=dict)  # the price of each step taken, by where it led
 
     def run(self) -> Point:
         now = widest(self.costs)
@@ -202,7 +205,7 @@ class _Greedy:
         ]
         heapq.heapify(heap)
         while heap and not self.budget.met(here.assignment):
-            _, layer, to, measured_at = heapq.heappop(heap)
+            price, layer, to, measured_at = heapq.heappop(heap)
             taken = {**here.assignment, layer: to}
             measure = None
             if to < TRUSTED_BITS:
@@ -213,11 +216,22 @@ class _Greedy:
                 measure = self.evaluate(taken)
                 if self.budget.drops_too_far(measure):
                     continue  # this layer stays as it is; a cheaper one may still have a step to give
+            self.paid[layer, to] = price
             step = (layer, here.assignment[layer], to)
             here = self._reach(Point(taken, cost_of(self.costs, taken), measure, step))
             if self._next(layer, taken):
                 heapq.heappush(heap, self._predicted(layer, to, sensitivity[layer]))
-        return self._measured(here)
+        return self._measured(self._refilled(here))
+
+    def _refilled(self, here: Point) -> Point:
+        """Take steps back, the dearest first, as far as the limits allow: a large layer's step overshoots them."""
+        now = dict(here.assignment)
+        if self.budget.met(now):
+            for layer, narrow in sorted(self.paid, key=lambda step: -self.paid[step]):
+                wider = {**now, layer: min((w for w in self.costs[layer] if w > narrow), default=narrow)}
+                if now[layer] == narrow and self.budget.met(wider):
+                    now = wider
+        return here if now == here.assignment else self._reach(Point(now, cost_of(self.costs, now), self.evaluate(now)))
 
     def _probe(self, start: Point) -> dict[str, float]:
         """Each layer's loss over the noise law's value, from one measurement at about PROBE_BITS."""

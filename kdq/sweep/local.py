@@ -20,6 +20,7 @@ import cloudpickle
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
+from kdq.cores import usable_cores
 from kdq.errors import KdqError
 from kdq.sweep.task import Task, failed
 
@@ -37,7 +38,7 @@ def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[J
     configs = [task.job_config() for task in tasks]
     gpus = usable_gpus() if any(cfg.trainer.accelerator != "cpu" for cfg in configs) else []
     devices = max(_devices(cfg.trainer.devices, len(gpus)) for cfg in configs)
-    machine = shares(gpus, _cores(), jobs, jobs_per_gpu, devices)
+    machine = shares(gpus, usable_cores(), jobs, jobs_per_gpu, devices)
     free: queue.SimpleQueue[Share] = queue.SimpleQueue()
     for share in machine:
         free.put(share)
@@ -111,10 +112,6 @@ def _devices(asked: Any, gpus: int) -> int:
     if not isinstance(asked, int):
         raise KdqError(f"hydra/launcher=local chooses the GPUs itself: give trainer.devices a number, not {asked}")
     return asked
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(context: ForkServerContext, task: Task, share: Share, folder: Path) -> JobReturn:

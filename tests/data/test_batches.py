@@ -11,6 +11,7 @@ from kdq.data.augment import Augment, Preprocess
 from kdq.data.images import Images
 from kdq.data.loader import EvalLoader, TrainLoader
 from kdq.data.sets import digits
+from kdq.data.source import Resident, Streamed, source
 from kdq.data.split import split
 from kdq.errors import KdqError
 from tests.conftest import data_config
@@ -88,10 +89,8 @@ def test_measured_mean_and_std_are_those_of_the_training_pixels(images: Images) 
 
 
 def _train_loader(images: Images, epoch: int, rank: int = 0, world_size: int = 1) -> TrainLoader:
-    pixels, labels = images.on(torch.device("cpu"))
     return TrainLoader(
-        pixels,
-        labels,
+        images.source("train", torch.device("cpu")),
         images.split.train,
         64,
         preprocess=images.preprocess,
@@ -124,13 +123,31 @@ def test_evaluation_meets_every_image_once_on_any_number_of_processes(images: Im
     tagged = torch.arange(count)
     seen: list[int] = []
     for rank in range(3):
-        loader = EvalLoader(
-            images.set.test_images, tagged, tagged, 50, preprocess=images.preprocess, rank=rank, world_size=3
-        )
+        found = Resident(images.set.test_images, tagged, torch.device("cpu"))
+        loader = EvalLoader(found, tagged, 50, preprocess=images.preprocess, rank=rank, world_size=3)
         parts = list(loader)
         assert len(parts) == len(loader)
         seen += torch.cat([labels for _, labels in parts]).tolist()
     assert sorted(seen) == list(range(count))
+
+
+def test_images_that_do_not_fit_are_streamed(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches of a training and of an evaluation are the same, also when nobody wants the rest of them."""
+    cpu = torch.device("cpu")
+    resident = [list(_train_loader(images, 1, rank, 2)) for rank in range(2)], list(images.evaluation("val", cpu))
+    size = images.set.train_images.nbytes
+    for free, kind in ((2 * size, Resident), (2 * size - 1, Streamed)):
+        monkeypatch.setattr("kdq.data.source.free_memory", lambda device, free=free: free)
+        assert type(source(images.set.train_images, images.set.train_labels, cpu)) is kind
+    few = Images(images.set, images.config)
+    streamed = [list(_train_loader(few, 1, rank, 2)) for rank in range(2)], list(few.evaluation("val", cpu))
+    assert type(few.source("train", cpu)) is Streamed
+    for one, other in zip((*resident[0], resident[1]), (*streamed[0], streamed[1]), strict=True):
+        for (pixels, labels), (same, too) in zip(one, other, strict=True):
+            assert torch.equal(pixels, same)
+            assert torch.equal(labels, too)
+    first, _ = next(iter(_train_loader(few, 1, 0, 2)))
+    assert torch.equal(first, resident[0][0][0][0])
 
 
 def test_disagreeing_channels_and_classes_are_refused() -> None:

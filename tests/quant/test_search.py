@@ -77,11 +77,29 @@ def test_every_step_lowers_one_layer_by_one_candidate() -> None:
         costs, _additive(sensitivity), Budget([(costs, 2.2 / 8 * cost_of(costs, widest(costs)))]), seen.append
     )
     assert seen == found.points
-    for before, after in itertools.pairwise(found.points):
+    *steps, last = found.points
+    for before, after in itertools.pairwise(steps):
+        assert after.step is not None
         layer, wide, narrow = after.step
         assert after.assignment == {**before.assignment, layer: narrow}
         assert (before.assignment[layer], wide - narrow) == (wide, 1)
         assert after.cost == pytest.approx(cost_of(costs, after.assignment))
+
+    # The last step overshot the budget, and the room it left was given back to layers that had paid most.
+    assert last.step is None
+    assert all(last.assignment[layer] >= bits for layer, bits in steps[-1].assignment.items())
+    assert last.measure is not None
+    assert steps[-1].cost < last.cost
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_layer_that_was_narrowed_could_be_wider_within_the_budget(seed: int) -> None:
+    costs, sensitivity = _problem(8, seed)
+    limit = 3.1 / 8 * cost_of(costs, widest(costs))
+    found = greedy(costs, _additive(sensitivity), Budget([(costs, limit)])).chosen.assignment
+    assert cost_of(costs, found) <= limit
+    for layer, bits in found.items():
+        assert bits == WIDTHS[-1] or cost_of(costs, {**found, layer: bits + 1}) > limit
 
 
 def test_prices_are_measured_in_context() -> None:
@@ -130,7 +148,7 @@ def test_a_killed_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
         except KeyboardInterrupt:
             continue
     assert resumed == undisturbed
-    assert calls == undisturbed.evaluations + undisturbed.evaluations // 6  # nothing was measured twice
+    assert calls == undisturbed.evaluations + (undisturbed.evaluations - 1) // 6  # nothing was measured twice
     stored = json.loads((tmp_path / "trace.json").read_text())
     assert len(stored["evaluations"]) == undisturbed.evaluations
 

@@ -1,0 +1,247 @@
+"""Images per second of every distillation method: kdq's command against bare and plain loops, and what else matters.
+
+    python -m kdq.bench train [--only methods pairs batch precision compile processes data] [--seconds 6] [--json FILE]
+
+``kdq`` is the real command, in a process of its own: Lightning, augmentation, metrics, logging to CSV files; its rate
+is the median of ``train/images_per_second`` after the first epoch. ``bare`` and ``plain`` are the loops of
+:mod:`kdq.bench.loops`, each in a process of its own, too. The part ``data`` is the loader alone, against what the
+fastest network consumes. ``flops`` of the products in float and lower precision say how much of the device's measured
+matrix-product peak a training uses (forward and backward are three forwards).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from kdq.bench.loops import Step, bare, images_per_second, plain
+from kdq.data.augment import Augment, Preprocess
+from kdq.data.loader import TrainLoader
+from kdq.data.source import Resident
+from kdq.files import write_text
+from kdq.models import build
+
+METHODS = ("baseline", "vkd", "mixup", "dkd", "dml")
+PARTS = ("methods", "pairs", "batch", "precision", "compile", "processes", "data")
+NETS: dict[str, dict[str, Any]] = {
+    "resnet20": {"_target_": "kdq.models.CifarResNet", "depth": 20, "num_classes": 10},
+    "resnet56": {"_target_": "kdq.models.CifarResNet", "depth": 56, "num_classes": 10},
+    "resnet18": {"_target_": "kdq.models.resnet18", "num_classes": 10},
+    "resnet50": {"_target_": "kdq.models.resnet50", "num_classes": 10},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training to measure."""
+
+    loop: str = "kdq"
+    method: str = "vkd"
+    teacher: str = "resnet56"
+    student: str = "resnet20"
+    batch_size: int = 128
+    precision: str = "bf16-mixed"
+    compile: bool = False
+    processes: int = 1
+    seconds: float = 6.0
+
+
+def main(arguments: list[str]) -> None:
+    """Run the parts asked for and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m kdq.bench train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # what a loop's process runs
+    options = parser.parse_args(arguments)
+    if options.case:
+        print(json.dumps(_loop(Case(**json.loads(options.case)))))
+        return
+    found: list[dict[str, Any]] = []
+    console = Console(width=140)
+    for part in options.only:
+        for measured in _data(options.seconds) if part == "data" else _trainings(part, options.seconds):
+            found.append({"part": part, **measured})
+            console.print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in measured.items()))
+    _show(console, found)
+    if options.json:
+        write_text(options.json, json.dumps({"machine": machine(), "measured": found}, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """Device, versions, and billions of operations a second of a large matrix product."""
+    device = _device()
+    peaks = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        size = 8192 if device.type == "cuda" else 2048
+        A = torch.randn(size, size, device=device).to(dtype)
+        A @ A
+        start, times = time.perf_counter(), 5
+        for _ in range(times):
+            B = A @ A
+        float(B[0, 0])
+        peaks[f"gflops_{str(dtype).removeprefix('torch.')}"] = times * 2e-9 * size**3 / (time.perf_counter() - start)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, **peaks}
+
+
+def _cases(part: str) -> list[Case]:
+    """The trainings of a part; each is measured with kdq's loop and, where it has any, the loops beside it."""
+    first = Case()
+    if part == "methods":
+        return [replace(first, method=method, loop=loop) for method in METHODS for loop in ("kdq", "bare", "plain")]
+    if part == "pairs":
+        large = replace(first, teacher="resnet50", student="resnet18", batch_size=64)
+        cases = [replace(first, method="teacher"), large, replace(large, method="teacher")]
+        return [replace(case, loop=loop) for case in cases for loop in ("kdq", "bare")]
+    if part == "batch":
+        return [replace(first, batch_size=size, loop=loop) for size in (32, 512) for loop in ("kdq", "bare")]
+    if part == "precision":
+        return [replace(first, precision="32-true", loop=loop) for loop in ("kdq", "bare")]
+    if part == "compile":
+        return [replace(first, compile=True, loop=loop, seconds=20.0) for loop in ("kdq", "bare")]
+    return [replace(first, processes=2)]
+
+
+def _trainings(part: str, seconds: float) -> Iterator[dict[str, Any]]:
+    for case in _cases(part):
+        case = replace(case, seconds=max(seconds, case.seconds if case.compile else 0))
+        yield {**asdict(case), **(_kdq(case) if case.loop == "kdq" else _separately(case))}
+
+
+def _separately(case: Case) -> dict[str, Any]:
+    command = [sys.executable, "-m", "kdq.bench", "train", "--case", json.dumps(asdict(case))]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _networks(case: Case) -> tuple[nn.Module, nn.Module]:
+    """What is trained, and the teacher or the peer."""
+    names = (case.teacher, case.teacher) if case.method == "teacher" else (case.student, case.teacher)
+    if case.method == "dml":
+        names = (case.student, case.student)
+    torch.manual_seed(0)
+    layout = torch.contiguous_format if case.loop == "plain" else torch.channels_last
+    first, second = (build(NETS[name]).to(_device(), memory_format=layout) for name in names)
+    return first, second
+
+
+def _loop(case: Case) -> dict[str, Any]:
+    device = _device()
+    networks = _networks(case)
+    if case.compile:
+        for network in networks:
+            network.compile()
+    step = Step(case.method, *networks, "32-true" if case.loop == "plain" else case.precision)
+    steps = {"bare": bare, "plain": plain}[case.loop](step, case.batch_size, device)
+    rate = images_per_second(steps, case.batch_size, case.seconds, device)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    return {"images_per_second": rate, "peak_mb": peak}
+
+
+def _kdq(case: Case) -> dict[str, Any]:
+    """The command, on random images, for some epochs of about ``case.seconds``."""
+    guess = _separately(replace(case, loop="bare", seconds=1.0, processes=1))["images_per_second"]
+    steps = max(20, int(guess * case.seconds / 2 / case.batch_size) // 20 * 20)
+    count = steps * case.batch_size + 128
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(1)
+        save_file(build(NETS[case.teacher]).state_dict(), f"{folder}/teacher.safetensors")
+        role = "teacher" if case.method == "teacher" else "student"
+        overrides = [
+            *("data=cifar10", "data.name=noise", "data.source._target_=kdq.bench.loops.random_images"),
+            *("~data.source.root", f"+data.source.count={count}", f"data.val_fraction={128 / count}"),
+            *(f"model@teacher={case.teacher}", f"model@student={case.student}", f"method={case.method}"),
+            *("quant=none", "logger=csv", f"paths.output_dir={folder}/out", f"trainer.precision={case.precision}"),
+            *(f"{role}.recipe.epochs=3", f"{role}.recipe.batch_size={case.batch_size}", f"{role}.recipe.lr=0.01"),
+            *(f"trainer.compile={case.compile}", f"trainer.devices={case.processes}", "data.test_limit=16"),
+        ]
+        if case.processes > 1:
+            overrides += ["trainer=ddp"]
+        if role == "student":
+            overrides += [f"teacher.weights={folder}/teacher.safetensors"]
+        start = time.perf_counter()
+        run = [sys.executable, "-m", "kdq", *overrides]
+        result = subprocess.run(run, env=os.environ, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(result.stderr)
+        total = time.perf_counter() - start
+        rates = []
+        for file in Path(folder, "out", "runs").rglob("metrics.csv"):
+            with open(file) as lines:
+                rows = [row for row in csv.DictReader(lines) if row.get("train/images_per_second")]
+            rates += [float(row["train/images_per_second"]) for row in rows[len(rows) // 3 :]]
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
+    return {"images_per_second": statistics.median(rates), "peak_mb": peak, "command_seconds": total}
+
+
+def _data(seconds: float) -> Iterator[dict[str, Any]]:
+    """The loader alone."""
+    device, count = _device(), 50_000
+    images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, device=device)
+    labels = torch.randint(10, (count,), device=device)
+    for name, augment in {
+        "none": Augment(),
+        "crop+flip": Augment(4, True),
+        "crop+flip+cutout": Augment(4, True, 8),
+    }.items():
+        loader = TrainLoader(
+            Resident(images, labels, device),
+            torch.arange(count),
+            128,
+            preprocess=Preprocess((0.5,) * 3, (0.25,) * 3),
+            augment=augment,
+            seed=0,
+            epoch=lambda: 0,
+        )
+        steps = (None for _ in iter(int, 1) for _ in loader)
+        yield {"augment": name, "images_per_second": images_per_second(steps, 128, seconds, device)}
+
+
+def _show(console: Console, found: list[dict[str, Any]]) -> None:
+    columns = ("part", "method", "pair", "batch", "precision", "compile", "processes", "kdq", "bare", "plain")
+    table = Table(*columns, "kdq/bare", "kdq/plain", "peak MB", title="training: images per second")
+    rows: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for one in found:
+        if one["part"] == "data":
+            continue
+        pair = f"{one['teacher']}-{one['student']}"
+        key = (
+            one["part"],
+            one["method"],
+            pair,
+            *(str(one[k]) for k in ("batch_size", "precision", "compile", "processes")),
+        )
+        rows.setdefault(key, {})[one["loop"]] = one
+    for key, loops in rows.items():
+        rate = {name: loops[name]["images_per_second"] for name in loops}
+        cells = [f"{rate[name]:.0f}" if name in rate else "" for name in ("kdq", "bare", "plain")]
+        ratios = [f"{rate['kdq'] / rate[name]:.2f}" if name in rate else "" for name in ("bare", "plain")]
+        table.add_row(*key, *cells, *ratios, f"{loops['kdq']['peak_mb']:.0f}")
+    console.print(table)
