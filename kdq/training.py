@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.cell import Cell, plain
+from kdq.data.images import Images
 from kdq.distill.baseline import Baseline
 from kdq.distill.recipe import Recipe
 from kdq.errors import KdqError
@@ -92,6 +93,9 @@ def train(
     networks = {name: network.build() for name, network in spec.networks.items()}
     for name, network in networks.items():
         check_fit(cell, network, spec.networks[name].name)
+        see = getattr(network, "see", None)
+        if spec.networks[name].weights is None and callable(see):
+            see(_first_images(cell.images))
     student, others = spec.networks["student"], {n: net for n, net in networks.items() if n != "student"}
     recipe, classes = Recipe(**spec.recipe), cell.cfg.data.num_classes
     target, options = spec.method["_target_"], {key: v for key, v in spec.method.items() if key != "_target_"}
@@ -116,6 +120,11 @@ def train(
         track.summary(facts)
         tell_model(track, cell.store, spec.slug, spec.key, winner.weights, facts)
     return best, metrics
+
+
+def _first_images(images: Images, count: int = 5000) -> Tensor:
+    """Training images, normalised, for networks that begin with a look at the data."""
+    return images.preprocess(images.set.train_images[images.split.train[:count]])
 
 
 def _tracked(cell: Cell, spec: TrainingSpec) -> AbstractContextManager[Track]:

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from kdq.errors import KdqError
-from kdq.models import CifarResNet, build, build_trusted, resnet18, resnet34, resnet50
+from kdq.models import CifarResNet, WhitenedNet, build, build_trusted, resnet18, resnet34, resnet50
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ from kdq.models import CifarResNet, build, build_trusted, resnet18, resnet34, re
         (lambda: resnet18(1000, stem="imagenet"), 11_689_512),
         (lambda: resnet50(1000, stem="imagenet"), 25_557_032),
         # He et al. 2016, table 6: 0.27, 0.46, 0.66 and 0.85 M, plus the two 1x1 shortcuts (2 752 with BatchNorm).
+        (lambda: WhitenedNet(10), 1_972_792),  # Jordan 2024: "1.97 million"
         (lambda: CifarResNet(20, 10), 272_474),
         (lambda: CifarResNet(32, 10), 466_906),
         (lambda: CifarResNet(44, 10), 661_338),
@@ -90,3 +91,25 @@ def test_a_recipe_read_from_a_file_builds_only_architectures() -> None:
     ):
         with pytest.raises(KdqError):
             build_trusted({"_target_": target})
+
+
+def test_the_first_layer_of_a_whitened_network_whitens() -> None:
+    """On images whose neighbours are alike, its filters' outputs are uncorrelated and have one energy."""
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 32, 32).cumsum(2).cumsum(3) / 10
+    network = WhitenedNet(10)
+    network.see(images)
+    outputs = network.whiten(images).transpose(0, 1).flatten(1)
+    filters = len(outputs) // 2
+    torch.testing.assert_close(outputs[filters:], -outputs[:filters])
+    second = outputs[:filters] @ outputs[:filters].T / outputs.shape[1]
+    assert (second - torch.diag(second.diag())).abs().max() < 1e-4
+    assert (second.diag()[:6] - 1).abs().max() < 0.02  # the main directions; faint ones are left fainter
+    assert not network.whiten.weight.requires_grad
+
+
+def test_the_convolutions_of_a_whitened_network_start_as_identities() -> None:
+    network, x = WhitenedNet(10), torch.randn(2, 24, 9, 9)
+    first, second = network.blocks[0][0], network.blocks[0][4]
+    torch.testing.assert_close(first(x)[:, :24], x)
+    torch.testing.assert_close(second(y := torch.randn(2, 64, 5, 5)), y)

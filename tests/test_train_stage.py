@@ -15,6 +15,7 @@ from kdq.app import CONFIG_PATH
 from kdq.cell import Cell
 from kdq.errors import KdqError
 from kdq.fit import Best
+from kdq.models import WhitenedNet
 from kdq.pipeline import run
 from kdq.train_stage import float_model
 from kdq.training import TrainingSpec
@@ -147,3 +148,16 @@ def test_a_method_of_ones_own_must_be_one(tmp_path: Path) -> None:
         float_model(cell(tmp_path, "method=baseline", "method._target_=torch.nn.Linear"))
     with pytest.raises(KdqError, match=r"does not take these options \(.*'gamma'\): gamma"):
         float_model(cell(tmp_path, "method=baseline", "+method.gamma=1"))
+
+
+def test_a_network_that_begins_with_a_look_at_the_data_gets_one(tmp_path: Path) -> None:
+    """Its first layer comes from the training images alone, and training leaves it as it is."""
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        overrides = [f"paths.output_dir={tmp_path}", "trainer=cpu", "quant=none", "logger=none", "method=baseline"]
+        overrides += ["data=cifar10", "data.source._target_=kdq.bench.loops.random_images", "~data.source.root"]
+        overrides += ["+data.source.count=128", "model@student=whitened", "student.recipe.epochs=1"]
+        made = Cell(hydra.compose("config", overrides))
+    weights = float_model(made).weights()
+    expected = WhitenedNet(10)
+    expected.see(made.images.preprocess(made.images.set.train_images[made.images.split.train]))
+    torch.testing.assert_close(weights["whiten.weight"], expected.whiten.weight.data)

@@ -1,6 +1,7 @@
 """Bit search on real models: greedy, exact and sort-once, and uniform widths, at equal bits.
 
     python -m kdq.bench search [kdq overrides] [bench.avg_bits=2.5,3] [bench.seeds=0,1,2]
+        [bench.how=sensitivity_once,exact,greedy]
 
 The overrides name the model as ``kdq`` takes them; it is trained if the store does not hold it. With several seeds the
 last table has means, and what each way gains over uniform widths of the same model: mean and standard deviation.
@@ -38,11 +39,12 @@ def main(arguments: list[str]) -> None:
     own = dict(a.split("=", 1) for a in arguments if a.startswith("bench."))
     averages = [float(value) for value in own.get("bench.avg_bits", "2.5,3").split(",")]
     OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
+    ways = own.get("bench.how", "sensitivity_once,exact,greedy").split(",")
     rows, console = [], Console(width=140)
     for seed in own.get("bench.seeds", "0").split(","):
         overrides = [a for a in arguments if not a.startswith("bench.")]
         cell = Cell(compose([*overrides, f"seed={seed}"], "quant=greedy"))
-        rows += [{"seed": int(seed), **row} for row in compare(cell, averages)]
+        rows += [{"seed": int(seed), **row} for row in compare(cell, averages, ways)]
         _show(console, cell, COLUMNS, rows)
         path = cell.output / "report" / f"bench_search_{cell.cfg.method.name}.json"
         write_text(path, json.dumps(rows, indent=1))
@@ -73,8 +75,8 @@ def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def compare(cell: Cell, averages: list[float]) -> list[dict[str, Any]]:
-    """One row for every budget and every way to spend it."""
+def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str, Any]]:
+    """One row for every budget and every way to spend it, uniform widths first."""
     cfg, device = cell.cfg, cell.device
     network = cell.network(cell.role, float_model(cell)).to(device)
     calibration = list(cell.images.calibration(cfg.quant.images, cfg.quant.seed, device))
@@ -97,7 +99,7 @@ def compare(cell: Cell, averages: list[float]) -> list[dict[str, Any]]:
         start = time.perf_counter()
         version, report = quantize(network, calibration, _leading(network, layers, average), **options)
         add(f"{average:g} bits", "uniform", version, report, 0, time.perf_counter() - start)
-        for method in ("sensitivity_once", "exact", "greedy"):
+        for method in ways:
             found = search_bits(network, calibration, validation, avg_bits=average, method=method, bank=bank, **options)
             seconds = bank.seconds + found.seconds
             add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, seconds)

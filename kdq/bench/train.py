@@ -144,7 +144,7 @@ def _networks(case: Case) -> tuple[nn.Module, nn.Module]:
         names = (case.student, case.student)
     torch.manual_seed(0)
     layout = torch.contiguous_format if case.loop == "plain" else torch.channels_last
-    first, second = (build(NETS[name]).to(_device(), memory_format=layout) for name in names)
+    first, second = (build(NETS[name]).to(_device()).to(memory_format=layout) for name in names)
     return first, second
 
 

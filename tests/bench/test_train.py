@@ -1,0 +1,52 @@
+"""The training benchmark compares like with like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kdq.bench.loops import Step, random_images
+from kdq.distill.baseline import Baseline
+from kdq.distill.dkd import DKD
+from kdq.distill.dml import DML
+from kdq.distill.moment import Moment
+from kdq.distill.recipe import Recipe
+from kdq.distill.vkd import VKD
+
+RECIPE = Recipe(epochs=1, batch_size=16, lr=0.01)
+KINDS: dict[str, tuple[type[Baseline], dict[str, Any]]] = {
+    "baseline": (Baseline, {}),
+    "vkd": (VKD, {"alpha": 0.9, "temperature": 4.0}),
+    "dkd": (DKD, {"alpha": 1.0, "beta": 2.0, "temperature": 4.0, "warmup": 0.0}),
+    "dml": (DML, {"weight": 1.0, "temperature": 1.0}),
+}
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_the_loops_take_the_loss_that_kdq_takes(method: str) -> None:
+    kind, options = KINDS[method]
+    images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    others = {name: network(2) for name in kind.takes}
+    module = kind(network(1), RECIPE, 10, 0, **others, **options)
+    if isinstance(module, DML):
+        mine, theirs = module.student(images), module.peer(images)
+        terms = [module.terms(mine, theirs, labels, 1.0), module.terms(theirs, mine, labels, 1.0)]
+        expected = sum(sum(part.values()) for part in terms)
+    else:
+        expected = sum(module.losses(images, labels, Moment(step=1, steps=2))[0].values())
+    loss, _ = Step(method, network(1), network(2), "32-true")(images, labels)
+    torch.testing.assert_close(loss, torch.as_tensor(expected).detach())
+
+
+def test_random_images_are_the_same_every_time() -> None:
+    one, two = random_images(50), random_images(50)
+    assert one.train_images.shape == (50, 32, 32, 3)
+    assert one.digest == two.digest
