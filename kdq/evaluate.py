@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -70,17 +68,3 @@ def _multiply_adds_by_module(network: nn.Module, image: Tensor) -> dict[str, dic
     return {
         name.partition(".")[2]: dict(flops) for name, flops in counter.get_flop_counts().items() if name != "Global"
     }
-
-
-def latency_ms(network: nn.Module, image: Tensor, runs: int = 30) -> float:
-    """Median milliseconds of a forward pass on ``image``, after a warm-up, on the network's device."""
-    times = []
-    with torch.inference_mode():
-        for run in range(runs + 5):
-            start = time.perf_counter()
-            network(image)
-            if image.is_cuda:
-                torch.cuda.synchronize(image.device)
-            if run >= 5:
-                times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from omegaconf import DictConfig
 
 from kdq.cell import Cell
 from kdq.deploy.stage import asked_columns, deploy
 from kdq.errors import KdqError
 from kdq.failures import Job, recorded
-from kdq.quantize_stage import quantize, row_keys
+from kdq.quantize_stage import Width, arch_of, quantize, row_keys, tracked_rows
+from kdq.quantize_track import tell_deployed
 from kdq.results import Row, has, read_rows
-from kdq.train_stage import obtain, planned
+from kdq.train_stage import Model, obtain, planned
 
 
 def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
@@ -29,17 +32,31 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     keys = row_keys(cell, model)
     known = {row.config_hash: row for row in read_rows(cell.output / "rows", set(keys.values()))}
     columns = asked_columns(cell)
-    missing = {width: key for width, key in keys.items() if key not in known}
-    unfinished = {key for key, row in known.items() if not has(row, columns)} | set(missing.values())
-    names = {key: f"{cell.name}-b{width}" for width, key in keys.items() if key in unfinished}
-    with recorded(cell.output, names, job):
-        if missing:
-            made = quantize(cell, obtain(cell.store, model), missing, keys)
-            known |= {missing[width]: row for width, row in made.items()}
-        for key, row in known.items():
-            if not has(row, columns):
-                known[key] = deploy(cell, row)
+    names = {
+        key: f"{cell.name}-b{width}" for width, key in keys.items() if key not in known or not has(known[key], columns)
+    }
+    if names:
+        with recorded(cell.output, names, job):
+            known = _completed(cell, model, keys, known, columns)
     return [known[key] for key in keys.values()]
+
+
+def _completed(
+    cell: Cell, model: Model, keys: Mapping[Width, str], known: Mapping[str, Row], columns: Sequence[str]
+) -> dict[str, Row]:
+    """``known`` with the missing rows and columns, all told in one log."""
+    rows, missing = dict(known), {width: key for width, key in keys.items() if key not in known}
+    entry = obtain(cell.store, model) if missing else None
+    arch = arch_of(cell, entry) if entry else next(iter(rows.values())).arch
+    with tracked_rows(cell, model, arch, keys) as track:
+        if entry:
+            made = quantize(cell, entry, missing, track)
+            rows |= {missing[width]: row for width, row in made.items()}
+        for key, row in rows.items():
+            if not has(row, columns):
+                rows[key] = deploy(cell, row)
+                tell_deployed(track, rows[key])
+    return rows
 
 
 def train(cfg: DictConfig, key: str, job: Job = Job()) -> None:  # noqa: B008

@@ -18,8 +18,9 @@ import kdq
 from kdq.cell import Cell, plain
 from kdq.dashboard.names import reference, series
 from kdq.data.loader import EvalLoader
+from kdq.deploy.latency import of_networks
 from kdq.errors import KdqError
-from kdq.evaluate import bit_operations, evaluate, latency_ms, multiply_adds
+from kdq.evaluate import bit_operations, evaluate, multiply_adds
 from kdq.origin import git_sha
 from kdq.progress import progress
 from kdq.quant.alphabet import check_bits
@@ -94,41 +95,20 @@ def row_keys(cell: Cell, model: Model) -> dict[Width, str]:
     return {width: key_of(row_spec(cell, model, width)) for width in asked_widths(cell)}
 
 
-def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str], asked: Mapping[Width, str]) -> dict[Width, Row]:
-    """Quantize the model to the widths of ``keys`` in one pass, measure each on the test set, and write its packed
-    file and its row.
+def arch_of(cell: Cell, entry: Entry) -> str:
+    """The architecture of the stored model; a training of several networks may have published another's."""
+    return str(entry.metrics.get("arch", cell.cfg[cell.role].name))
+
+
+def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[Width, str]) -> AbstractContextManager[Track]:
+    """The log of the rows of ``model``.
 
     Args:
-        keys: width to ``config_hash``.
-        asked: the same for all widths of the job, those that have their rows, too: they name its log.
+        asked: width to ``config_hash`` of all rows of the job, those that are there already, too: they name the log.
     """
-    cfg = cell.cfg
-    network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
-    with _tracked(cell, entry, asked) as track:
-        tell_axes(track)
-        versions = _versions(cell, entry, network, list(keys), track)
-        tell_layers(track, {spell(width): report for width, (_, report) in versions.items()})
-        with progress(f"evaluating {cell.name}", len(keys) + 1, "width") as bar:
-            test = cell.images.evaluation("test", cell.device)
-            reference = evaluate(network, test, cfg.data.num_classes)
-            bar.update()
-            common = _common(cell, entry, network) | {"wandb_run": track.folder}
-            rows = {}
-            for width, key in keys.items():
-                version, report = versions[width]
-                found = reference if version is network else evaluate(version, test, cfg.data.num_classes)
-                bits = width if isinstance(width, int) else math.ceil(report.avg_bits)
-                rows[width] = _row(cell, bits, key, version, report, reference, found, common)
-                write_row(cell.output / "rows", rows[width])
-                tell_row(track, rows[width], cell.output / rows[width].artifact)
-                bar.update()
-    return rows
-
-
-def _tracked(cell: Cell, entry: Entry, asked: Mapping[Width, str]) -> AbstractContextManager[Track]:
     cfg, role, quant = cell.cfg, plain(cell.cfg[cell.role]), plain(cell.cfg.quant)
     widths = [spell(width) for width in asked]
-    arch, act_bits = entry.metrics.get("arch", role["name"]), quant["act_bits"] or 32
+    act_bits = quant["act_bits"] or 32
     axes = {
         "role": cell.role,
         "method": cfg.method.name,
@@ -140,7 +120,7 @@ def _tracked(cell: Cell, entry: Entry, asked: Mapping[Width, str]) -> AbstractCo
         "act_bits": act_bits,
         "bits": quant["bits"],
         "search": quant["search"]["method"] if quant.get("search") else "",
-        "model_key": entry.key,
+        "model_key": model.key,
         "series": series(cfg.method.name, arch, quant["name"], act_bits),
     }
     settings = {"net": role["net"], "recipe": role["recipe"], "method": plain(cfg.method), "quant": quant}
@@ -150,9 +130,38 @@ def _tracked(cell: Cell, entry: Entry, asked: Mapping[Width, str]) -> AbstractCo
         key_of({"rows": sorted(asked.values())}),
         axes,
         settings,
-        inputs=[reference(entry.slug, entry.key)],
+        inputs=[reference(model.slug, model.key)],
         tags=[f"{width}bit" for width in widths],
     )
+
+
+def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str], track: Track) -> dict[Width, Row]:
+    """Quantize the model to the widths of ``keys`` in one pass, measure each on the test set, and write its packed
+    file and its row.
+
+    Args:
+        keys: width to ``config_hash``.
+    """
+    cfg = cell.cfg
+    network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
+    tell_axes(track)
+    versions = _versions(cell, entry, network, list(keys), track)
+    tell_layers(track, {spell(width): report for width, (_, report) in versions.items()})
+    with progress(f"evaluating {cell.name}", len(keys) + 1, "width") as bar:
+        test = cell.images.evaluation("test", cell.device)
+        unquantized = evaluate(network, test, cfg.data.num_classes)
+        bar.update()
+        common = _common(cell, entry, network) | {"wandb_run": track.folder}
+        rows = {}
+        for width, key in keys.items():
+            version, report = versions[width]
+            found = unquantized if version is network else evaluate(version, test, cfg.data.num_classes)
+            bits = width if isinstance(width, int) else math.ceil(report.avg_bits)
+            rows[width] = _row(cell, bits, key, version, report, unquantized, found, common)
+            write_row(cell.output / "rows", rows[width])
+            tell_row(track, rows[width], cell.output / rows[width].artifact)
+            bar.update()
+    return rows
 
 
 def _versions(
@@ -234,7 +243,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
     return {
         "data": cfg.data.name,
         "method": cfg.method.name,
-        "arch": entry.metrics.get("arch", role.name),
+        "arch": arch_of(cell, entry),
         "role": cell.role,
         "seed": role.seed,
         "quantizer": cfg.quant.name,
@@ -246,7 +255,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "macs": multiply_adds(network, image),
         "calibration_images": images,
         "act_bits": 32 if cfg.quant.act_bits is None else cfg.quant.act_bits,
-        "latency_ms_torch": latency_ms(network, image),
+        "latency_ms_torch": of_networks({"float": network}, image.shape[1:], 1, 30)["float"].median_ms,
         "train_seconds": float(entry.metrics["train_seconds"]),
         "device": _device_name(cell.device),
         "kdq_version": kdq.__version__,

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from kdq.quant.mixed import MixedPrecision
 from kdq.quant.network import Report
-from kdq.results import Row
+from kdq.results import COLUMNS, Row
 from kdq.tracking import Artifact, Track
 
 #: Columns of a row that are curves over ``quantize/bits``.
-CURVES = ("top1", "top5", "drop", "nll", "ece", "size_bytes", "avg_bits")
+CURVES = ("top1", "top5", "drop", "nll", "ece", "size_bytes", "avg_bits", "bops", "latency_ms_torch")
+#: The same of rows with exported models.
+DEPLOYED = [name for name in COLUMNS if "_onnx_" in name or name.startswith("onnx_")]
 SEARCH = ("avg_bits", "size_bytes", "loss", "top1")
 LAYERS = ("asked", "layer", "kind", "shape", "weights", "bits", "levels", "error")
 STEPS = ("step", "layer", "from_bits", "to_bits", "avg_bits", "size_bytes", "loss", "top1")
@@ -20,7 +22,7 @@ STEPS = ("step", "layer", "from_bits", "to_bits", "avg_bits", "size_bytes", "los
 
 def tell_axes(track: Track) -> None:
     """Bits are the x-axis of everything that is measured at each width."""
-    track.axis("quantize/bits", [f"quantize/{curve}" for curve in CURVES])
+    track.axis("quantize/bits", [f"quantize/{curve}" for curve in (*CURVES, *DEPLOYED)])
     track.axis("bits/step", [f"bits/{curve}" for curve in SEARCH])
 
 
@@ -62,6 +64,13 @@ def tell_row(track: Track, row: Row, file: Path) -> None:
     name = f"{row.data}-{row.method}-{row.arch}-s{row.seed}-{row.quantizer}-b{row.bits}"
     facts = {"bits": row.bits, "avg_bits": row.avg_bits, "top1": row.top1, "drop": row.drop, "bytes": row.size_bytes}
     track.made(Artifact(name, row.config_hash, "quantized", file, facts))
+
+
+def tell_deployed(track: Track, row: Row) -> None:
+    """One width's exported models: their accuracy, bytes, latency and throughput."""
+    tell_axes(track)
+    found = {f"quantize/{name}": getattr(row, name) for name in DEPLOYED if getattr(row, name) is not None}
+    track.metrics({"quantize/bits": row.bits} | found)
 
 
 def spell(width: int | Sequence[int]) -> str:

@@ -1,25 +1,32 @@
-"""A cell's model in every format: accuracy, bytes, latency in ONNX Runtime, and memory of the packed module.
+"""A cell's model in every format: accuracy, bytes, latency, and memory of the packed module.
 
-    python -m kdq.bench deploy [kdq overrides] [bench.threads=1,2] [bench.repeats=3]
+    python -m kdq.bench deploy [kdq overrides] [bench.threads=1,2] [bench.repeats=3] [bench.spin=true]
 
-The overrides name the cell as ``kdq`` takes them; what is missing of it is made. INT8 and float take turns in one
-process, and the ratios of their medians and of their fastest runs are given for each repeat: other work on the machine
-moves both. Memory is that of a fresh process which loads the packed file and classifies one image.
+The overrides name the cell as ``kdq`` takes them; what is missing of it is made. On the CPU, in ONNX Runtime, take
+turns: the float graph, ours in INT8, and ``static``, what ONNX Runtime's own ``quantize_static`` makes of the float
+graph; in torch, on the device of ``trainer.accelerator``: the float network, and the packed file decoded once and
+decoded layer by layer. Given are the ratios of their medians and of their fastest runs, one for each repeat. Memory is
+that of a fresh process which loads the packed file and classifies one image. ``bench.spin`` leaves ONNX Runtime its
+default, in which idle threads keep their cores from the other sessions.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from kdq.app import class_folders
 from kdq.cell import Cell
@@ -27,10 +34,12 @@ from kdq.complaint import compose
 from kdq.cores import usable_cores
 from kdq.deploy import latency
 from kdq.deploy.runtime import session
+from kdq.deploy.stage import calibration
 from kdq.files import write_text
 from kdq.pipeline import run
 from kdq.quant.packing import DECODE, load_packed
 from kdq.results import Row
+from kdq.train_stage import float_model
 
 
 def main(arguments: list[str]) -> None:
@@ -39,58 +48,120 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(memory(Path(arguments[1]), arguments[2], json.loads(arguments[3]))))
         return
     threads = [int(value) for value in _own(arguments, "threads", f"1,{usable_cores()}").split(",")]
-    repeats = int(_own(arguments, "repeats", "3"))
+    repeats, spin = int(_own(arguments, "repeats", "3")), _own(arguments, "spin", "false") == "true"
     OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
     overrides = [argument for argument in arguments if not argument.startswith("bench.")]
-    cell = Cell(compose(overrides, "deploy=onnx"))
-    shape = (cell.cfg.data.in_channels, cell.images.height, cell.images.width)
-    found = [measure(cell, row, shape, sorted(set(threads)), repeats) for row in run(cell.cfg)]
-    for row in found:
-        text = Table("what", "value", title=f"{row['arch']}, {row['bits']} bits, {row['method']}, {row['data']}")
-        for name, value in row.items():
-            text.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    cell, found = Cell(compose(overrides, "deploy=onnx")), []
+    for row in run(cell.cfg):
+        bench = Bench(cell, row, repeats)
+        found.append(bench.about() | bench.onnx(sorted(set(threads)), spin) | bench.torch() | bench.memory())
+        text = Table("what", "value", title=f"{row.arch}, {row.bits} bits, {row.method}, {row.data}")
+        for name, value in found[-1].items():
+            text.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
         Console(width=120).print(text)
     write_text(cell.output / "report" / "bench_deploy.json", json.dumps(found, indent=1))
 
 
-def measure(cell: Cell, row: Row, shape: tuple[int, ...], threads: list[int], repeats: int) -> dict[str, Any]:
-    """One row's numbers by name; ratios are float over INT8, one of every repeat."""
-    packed = cell.output / row.artifact
-    columns = ("data", "method", "arch", "bits", "top1_float", "top1", "top1_onnx_fp32", "top1_onnx_int8")
-    sizes = ("float_bytes", "size_bytes", "onnx_fp32_bytes", "onnx_int8_bytes")
-    found = {name: getattr(row, name) for name in (*columns, *sizes, "macs", "bops")}
-    for count in threads:
-        files = {kind: packed.with_suffix(f".{kind}.onnx") for kind in ("fp32", "int8")}
-        sessions = {kind: session(file, count) for kind, file in files.items()}
-        for batch, runs in ((1, cell.cfg.deploy.runs), (cell.cfg.deploy.batch, max(3, cell.cfg.deploy.runs // 5))):
-            taken = [latency.of_sessions(sessions, shape, batch, runs) for _ in range(repeats)]
-            name = f"batch {batch}, {count} threads"
-            for column in ("median_ms", "min_ms"):
-                ratios = [getattr(each["fp32"], column) / getattr(each["int8"], column) for each in taken]
-                found[f"{name}: float / INT8, {column}"] = " ".join(f"{ratio:.2f}" for ratio in ratios)
-            for kind in files:
+@dataclass(frozen=True)
+class Bench:
+    """One row's numbers by name."""
+
+    cell: Cell
+    row: Row
+    repeats: int
+
+    @property
+    def packed(self) -> Path:
+        return self.cell.output / self.row.artifact
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.cell.cfg.data.in_channels, self.cell.images.height, self.cell.images.width)
+
+    def about(self) -> dict[str, Any]:
+        names = ["data", "method", "arch", "bits", "top1_float", "top1", "top1_onnx_fp32", "top1_onnx_int8"]
+        names += ["float_bytes", "size_bytes", "onnx_fp32_bytes", "onnx_int8_bytes", "macs", "bops"]
+        return {name: getattr(self.row, name) for name in names}
+
+    def onnx(self, threads: Sequence[int], spin: bool) -> dict[str, str]:
+        """Of the ONNX models in ONNX Runtime."""
+        found: dict[str, str] = {}
+        with TemporaryDirectory() as folder:
+            models = {kind: self.packed.with_suffix(f".{kind}.onnx") for kind in ("fp32", "int8")}
+            models["static"] = static(models["fp32"], calibration(self.cell), Path(folder) / "static.onnx")
+            for count in threads:
+                sessions = {kind: session(model, count, spin) for kind, model in models.items()}
+                name = f"ONNX Runtime, {count} threads" + (", spinning" if spin else "")
+                found |= self.compared(name, lambda *many, each=sessions: latency.of_sessions(each, self.shape, *many))
+        return found
+
+    def torch(self) -> dict[str, str]:
+        """Of the networks in torch, in float arithmetic."""
+        networks = {"float": self.cell.network(self.cell.role, float_model(self.cell))}
+        networks |= {f"decode={decode}": load_packed(self.packed, decode=decode) for decode in DECODE}
+        networks = {
+            name: network.to(self.cell.device).to(memory_format=torch.channels_last)
+            for name, network in networks.items()
+        }
+        where = f"{torch.get_num_threads()} threads" if self.cell.device.type == "cpu" else self.row.device
+        return self.compared(f"torch, {where}", lambda *many: latency.of_networks(networks, self.shape, *many))
+
+    def memory(self) -> dict[str, float]:
+        """Of the packed module, in fresh processes."""
+        found: dict[str, float] = {}
+        for decode in DECODE:
+            shape = json.dumps(self.shape)
+            command = [sys.executable, "-m", "kdq.bench", "deploy", "--memory", str(self.packed), decode, shape]
+            result = subprocess.run(command, check=True, capture_output=True, text=True)
+            found |= {f"decode={decode}: {name}": value for name, value in json.loads(result.stdout).items()}
+        return found
+
+    def compared(self, name: str, measure: Callable[[int, int], Mapping[str, latency.Latency]]) -> dict[str, str]:
+        """What ``measure(batch, runs)`` finds, and how many times faster than the first the others are."""
+        found, config = {}, self.cell.cfg.deploy
+        for batch, runs in ((1, config.runs), (config.batch, max(3, config.runs // 5))):
+            taken = [measure(batch, runs) for _ in range(self.repeats)]
+            first, *others = taken[0]
+            for kind in others:
+                for column in ("median_ms", "min_ms"):
+                    ratios = [getattr(each[first], column) / getattr(each[kind], column) for each in taken]
+                    key = f"{name}, batch {batch}: {first} / {kind}, {column}"
+                    found[key] = " ".join(f"{ratio:.2f}" for ratio in ratios)
+            for kind in (first, *others):
                 best = min((each[kind] for each in taken), key=lambda each: each.median_ms)
-                found[f"{name}: {kind} min, median, p95 ms"] = (
-                    f"{best.min_ms:.3f} {best.median_ms:.3f} {best.p95_ms:.3f}"
-                )
-    for decode in DECODE:
-        command = [sys.executable, "-m", "kdq.bench", "deploy", "--memory", str(packed), decode, json.dumps(shape)]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-        found |= {f"decode={decode}: {name}": value for name, value in json.loads(result.stdout).items()}
-    return found
+                times = f"{best.min_ms:.3f} {best.median_ms:.3f} {best.p95_ms:.3f}"
+                found[f"{name}, batch {batch}: {kind} min, median, p95 ms"] = times
+        return found
+
+
+def static(model: Path, batches: Iterable[Tensor], target: Path) -> Path:
+    """``model`` in INT8 by ONNX Runtime's own means: the best of its settings on CPUs with VNNI."""
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.chunks = (chunk for batch in batches for chunk in batch.split(16))
+
+        def get_next(self) -> dict[str, Any] | None:
+            chunk = next(self.chunks, None)
+            return None if chunk is None else {"image": chunk.contiguous().numpy()}
+
+    options = {"per_channel": True, "reduce_range": False, "activation_type": quantization.QuantType.QUInt8}
+    logging.disable(logging.WARNING)  # it advises to fold BatchNorm first, which the float graph has done
+    quantization.quantize_static(model, target, Reader(), **options, weight_type=quantization.QuantType.QInt8)
+    logging.disable(logging.NOTSET)
+    return target
 
 
 def memory(packed: Path, decode: str, shape: list[int]) -> dict[str, float]:
-    """Of this process: bytes that the loaded module holds, how much its peak grew, and milliseconds for an image."""
+    """Of this process: bytes that the loaded module holds, and how much loading it and an image made the peak grow."""
     image = torch.zeros(1, *shape)
     with torch.no_grad():
         nn.Conv2d(shape[0], 8, 3)(image)  # torch's own libraries are in memory now
         before = _peak_bytes()
         network = load_packed(packed, decode=decode)
         network(image)
-        grown = _peak_bytes() - before
-        times = latency.alternating({"image": lambda: network(image)}, batch=1, runs=20)
-    return {"held_bytes": held_bytes(network), "peak_mb": grown / 2**20, "ms": times["image"].median_ms}
+        return {"held_bytes": held_bytes(network), "peak_mb": (_peak_bytes() - before) / 2**20}
 
 
 def _peak_bytes() -> int:

@@ -51,7 +51,8 @@ def _workspace(options: argparse.Namespace) -> None:
 
     entity = options.entity or ("entity" if options.dry_run else _api().default_entity)
     for data in sorted({row.data for row in rows}):
-        view = workspace(entity, options.project, data, options.sweep)
+        deployed = any(row.latency_ms_onnx_int8 for row in rows if row.data == data)
+        view = workspace(entity, options.project, data, options.sweep, deployed)
         if options.dry_run:
             print(json.dumps(view._model.model_dump(mode="json", by_alias=True, exclude_none=True), indent=1))
         else:

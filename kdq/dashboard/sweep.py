@@ -42,6 +42,10 @@ def _tell_data(track: Track, data: str, rows: Sequence[Row]) -> None:
     track.lines(f"report/frontiers_{data}", f"{data}: top-1 over packed bytes", "size_bytes", "top1", lines)
     points = [(float(row.size_bytes), row.top1) for row in rows]
     track.points(f"report/accuracy_vs_bytes_{data}", f"{data}: every cell", "size_bytes", "top1", points)
+    timed = [(row.latency_ms_onnx_int8, row.top1_onnx_int8) for row in rows]
+    if latencies := [(ms, top1) for ms, top1 in timed if ms is not None and top1 is not None]:
+        name, title = f"report/accuracy_vs_latency_{data}", f"{data}: every exported INT8 model"
+        track.points(name, title, "latency_ms", "top1", latencies)
     track.axis(BYTES, [pareto_curve(data)])
     for size, top1 in front:
         track.metrics({BYTES: size, pareto_curve(data): top1})

@@ -12,13 +12,16 @@ from kdq.dashboard.names import BYTES, pareto_curve
 #: The loss terms of all methods.
 TERMS = ("ce", "kl", "tckd", "nckd")
 STEP = "trainer/global_step"
+#: Means and standard deviations over the seeds of each model.
+BY_MODEL: Any = {"groupby": wr.Config("series"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 
 
-def workspace(entity: str, project: str, data: str, sweep: str | None = None) -> ws.Workspace:
+def workspace(entity: str, project: str, data: str, sweep: str | None = None, deployed: bool = True) -> ws.Workspace:
     """The view for one data set, to be saved with ``.save()``.
 
     Args:
         sweep: only the runs of this sweep; models that another sweep trained are then missing.
+        deployed: there are exported models, whose latency and throughput are measured.
     """
     filters = [ws.Tags().isin([data])]
     if sweep is not None:
@@ -27,7 +30,7 @@ def workspace(entity: str, project: str, data: str, sweep: str | None = None) ->
         entity=entity,
         project=project,
         name=f"kdq {data}" + (f" {sweep}" if sweep else ""),
-        sections=[_answer(data), _training(), _layers()],
+        sections=[_answer(data), *([_deployed(data)] if deployed else []), _training(), _layers()],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters=filters,
@@ -39,7 +42,6 @@ def workspace(entity: str, project: str, data: str, sweep: str | None = None) ->
 
 def _answer(data: str) -> ws.Section:
     """Accuracy over bits and over bytes: means and standard deviations over seeds, and what no other model beats."""
-    by_model: Any = {"groupby": wr.Config("series"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
     panels: Any = [
         wr.LinePlot(
             title="Top-1 over bits, by method",
@@ -48,7 +50,7 @@ def _answer(data: str) -> ws.Section:
             log_x=True,
             title_x="bits",
             title_y="top-1 (%)",
-            **by_model,
+            **BY_MODEL,
         ),
         wr.LinePlot(
             title="Top-1 over packed bytes, with the Pareto front",
@@ -57,13 +59,38 @@ def _answer(data: str) -> ws.Section:
             log_x=True,
             title_x="bytes",
             title_y="top-1 (%)",
-            **by_model,
+            **BY_MODEL,
         ),
         _chart(f"report/frontiers_{data}", "wandb/lineseries/v0", step="size_bytes", lineKey="curve", lineVal="top1"),
         _chart(f"report/accuracy_vs_bytes_{data}", "wandb/scatter/v0", x="size_bytes", y="top1"),
         wr.WeavePanelSummaryTable(table_name="report/rows"),
     ]
     return ws.Section(name="Which model wins", panels=panels, is_open=True, pinned=True)
+
+
+def _deployed(data: str) -> ws.Section:
+    """Accuracy over latency of the exported INT8 models, and how fast float ones are beside them."""
+    panels: Any = [
+        wr.LinePlot(
+            title="Top-1 over latency, INT8",
+            x="quantize/latency_ms_onnx_int8",
+            y=["quantize/top1_onnx_int8"],
+            title_x="ms an image (ONNX Runtime, CPU)",
+            title_y="top-1 (%)",
+            **BY_MODEL,
+        ),
+        _chart(f"report/accuracy_vs_latency_{data}", "wandb/scatter/v0", x="latency_ms", y="top1"),
+        wr.LinePlot(
+            title="Images per second, float and INT8",
+            x="quantize/bits",
+            y=["quantize/throughput_onnx_fp32", "quantize/throughput_onnx_int8"],
+            log_x=True,
+            title_x="bits",
+            title_y="images/s",
+            **BY_MODEL,
+        ),
+    ]
+    return ws.Section(name="Latency of the exported models", panels=panels, is_open=True)
 
 
 def _training() -> ws.Section:

@@ -71,6 +71,7 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
             raise KdqError(f"ONNX cannot hold this network: {_unsupported(error)}") from error
     assert exported is not None
     model = exported.model_proto
+    _pool(model.graph)
     return FloatGraph(model, factors)
 
 
@@ -125,6 +126,21 @@ def _fold(program: torch.export.ExportedProgram, network: nn.Module) -> dict[str
         factors[layer] = factor
         node.graph.lint()
     return factors
+
+
+def _pool(graph: Any) -> None:
+    """Name means over height and width, which torch makes of pooling, what runtimes have fast kernels for."""
+    import onnx
+
+    constants = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
+    for node in graph.node:
+        if node.op_type != "ReduceMean" or ranks.get(node.input[0]) != 4 or len(node.input) < 2:
+            continue
+        axes = {int(axis) % 4 for axis in constants.get(node.input[1], ())}
+        if axes == {2, 3} and {entry.name: entry.i for entry in node.attribute}.get("keepdims", 1):
+            node.op_type = "GlobalAveragePool"
+            del node.attribute[:], node.input[1:]
 
 
 def _own(*parameters: Node | None) -> bool:

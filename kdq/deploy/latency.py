@@ -1,7 +1,8 @@
 """How long inference takes: medians over runs that alternate between what is compared.
 
 Other work on a machine slows everything down for a while; calls that take turns in one process share those whiles, so
-that the ratio of their medians says more than either of them.
+that the ratio of their medians says more than either of them. Each turn begins with a call that is not timed: it brings
+back into the caches what the others have driven out, for in service a model runs alone.
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
+
+#: Timed calls in a turn.
+TURN = 5
 
 
 @dataclass(frozen=True)
@@ -32,18 +39,21 @@ class Latency:
         return 1000 * self.batch / self.median_ms
 
 
-def alternating(calls: Mapping[str, Callable[[], Any]], batch: int, runs: int, warmup: int = 5) -> dict[str, Latency]:
-    """The latency of each call; they take turns, ``warmup`` times untimed and then ``runs`` times.
+def alternating(calls: Mapping[str, Callable[[], Any]], batch: int, runs: int, warmup: int = 3) -> dict[str, Latency]:
+    """The latency of each call over ``runs`` of it, in turns of :data:`TURN`.
 
     Args:
         batch: how many images a call is for.
+        warmup: calls of each before its first turn.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for run in range(warmup + runs):
+    for done in range(0, runs, TURN):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if run >= warmup:
+            for _ in range(1 if done else warmup):
+                call()
+            for _ in range(min(TURN, runs - done)):
+                start = time.perf_counter()
+                call()
                 seconds[name].append(time.perf_counter() - start)
     return {
         name: Latency(
@@ -53,10 +63,23 @@ def alternating(calls: Mapping[str, Callable[[], Any]], batch: int, runs: int, w
     }
 
 
-def of_sessions(
-    sessions: Mapping[str, Any], shape: tuple[int, ...], batch: int, runs: int, warmup: int = 5
-) -> dict[str, Latency]:
+def of_sessions(sessions: Mapping[str, Any], shape: tuple[int, ...], batch: int, runs: int) -> dict[str, Latency]:
     """:func:`alternating` for ONNX Runtime sessions on random images of ``shape`` ``(channels, height, width)``."""
     images = np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
-    calls = {name: lambda runner=runner: runner.run(None, {"image": images}) for name, runner in sessions.items()}
-    return alternating(calls, batch, runs, warmup)
+    calls = {name: partial(runner.run, None, {"image": images}) for name, runner in sessions.items()}
+    return alternating(calls, batch, runs)
+
+
+def of_networks(networks: Mapping[str, nn.Module], shape: tuple[int, ...], batch: int, runs: int) -> dict[str, Latency]:
+    """:func:`alternating` for torch networks in eval mode, where their parameters are: on the CPU with torch's own
+    number of threads, or on a GPU, where a call ends when the device has done its work."""
+    device = next(next(iter(networks.values())).parameters()).device
+    images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def forward(network: nn.Module) -> None:
+        network(images)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    with torch.inference_mode():
+        return alternating({name: partial(forward, network) for name, network in networks.items()}, batch, runs)

@@ -2,8 +2,8 @@
 
 Every tensor that a convolution, a linear layer or a sum of two activations reads is rounded to UINT8 once; all its
 readers take the rounded one. A runtime then fuses ``DequantizeLinear -> Conv -> Relu -> QuantizeLinear`` into one
-integer kernel, and the sum at the end of a residual block into another, so that nothing between the network's input and
-its last pooling is float. Weights are INT8 with a scale per output channel, biases INT32.
+integer kernel, the sum at the end of a residual block into another and the last pooling into a third, so that nothing
+between the network's input and its output is float. Weights are INT8 with a scale per output channel, biases INT32.
 """
 
 from __future__ import annotations

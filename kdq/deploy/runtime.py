@@ -14,8 +14,13 @@ from kdq.deploy.extra import needs
 from kdq.errors import KdqError
 
 
-def session(model: bytes | Path, threads: int | None = None) -> Any:
+def session(model: bytes | Path, threads: int | None = None, spin: bool = False) -> Any:
     """An ``onnxruntime.InferenceSession`` on the CPU with ``threads`` threads, by default one per core.
+
+    Args:
+        spin: ONNX Runtime's default: after a call, idle threads wait for the next one without giving up their core. A
+            second session, which has threads of its own, then runs beside them: two that take turns on all cores slow
+            each other down. Without, threads wait like this during calls only.
 
     Raises:
         KdqError: onnxruntime is not installed.
@@ -25,6 +30,8 @@ def session(model: bytes | Path, threads: int | None = None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads or usable_cores(), 1
+    if not spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # its warnings are about its own optimiser
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

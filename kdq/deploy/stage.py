@@ -73,7 +73,7 @@ def deploy(cell: Cell, row: Row) -> Row:
         bar.update()
         single = latency.of_sessions(sessions, shape, 1, config.runs)
         bar.update()
-        many = latency.of_sessions(sessions, shape, config.batch, max(3, config.runs // 5), warmup=2)
+        many = latency.of_sessions(sessions, shape, config.batch, max(3, config.runs // 5))
         bar.update()
     for name in sessions:
         values[f"latency_ms_onnx_{name}"] = single[name].median_ms

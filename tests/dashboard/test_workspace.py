@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdq.dashboard.workspace import workspace
+from kdq.quantize_track import DEPLOYED
 from kdq.results import COLUMNS, Row, write_row
 
 
@@ -18,10 +19,10 @@ def write_rows(output: Path, *sets: str) -> None:
         write_row(output / "rows", Row(**values | {"data": data, "row_format": 1}))
 
 
-def panels(data: str, sweep: str | None = None) -> dict[str, dict[str, Any]]:
+def panels(data: str, deployed: bool = False) -> dict[str, dict[str, Any]]:
     """Every panel's config by its title or, for charts and tables of runs, their key."""
     found = {}
-    for section in spec(data, sweep)["panelBankConfig"]["sections"]:
+    for section in spec(data, deployed=deployed)["panelBankConfig"]["sections"]:
         for panel in section["panels"]:
             config = panel["config"]
             text = str(config)
@@ -33,6 +34,7 @@ def panels(data: str, sweep: str | None = None) -> dict[str, dict[str, Any]]:
 KEYS = (
     "report/frontiers_digits_table",
     "report/accuracy_vs_bytes_digits_table",
+    "report/accuracy_vs_latency_digits_table",
     "report/rows",
     "bits/chosen_table",
     "bits/frontier_table",
@@ -42,8 +44,10 @@ KEYS = (
 )
 
 
-def spec(data: str, sweep: str | None = None) -> dict[str, Any]:
-    view = workspace("me", "kdq", data, sweep)._model.model_dump(mode="json", by_alias=True, exclude_none=True)
+def spec(data: str, sweep: str | None = None, deployed: bool = False) -> dict[str, Any]:
+    view = workspace("me", "kdq", data, sweep, deployed)._model.model_dump(
+        mode="json", by_alias=True, exclude_none=True
+    )
     assert (view["entity"], view["project"]) == ("me", "kdq")
     return view["spec"]["section"]
 
@@ -66,6 +70,20 @@ def test_accuracy_over_bits_and_bytes_are_means_over_seeds_of_each_model() -> No
     for panel in (bits, size):
         assert (panel["groupBy"], panel["groupAgg"], panel["groupArea"]) == ("series.value", "mean", "stddev")
         assert panel["xLogScale"]
+
+
+def test_exported_models_have_a_section_of_their_own() -> None:
+    added = panels("digits", deployed=True)
+    assert set(added) - set(panels("digits")) == {
+        "Top-1 over latency, INT8",
+        "report/accuracy_vs_latency_digits_table",
+        "Images per second, float and INT8",
+    }
+    line = added["Top-1 over latency, INT8"]
+    assert (line["xAxis"], line["metrics"]) == ("quantize/latency_ms_onnx_int8", ["quantize/top1_onnx_int8"])
+    assert {line["xAxis"], *line["metrics"]} < {f"quantize/{name}" for name in DEPLOYED}
+    scatter = added["report/accuracy_vs_latency_digits_table"]
+    assert scatter["fieldSettings"] == {"x": "latency_ms", "y": "top1"}
 
 
 def test_charts_read_the_columns_of_their_tables() -> None:

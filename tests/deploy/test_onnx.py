@@ -143,7 +143,7 @@ def test_int8_keeps_the_levels_and_says_so(mixed: nn.Module, int8: bytes) -> Non
     assert not any(constant.dtype == np.float32 and constant.size > 64 for constant in constants.values())
 
 
-def test_every_kernel_between_input_and_pooling_is_an_integer_one(int8: bytes, tmp_path: Any) -> None:
+def test_every_kernel_is_an_integer_one(int8: bytes, tmp_path: Any) -> None:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -152,7 +152,25 @@ def test_every_kernel_between_input_and_pooling_is_an_integer_one(int8: bytes, t
     kinds = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
     assert kinds.count("QLinearConv") == 9
     assert kinds.count("QLinearAdd") == 3
-    assert not {"Conv", "Relu", "Add", "Gemm"} & set(kinds)
+    assert kinds.count("QLinearGlobalAveragePool") == kinds.count("QGemm") == 1
+    assert not {"Conv", "Relu", "Add", "Gemm", "ReduceMean", "GlobalAveragePool"} & set(kinds)
+    assert kinds.count("QuantizeLinear") == 1  # of the image
+    assert "DequantizeLinear" not in kinds
+
+
+class _Means(nn.Module):
+    """Means that pool an image, one of which has no kernel of its own: it keeps no dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean((-1, -2), keepdim=True)
+        return pooled.flatten(1) + x.mean((2, 3)) + x.mean((1, 2), keepdim=True).mean(3).flatten(1)
+
+
+def test_means_over_height_and_width_are_pools(images: Tensor) -> None:
+    model = onnx_models(_Means(), SHAPE, ["fp32"])["fp32"]
+    kinds = [node.op_type for node in onnx.load_from_string(model).graph.node]
+    assert (kinds.count("GlobalAveragePool"), kinds.count("ReduceMean")) == (1, 3)
+    torch.testing.assert_close(_run(model, images), _Means()(images), rtol=1e-4, atol=1e-6)
 
 
 class _Chain(nn.Module):
