@@ -137,6 +137,7 @@ def search_bits(
         network, report = quantize(model, batches, found.chosen.assignment, **options)
         excess = 0 if size_bytes is None else packed_size(network) - size_bytes
         if excess <= 0:
+            stitched.forget()
             return MixedPrecision(network, report, found, bank, time.perf_counter() - start)
         spare += excess  # the header's length was an estimate; what was measured is remembered
 

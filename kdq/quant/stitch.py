@@ -76,6 +76,12 @@ class Stitched:
         loss, right, count = summed(torch.tensor([loss, right, count], dtype=torch.float64)).tolist()
         return Measure(loss / count, 100 * right / count)
 
+    def forget(self) -> None:
+        """Give the kept outputs back, gigabytes that would otherwise live until the garbage collector comes by."""
+        for kept in self._outputs:
+            kept.clear()
+        self._free = 0
+
     def accuracy(self) -> float:
         """Top-1 of the float network on the same images, in percent."""
         pairs = zip(self.reference, self.batches, strict=True)
