@@ -19,6 +19,9 @@ _CHECKOUT = Path(__file__).resolve().parent.parent / "conf"
 #: The repository's conf/ in a checkout, the copy inside the package once installed.
 CONFIG_PATH = str(_CHECKOUT) if (_CHECKOUT / "config.yaml").is_file() else "pkg://kdq.conf"
 
+#: Choices that plugins of Hydra bring, and the extra of kdq that installs each.
+_PLUGINS = {"hydra/sweeper=optuna": "optuna", "hydra/launcher=joblib": "joblib"}
+
 
 def describe(error: BaseException) -> str:
     """One line that says what is wrong and, where it is known, what to do."""
@@ -39,6 +42,8 @@ def _config_complaint(message: str) -> str:
     """Hydra's message about an override, with the choices there are."""
     if found := re.search(r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': ([\w ]+?) Config", message):
         group, name, choices = found[1], found[2], found[3].split()
+        if extra := _PLUGINS.get(f"{group}={name}"):
+            return f"{group}={name} is a plugin: pip install 'kdq[{extra}]'"
         return f"there is no {group}={name}; choose one of {', '.join(choices)}{_nearest(name, choices)}"
     if found := re.search(r"Could not (?:override|append to config) '([^']+)'|Key '(\w+)' is not in struct", message):
         key = (found[1] or found[2]).replace("/", ".").partition("@")[0]

@@ -70,5 +70,5 @@ def train(cfg: DictConfig, key: str, job: Job = Job()) -> None:  # noqa: B008
     found = {model.key: model for model in planned(cell).lineage()}
     if key not in found:
         raise KdqError(f"kdq.train={key} is not one of this cell's models: {', '.join(found)}")
-    with recorded(cell.output, {key: found[key].slug}, job):
+    with recorded(cell.output, {key: found[key].name}, job):
         obtain(cell.store, found[key])

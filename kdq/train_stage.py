@@ -43,7 +43,8 @@ class Model:
 
     Attributes:
         spec: everything that affects its weights.
-        slug: for people, the same for equal specs.
+        slug: of its folder in the store, the same for equal specs.
+        name: for people, in plans, jobs and logs; says its role.
         role: ``teacher`` or ``student``.
         needs: the models that must be there first.
         make: see :meth:`kdq.store.Store.get_or_make`.
@@ -52,6 +53,7 @@ class Model:
 
     spec: Mapping[str, Any]
     slug: str
+    name: str
     role: str
     needs: tuple[Model, ...]
     make: Make
@@ -110,7 +112,7 @@ def _teacher(cell: Cell) -> Model:
         return _trained(cell, "teacher", "baseline", role, CROSS_ENTROPY, {})
     path = locate(role["weights"])
     spec = {"stage": "load", "net": role["net"], "weights": file_digest(path), "data": cell.images.spec()}
-    slug = f"{cell.cfg.data.name}-loaded-{role['name']}"
+    slug, name = (f"{cell.cfg.data.name}-{what}-{role['name']}" for what in ("loaded", "teacher"))
 
     def read(work: object) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         network = build(role["net"])
@@ -120,12 +122,12 @@ def _teacher(cell: Cell) -> Model:
         facts = {"val_top1": metrics["top1"], "train_seconds": 0.0}
         axes = {"role": "teacher", "method": "loaded", "arch": role["name"], "seed": role["seed"]}
         settings = {"net": role["net"], "weights": str(role["weights"])}
-        with cell.tracked("teacher", slug, key_of(spec), axes, settings) as track:
+        with cell.tracked("teacher", name, key_of(spec), axes, settings) as track:
             track.summary(facts)
             tell_model(track, cell.store, slug, key_of(spec), network.state_dict(), facts)
         return network.state_dict(), facts
 
-    return Model(spec, slug, "teacher", (), read)
+    return Model(spec, slug, name, "teacher", (), read)
 
 
 @dataclass(frozen=True)
@@ -167,13 +169,14 @@ def _trained(
             for name, other in others.items()
         },
     }
-    slug = f"{cell.cfg.data.name}-{method_name}-{role['name']}-s{role['seed']}"
     label, job_type = ("teacher", "teacher") if role_name == "teacher" else (method_name, "distill")
+    # A teacher is a baseline, too: the store has one entry for both.
+    slug, name = (f"{cell.cfg.data.name}-{how}-{role['name']}-s{role['seed']}" for how in (method_name, label))
     networks = {"student": start.network} | {name: other.network for name, other in others.items()}
     needs = [model for one in (start, *others.values()) for model in one.needs]
     inputs = [reference(model.slug, model.key) for model in needs]
-    training = TrainingSpec(label, job_type, method, role["recipe"], networks, slug, key_of(spec), inputs)
-    return Model(spec, slug, role_name, tuple(needs), _train(cell, training, spec, slug), training)
+    training = TrainingSpec(label, job_type, method, role["recipe"], networks, slug, name, key_of(spec), inputs)
+    return Model(spec, slug, name, role_name, tuple(needs), _train(cell, training, spec, slug), training)
 
 
 def _train(cell: Cell, training: TrainingSpec, spec: Mapping[str, Any], slug: str) -> Make:

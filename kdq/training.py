@@ -64,7 +64,7 @@ class TrainingSpec:
         method: ``_target_``, a :class:`~kdq.distill.baseline.Baseline`, and its options.
         recipe: the fields of :class:`~kdq.distill.recipe.Recipe`.
         networks: ``student`` and what else the method takes.
-        slug, key: of the store's entry that it makes.
+        slug, name, key: of the model that it makes; see :class:`kdq.train_stage.Model`.
         inputs: references to the stored models that it takes, for its log.
     """
 
@@ -74,6 +74,7 @@ class TrainingSpec:
     recipe: Mapping[str, Any]
     networks: Mapping[str, NetworkSpec]
     slug: str
+    name: str
     key: str
     inputs: Sequence[str] = ()
 
@@ -137,8 +138,7 @@ def _tracked(cell: Cell, spec: TrainingSpec) -> AbstractContextManager[Track]:
         "teacher": networks["teacher"].name if "teacher" in networks else "",
     }
     settings = {"net": student.net, "recipe": spec.recipe, "method": spec.method}
-    name = f"{cell.cfg.data.name}-{spec.label}-{student.name}-s{student.seed}"
-    return cell.tracked(spec.job_type, name, spec.key, axes, settings, spec.inputs)
+    return cell.tracked(spec.job_type, spec.name, spec.key, axes, settings, spec.inputs)
 
 
 def tell_model(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdq.errors import KdqError
-from kdq.store import Store, key_of
+from kdq.store import LEASE_SECONDS, Store, key_of
 
 SPEC = {"stage": "train", "seed": 0, "recipe": {"lr": 0.1, "epochs": 2}}
 
@@ -81,11 +81,15 @@ def test_a_failed_making_leaves_no_entry_and_keeps_its_work(tmp_path: Path) -> N
 
 
 _SCRIPT = """
-    import os, sys, time
+    import os, socket, sys, time
     from pathlib import Path
+    if sys.argv[3]:
+        socket.gethostname = lambda: sys.argv[3]
     import torch
+    import kdq.store
     from kdq.store import Store
     root = Path(sys.argv[1])
+    kdq.store.LEASE_SECONDS = float(sys.argv[4])
     def make(work):
         with open(root / "trainings", "a") as log:
             log.write(f"{os.getpid()}\\n")
@@ -96,9 +100,12 @@ _SCRIPT = """
 """
 
 
-def _start(root: Path, seconds: float) -> subprocess.Popen[str]:
-    script = textwrap.dedent(_SCRIPT)
-    return subprocess.Popen([sys.executable, "-c", script, str(root), str(seconds)], stdout=subprocess.PIPE, text=True)
+def _start(root: Path, seconds: float, host: str = "", lease: float = LEASE_SECONDS) -> subprocess.Popen[str]:
+    """A process that makes the entry in so many ``seconds``, on ``host`` (empty: this one)."""
+    root.mkdir(exist_ok=True)
+    arguments = [str(root), str(seconds), host, str(lease)]
+    command = [sys.executable, "-c", textwrap.dedent(_SCRIPT), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def _wait_for(path: Path, seconds: float = 60) -> None:
@@ -124,6 +131,23 @@ def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path: Path) -> None:
     assert _start(tmp_path, 0).communicate(timeout=100)[0] == "done\n"
     assert len((tmp_path / "trainings").read_text().split()) == 2
     assert [p.name.startswith("net-") for p in (tmp_path / "store").iterdir() if not p.name.startswith(".")] == [True]
+
+
+@pytest.mark.timeout(150)
+def test_the_lock_of_another_host_is_taken_over_when_its_heartbeat_stops_and_not_before(tmp_path: Path) -> None:
+    """Of a holder elsewhere nothing is known but whether it refreshes its lock; here it does so every two seconds."""
+    dead, alive = tmp_path / "dead", tmp_path / "alive"
+    killed = _start(dead, 1000, "elsewhere", lease=6)
+    working = _start(alive, 20, "elsewhere", lease=6)
+    for root in (dead, alive):
+        _wait_for(root / "trainings")
+        assert "host=elsewhere" in next((root / "store/.locks").iterdir()).read_text()
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    heir, second = _start(dead, 0, "here", lease=6), _start(alive, 0, "here", lease=6)
+    assert [process.communicate(timeout=100)[0] for process in (heir, working, second)] == ["done\n"] * 3
+    assert len((dead / "trainings").read_text().split()) == 2
+    assert (alive / "trainings").read_text().split() == [str(working.pid)]
 
 
 @pytest.mark.timeout(120)

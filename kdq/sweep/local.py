@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from omegaconf import DictConfig
 
 from kdq.cores import usable_cores
 from kdq.errors import KdqError
-from kdq.sweep.task import Task, failed
+from kdq.sweep.task import OUTPUT, Task, failed, folder, perform
 
 
 def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[JobReturn]:
@@ -48,7 +47,7 @@ def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[J
     def run(task: Task, cfg: DictConfig) -> JobReturn:
         share = free.get()
         try:
-            return _run(context, task, share, Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir))
+            return _run(context, task, share, folder(cfg))
         finally:
             free.put(share)
 
@@ -114,13 +113,10 @@ def _devices(asked: Any, gpus: int) -> int:
     return asked
 
 
-def _run(context: ForkServerContext, task: Task, share: Share, folder: Path) -> JobReturn:
+def _run(context: ForkServerContext, task: Task, share: Share, own: Path) -> JobReturn:
     """Run one job and wait for it."""
-    folder.mkdir(parents=True, exist_ok=True)
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_job, args=(theirs, cloudpickle.dumps(task), share, folder / "output.log"), daemon=True
-    )
+    process = context.Process(target=_job, args=(theirs, cloudpickle.dumps(task), own, share), daemon=True)
     process.start()
     theirs.close()
     returned = None
@@ -130,29 +126,14 @@ def _run(context: ForkServerContext, task: Task, share: Share, folder: Path) -> 
     if returned is None:
         code = process.exitcode or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        returned = failed(task, KdqError(f"the process of the job {how}; see {folder / 'output.log'}"))
+        returned = failed(task, KdqError(f"the process of the job {how}; see {own / OUTPUT}"))
     return returned
 
 
-def _job(pipe: Connection, pickled: bytes, share: Share, output: Path) -> None:
+def _job(pipe: Connection, pickled: bytes, own: Path, share: Share) -> None:
     """The process of a job."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with output.open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    os.environ.update(share.environment())
-    import torch
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has been imported before
-    task: Task = cloudpickle.loads(pickled)
-    returned = task()
-    try:
-        pipe.send_bytes(cloudpickle.dumps(returned))
-    except Exception:  # an exception of the user's own that does not survive the journey
-        from kdq.complaint import describe
-
-        pipe.send_bytes(cloudpickle.dumps(failed(task, KdqError(describe(returned._return_value)))))
-    sys.stdout.flush()
+    pipe.send_bytes(perform(pickled, own, share.environment()))
 
 
 def _end_with_parent() -> None:

@@ -175,10 +175,10 @@ class _Models:
         needs = frozenset[str]().union(*(self.missing(cell, needed, overrides) for needed in model.needs))
         wave = 1 + max((self._jobs[key][0] for key in needs), default=0)
         how = f"{model.training.recipe['epochs']} epochs" if model.training else "read from a file"
-        makes, work = {model.key: model.slug}, model_work(cell, model)
+        makes, work = {model.key: model.name}, model_work(cell, model)
         self._jobs[model.key] = (
             wave,
-            Job(model.slug, model.role, f"{model.role}, {how}", overrides, makes, needs, work),
+            Job(model.name, model.role, f"{model.role}, {how}", overrides, makes, needs, work),
         )
         return needs | {model.key}
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from kdq.errors import KdqError
-from kdq.sweep.task import Task, failed
+from kdq.sweep.task import Task, failed, folder
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +42,16 @@ def _submit(task: Task) -> Any:
     except ImportError as error:
         raise KdqError("hydra/launcher=slurm needs submitit: pip install 'kdq[slurm]'") from error
 
-    hydra = task.job_config().hydra
-    params: Any = OmegaConf.to_container(hydra.launcher, resolve=True)
+    cfg = task.job_config()
+    params: Any = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
     del params["_target_"]
     if not isinstance(params["tasks_per_node"], int) or params["tasks_per_node"] < 1:
         raise KdqError(
             f"hydra/launcher=slurm starts a task for each device: give trainer.devices a number, not "
             f"{params['tasks_per_node']}"
         )
-    folder = Path(hydra.sweep.dir) / str(hydra.sweep.subdir)  # what the job prints lies beside its log
-    executor = submitit.AutoExecutor(
-        folder=folder / "slurm", cluster="slurm", slurm_max_num_timeout=params.pop("max_num_timeout")
+    executor = submitit.AutoExecutor(  # what the job prints lies beside its log
+        folder=folder(cfg) / "slurm", cluster="slurm", slurm_max_num_timeout=params.pop("max_num_timeout")
     )
     general = {"name", "timeout_min", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb"}
     asked = {name: value for name, value in params.items() if value is not None}

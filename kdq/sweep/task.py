@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
+
+from kdq.complaint import describe
+from kdq.errors import KdqError
 
 
 @dataclass
@@ -54,10 +62,41 @@ class Task:
         return DelayedSubmission(self)
 
 
+#: What a job prints, in its folder.
+OUTPUT = "output.log"
+
+
+def folder(cfg: DictConfig) -> Path:
+    """Where the job with this config writes."""
+    return Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
+
+
+def perform(pickled: bytes, folder: Path, environment: Mapping[str, str]) -> bytes:
+    """Run a pickled :class:`Task` in this process, which must be its own, and pickle how it ended.
+
+    Args:
+        folder: of the job; what it prints goes there.
+        environment: of the job; OMP_NUM_THREADS, its CPU threads, is among it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / OUTPUT).open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch may have been imported before
+    task: Task = cloudpickle.loads(pickled)
+    returned = task()
+    sys.stdout.flush()
+    try:
+        return cloudpickle.dumps(returned)
+    except Exception:  # an exception of the user's own that does not survive the journey
+        return cloudpickle.dumps(failed(task, KdqError(describe(returned._return_value))))
+
+
 def failed(task: Task, error: Exception) -> JobReturn:
     """The return of a job that could not say itself how it ended."""
-    from hydra.core.utils import JobStatus
-
     returned = JobReturn(overrides=task.overrides, status=JobStatus.FAILED)
     returned.return_value = error
     return returned

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,26 +131,101 @@ def test_several_tasks_train_what_one_process_does(nodes: int, network_folder: P
     assert asked
 
 
-def test_a_requeued_training_goes_on_and_ends_with_the_same_weights(network_folder: Path) -> None:
-    """USR2 is what Slurm sends before the time is up, and when it preempts."""
-    process = start(network_folder, "student.recipe.epochs=150")
+#: A network whose training takes the time that the environment says, wherever it runs.
+PACED_NET = """
+import os, time
+from kdq.models import CifarResNet
+
+class Paced(CifarResNet):
+    def forward(self, images):
+        if self.training:
+            time.sleep(float(os.environ.get("KDQ_TEST_PAUSE", "0")))
+        return super().forward(images)
+"""
+
+
+@pytest.fixture
+def paced(network_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], list[str]]:
+    """From epochs and seconds to the overrides of a training that takes them, at least."""
+    (network_folder / "paced_net.py").write_text(PACED_NET)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(network_folder), *filter(None, sys.path)]))
+
+    def overrides(epochs: int, seconds: float) -> list[str]:
+        monkeypatch.setenv("KDQ_TEST_PAUSE", str(seconds / (3 * epochs)))  # three steps an epoch
+        return ["student.net._target_=paced_net.Paced", f"student.recipe.epochs={epochs}"]
+
+    return overrides
+
+
+def resumed(output: Path) -> list[int]:
+    """The epochs after which a training was gone on with."""
+    text = "".join(path.read_text() for path in output.glob("runs/*/*/*.log"))
+    return [int(epoch) for epoch in re.findall(r"going on after epoch (\d+) of", text)]
+
+
+def start_again(process: subprocess.Popen[str], job: str) -> None:
+    """Wait until the requeued job runs again; Slurm would let it wait for two minutes."""
+
+    def running() -> bool:
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return slurm("squeue", "-h", "-j", job, "-o", "%T") == "RUNNING"
+
+    wait_for(process, running, 90)
+
+
+def as_undisturbed(output: Path, training: Sequence[str]) -> bool:
+    code, text = kdq(output / "undisturbed", *training, launcher=())
+    assert code == 0, text
+    return weights(output / "undisturbed") == weights(output)
+
+
+def test_a_training_that_is_preempted_and_then_requeued_ends_with_the_same_weights(
+    network_folder: Path, paced: Callable[[int, float], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = paced(60, 40)
+    process = start(network_folder, *training, "hydra.launcher.partition=low")
     wait_for(process, lambda: list(network_folder.glob("store/.work/*/last.ckpt")))
     job = slurm("squeue", "-h", "-o", "%A")
-    slurm("scancel", "--signal=USR2", job)
-    wait_for(process, lambda: slurm("squeue", "-h", "-o", "%T") == "PENDING", 60)
 
-    def running() -> bool:  # Slurm lets a requeued job wait for two minutes
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return slurm("squeue", "-h", "-o", "%T") == "RUNNING"
+    # Another partition takes both nodes: Slurm sends USR2, and submitit requeues the job.
+    slurm("sbatch", "--partition=main", "--nodes=2", "--exclusive", f"--output={os.devnull}", "--wrap=sleep 1")
+    wait_for(process, lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", 90)
+    start_again(process, job)
+    wait_for(process, lambda: len(resumed(network_folder)) == 1, 90)
+    (checkpoint,) = network_folder.glob("store/.work/*/last.ckpt")
+    before = checkpoint.stat().st_mtime_ns
+    wait_for(process, lambda: checkpoint.stat().st_mtime_ns > before, 90)
 
-    wait_for(process, running, 60)
+    # What an administrator does, and Slurm when a node dies: no warning.
+    slurm("scontrol", "requeue", job)
+    start_again(process, job)
     text = process.communicate()[0]
     assert process.returncode == 0, text
-    (log,) = [path for path in network_folder.glob("runs/*/*/*.log") if "going on after epoch" in path.read_text()]
-    epoch = int(log.read_text().partition("going on after epoch ")[2].split()[0])
-    assert 0 < epoch < 150
-    assert log.read_text().count("Requeued job") == 1
-    expected, undisturbed = weights(network_folder), network_folder / "undisturbed"
-    code, text = kdq(undisturbed, "student.recipe.epochs=150", launcher=())
-    assert code == 0, text
-    assert weights(undisturbed) == expected
+    first, second = resumed(network_folder)
+    assert 0 < first < second < 60
+    (log,) = network_folder.glob("runs/*/*/digits-baseline-resnet20-s0.log")
+    assert log.read_text().count("this job is preempted") == 1
+    monkeypatch.setenv("KDQ_TEST_PAUSE", "0")
+    assert as_undisturbed(network_folder, training)
+
+
+def test_a_training_whose_time_is_up_goes_on_until_it_is_done(
+    network_folder: Path, paced: Callable[[int, float], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's shortest limit is a minute, and it looks twice a minute: USR2 comes 25 to 55 seconds after the start."""
+    training = paced(100, 62)
+    process = start(network_folder, *training, "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=5")
+    wait_for(process, lambda: list(network_folder.glob("store/.work/*/last.ckpt")))
+    job = slurm("squeue", "-h", "-o", "%A")
+    while not list(network_folder.glob("store/[!.]*")):
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # only a job that waits takes it
+        time.sleep(1)
+        assert process.poll() is None, process.communicate()[0]
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert resumed(network_folder)
+    assert all(0 < epoch < 100 for epoch in resumed(network_folder))
+    (log,) = network_folder.glob("runs/*/*/digits-baseline-resnet20-s0.log")
+    assert log.read_text().count("this job is timed-out") >= 1
+    monkeypatch.setenv("KDQ_TEST_PAUSE", "0")
+    assert as_undisturbed(network_folder, training)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf
 
 from kdq.errors import KdqError
-from kdq.sweep.local import Share, shares, usable_gpus
+from kdq.sweep.local import Share, launch, shares, usable_gpus
 from tests.conftest import TINY
 
 
@@ -52,6 +58,46 @@ def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_gpus() == ["5", "7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert usable_gpus() == []
+
+
+@dataclass
+class Visitor:
+    """Stands in for a job: notes which GPU it sees, waits until ``together`` jobs are there, and leaves."""
+
+    folder: Path
+    number: int
+    together: int
+    overrides: list[str] = field(default_factory=list)
+
+    def job_config(self) -> DictConfig:
+        sweep = {"dir": str(self.folder / "jobs"), "subdir": str(self.number)}
+        return OmegaConf.create({"trainer": {"accelerator": "auto", "devices": 1}, "hydra": {"sweep": sweep}})
+
+    def __call__(self) -> JobReturn:
+        gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+        with (self.folder / "log").open("a") as log:
+            print("in", gpu, file=log, flush=True)
+            end = time.monotonic() + 100
+            while (self.folder / "log").read_text().count("in") < self.together and time.monotonic() < end:
+                time.sleep(0.02)
+            print("out", gpu, file=log, flush=True)
+        return JobReturn(overrides=self.overrides, status=JobStatus.COMPLETED)
+
+
+@pytest.mark.parametrize("jobs_per_gpu", [1, 3])
+def test_gpus_are_shared_as_asked_and_never_more(
+    jobs_per_gpu: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs that only CUDA_VISIBLE_DEVICES knows: real processes, which wait until all slots are taken at once."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    slots = 2 * jobs_per_gpu
+    returned = launch([Visitor(tmp_path, number, slots) for number in range(2 * slots)], None, jobs_per_gpu)
+    assert [one.status for one in returned] == [JobStatus.COMPLETED] * len(returned)
+    inside, most = Counter[str](), Counter[str]()
+    for what, gpu in (line.split() for line in (tmp_path / "log").read_text().splitlines()):
+        inside[gpu] += 1 if what == "in" else -1
+        most[gpu] = max(most[gpu], inside[gpu])
+    assert most == {"3": jobs_per_gpu, "5": jobs_per_gpu}
 
 
 @pytest.mark.timeout(280)

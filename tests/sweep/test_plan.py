@@ -85,7 +85,7 @@ def test_what_is_there_is_not_launched(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, cells)
     names = [[job.name for job in wave] for wave in plan.waves]
     assert [sorted(wave) for wave in names] == [
-        ["digits-baseline-resnet20-s0"],  # the teacher
+        ["digits-teacher-resnet20-s0"],
         ["digits-vkd-resnet20-s0"],
         ["digits-baseline-resnet20-s0-gpfq", "digits-teacher-resnet20-s0-gpfq", "digits-vkd-resnet20-s0-gpfq"],
     ]

@@ -1,1 +1,1 @@
-"""Hydra finds the launchers in this namespace; ``hydra/launcher=local`` and ``hydra/launcher=slurm`` choose them."""
+"""Hydra finds the launchers in this namespace; ``hydra/launcher=local``, ``slurm`` and ``ray`` choose them."""

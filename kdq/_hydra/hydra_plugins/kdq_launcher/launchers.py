@@ -1,4 +1,4 @@
-"""Hydra's view of kdq's launchers: thin shells over :mod:`kdq.sweep.local` and :mod:`kdq.sweep.slurm`."""
+"""Hydra's view of kdq's launchers: thin shells over :mod:`kdq.sweep.local`, ``slurm`` and ``ray``."""
 
 from __future__ import annotations
 
@@ -55,3 +55,16 @@ class SlurmLauncher(_TaskLauncher):
         from kdq.sweep.slurm import launch
 
         return launch(self.tasks(job_overrides, initial_job_idx))
+
+
+class RayLauncher(_TaskLauncher):
+    """``hydra/launcher=ray``; see :func:`kdq.sweep.ray.launch`."""
+
+    def __init__(self, address: str | None = None, num_cpus: float = 1, num_gpus: float = 1) -> None:
+        super().__init__()
+        self.address, self.num_cpus, self.num_gpus = address, num_cpus, num_gpus
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
+        from kdq.sweep.ray import launch
+
+        return launch(self.tasks(job_overrides, initial_job_idx), self.address, self.num_cpus, self.num_gpus)
