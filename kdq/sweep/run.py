@@ -46,7 +46,8 @@ def run_plan(plan: Plan, launch: Launch, folder: Path, status: Status) -> list[F
             causes = _launched(launch, overrides, number)
         number += len(ready)
         for job, own, cause in zip(ready, folders, causes, strict=True):
-            failed |= _judged(plan.output, job, cause, str(folder / own / f"{_plain(job.name)}.log"))
+            log = folder / own / f"{_plain(job.name)}.log"  # Hydra's; none of a job that never started
+            failed |= _judged(plan.output, job, cause, str(log) if log.is_file() else "")
     return list(failed.values())
 
 

@@ -85,7 +85,7 @@ def failure_lines(plan: Plan, failures: Sequence[Failure]) -> list[str]:
         users = [one for one in rows if one is job or job.makes.keys() & one.needs]
         which = [o for o in job.overrides if o not in common and all(o in one.overrides for one in users)]
         for cause, log in dict.fromkeys((failure.cause, failure.log) for failure in failed):
-            lines.append(f"failed: {' '.join([job.name, *which])}: {cause}; log: {log}")
+            lines.append(f"failed: {' '.join([job.name, *which])}: {cause}" + (f"; log: {log}" if log else ""))
     for overrides, cause in plan.impossible:
         lines.append(f"failed: {' '.join(o for o in overrides if o not in common)}: {cause}")
     if lost:

@@ -1,7 +1,8 @@
 """Where a sweep is, read from its output folder: the same under any launcher, on this machine or a cluster.
 
-A job runs once its folder is there, and is done once its model or its rows are. Where jobs have output of their own
-elsewhere a live table is shown in a terminal; in a log, and beside jobs that write to this terminal, plain lines.
+A job runs once Hydra has written its config, and is done once its model or its rows are there. Where jobs have output
+of their own elsewhere a live table is shown in a terminal; in a log, and beside jobs that write to this terminal, plain
+lines.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -28,6 +29,7 @@ from kdq.sweep.show import duration
 INTERVAL = 1.0
 #: Running jobs that are named at once.
 SHOWN = 8
+ENDED = ("done", "failed")
 
 
 @dataclass
@@ -35,7 +37,7 @@ class _Watched:
     job: Job
     folder: Path
     state: str = "waiting"  # then running, and at last done or failed
-    since: float = 0.0
+    since: float = field(default_factory=time.monotonic)
 
 
 class Status:
@@ -83,10 +85,11 @@ class Status:
         there |= {path.name.rpartition("-")[2] for path in (output / "store").glob("[!.]*-*")}
         failures = read_failures(output)
         for one in self._watched:
-            if one.state == "waiting" and one.folder.is_dir():
-                one.state, one.since = "running", now
-            if one.state != "running":
+            if one.state in ENDED:
                 continue
+            # A launcher may make the folder when it puts the job into a queue.
+            if one.state == "waiting" and (one.folder / ".hydra").is_dir():
+                one.state, one.since = "running", now
             took = duration(now - one.since)
             if there.issuperset(one.job.makes):
                 one.state = "done"
@@ -96,7 +99,7 @@ class Status:
                 self._say(f"{self._count()} {one.job.name}: failed after {took}: {causes[0]}")
 
     def _ended(self) -> list[_Watched]:
-        return [one for one in self._before + self._watched if one.state in ("done", "failed")]
+        return [one for one in self._before + self._watched if one.state in ENDED]
 
     def _count(self) -> str:
         total = len(self.plan.jobs)

@@ -114,3 +114,18 @@ def test_records_that_cannot_be_read_count_as_none(tmp_path: Path) -> None:
     record(tmp_path, Failure("cell", "abc", "cause", "log", ["method=vkd"]))
     (tmp_path / "failed" / "damaged-def.json").write_text("{")
     assert read_failures(tmp_path).keys() == {"abc"}
+
+
+def test_the_screen_tells_waiting_jobs_from_running_ones(tmp_path: Path) -> None:
+    made, console = plan(tmp_path, *CELLS), Console(record=True, width=120)
+    status, jobs = Status(console, made, live=False), made.waves[0]
+    folders = [tmp_path / "runs" / str(number) for number in range(len(jobs))]
+    (folders[0] / "slurm").mkdir(parents=True)  # in a queue
+    (folders[1] / ".hydra").mkdir(parents=True)
+    with status.wave(jobs, folders):
+        status._look()
+        console.print(status._screen())
+    text = console.export_text()
+    assert "0 done, 1 running, 0 failed, 1 waiting" in text
+    assert jobs[1].name in text
+    assert jobs[0].name not in text
