@@ -192,7 +192,7 @@ def fit(
 def _trainer(module: Baseline, config: Mapping[str, Any], **kwargs: Any) -> L.Trainer:
     recipe = module.recipe
     # Part of torch's deterministic mode, for finding reads of memory that nothing wrote; it costs 3 % of a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if module.automatic_optimization:  # a module that steps by hand clips and accumulates by hand
         kwargs |= {"gradient_clip_val": recipe.clip_grad, "accumulate_grad_batches": recipe.accumulate}
     return L.Trainer(

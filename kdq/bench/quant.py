@@ -2,14 +2,18 @@
 memory.
 
     python -m kdq.bench quant [--images 256] [--bits 4] [--json FILE] [--only kdq literal ...]
+        [--weights FILE --root FOLDER]
 
 The network is a ResNet-18 for 32 x 32 pixels with random weights and BatchNorm statistics of its inputs: times do not
-depend on what it has learnt. Every ratio is of times taken in one process, one after the other.
+depend on what it has learnt. With trained ``--weights`` and the image folder ``--root`` calibration images are real
+ones, and accuracies on 2 000 test images are compared, too. Every ratio is of times taken in one process, one after the
+other; memory is that of processes of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import subprocess
@@ -20,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,9 +32,15 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.bench import literal
+from kdq.cell import plain
+from kdq.complaint import compose
+from kdq.data.images import Images
+from kdq.data.loader import EvalLoader
+from kdq.evaluate import evaluate
 from kdq.models import resnet18
 from kdq.quant.layer import patches
 from kdq.quant.network import quantize_widths
+from kdq.weights import load_weights
 
 WIDTHS = [2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 26, 32]
 PARTS = ("kdq", "literal", "brevitas", "widths", "memory")
@@ -44,11 +55,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--memory-images", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--weights", type=Path, help="of a trained ResNet-18 with ten classes")
+    parser.add_argument("--root", type=Path, help="the image folder it was trained on")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # what the memory part runs in processes of its own
+    # What the memory part runs in processes of its own.
+    parser.add_argument("--peak", nargs=2, metavar=("WHOSE", "IMAGES"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak:
-        print(json.dumps(peak(options.peak, options.bits)))
+        whose, count = options.peak
+        print(json.dumps(peak(whose, int(count), options.bits)))
         return
     found = measure(options)
     show(found)
@@ -67,9 +82,25 @@ def network_and_images(count: int) -> tuple[nn.Module, Tensor]:
     return net.eval(), images
 
 
+def trained_network(weights: Path, root: Path, count: int) -> tuple[nn.Module, Tensor, EvalLoader]:
+    """A trained ResNet-18, ``count`` calibration images of its training set, and test batches."""
+    net, device = resnet18(num_classes=10), torch.accelerator.current_accelerator(check_available=True)
+    load_weights(net, weights)
+    config = compose(["data=cifar10_jpeg", f"data.root={root}", "data.test_limit=2000"]).data
+    data = plain(config)
+    images = Images(hydra.utils.instantiate(data["source"]), data)
+    device = device or torch.device("cpu")
+    calibration = torch.cat([inputs for inputs, _ in images.calibration(count, 0, device)])
+    return net.to(device).eval(), calibration, images.evaluation("test", device)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The numbers, by name; seconds unless the name says otherwise."""
-    net, images = network_and_images(options.images)
+    test = None
+    if options.weights is None:
+        net, images = network_and_images(options.images)
+    else:
+        net, images, test = trained_network(options.weights, options.root, options.images)
     device = torch.cuda.get_device_name() if images.is_cuda else f"{platform.processor() or platform.machine()} CPU"
     found: dict[str, Any] = {
         "device": device,
@@ -86,17 +117,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         found |= against_literal(net, quantized, images)
         found["literal_over_kdq"] = found["literal_extrapolated"] / found["kdq"]
     if "brevitas" in options.only:
-        found |= against_brevitas(net, images, options.bits)
+        found |= against_brevitas(net, quantized, images, test, options.bits)
         if "brevitas" in found:
             found["brevitas_over_kdq"] = found["brevitas"] / found["kdq"]
+            found |= {
+                f"{whose}_peak_mb": separate_peak(whose, options.images, options) for whose in ("kdq", "brevitas")
+            }
     if "widths" in options.only:
         _, found["twelve_widths"] = timed(lambda: quantize_widths(net, images.split(64), WIDTHS))
         found["twelve_widths_over_one"] = found["twelve_widths"] / found["kdq"]
     if "memory" in options.only:
         for count in options.memory_images:
-            command = [sys.executable, "-m", "kdq.bench", "quant", "--peak", str(count), "--bits", str(options.bits)]
-            result = subprocess.run(command, check=True, capture_output=True, text=True)
-            found |= {f"{name}_{count}_images": value for name, value in json.loads(result.stdout).items()}
+            found[f"peak_mb_{count}_images"] = separate_peak("kdq", count, options)
     return found
 
 
@@ -127,34 +159,54 @@ def against_literal(net: nn.Module, quantized: Any, images: Tensor) -> dict[str,
     return {"literal_extrapolated": seconds, "literal_columns_per_layer": COLUMNS, "literal_same_codes": same / total}
 
 
-def against_brevitas(net: nn.Module, images: Tensor, bits: int) -> dict[str, Any]:
-    """brevitas' GPFQ with the same width, per-channel scales by squared error and no activation quantizers."""
+def against_brevitas(
+    net: nn.Module, quantized: nn.Module, images: Tensor, test: EvalLoader | None, bits: int
+) -> dict[str, Any]:
+    """brevitas' GPFQ: its seconds, and how far both are from the float network: the relative error of the logits on the
+    calibration images, and the accuracy on ``test``."""
     try:
         import brevitas  # type: ignore[import-not-found]
-        from brevitas.graph.gpfq import gpfq_mode  # type: ignore[import-not-found]
-        from brevitas.graph.quantize import layerwise_quantize  # type: ignore[import-not-found]
-        from brevitas.nn import QuantConv2d, QuantLinear  # type: ignore[import-not-found]
-        from brevitas.quant import Int8WeightPerChannelFloatMSE  # type: ignore[import-not-found]
     except ImportError:
         return {"brevitas_missing": "pip install brevitas==0.13.4 to compare with it"}
+    model, seconds = timed(lambda: brevitas_gpfq(net, images, bits))
+    found: dict[str, Any] = {"brevitas": seconds, "brevitas_version": brevitas.__version__}
+    with torch.no_grad():
+        exact, ours, theirs = (torch.cat([one(x) for x in images.split(64)]) for one in (net, quantized, model))
+    for whose, logits in (("kdq", ours), ("brevitas", theirs)):
+        found[f"{whose}_logits_error"] = float((logits - exact).norm() / exact.norm())
+    if test is not None:
+        for whose, one in (("float", net), ("kdq", quantized), ("brevitas", model)):
+            found[f"{whose}_top1"] = evaluate(one, test, 10)["top1"]
+    return found
+
+
+def brevitas_gpfq(net: nn.Module, images: Tensor, bits: int) -> nn.Module:
+    """brevitas' GPFQ with the same width, per-channel scales by squared error and no activation quantizers."""
+    from brevitas.graph.gpfq import gpfq_mode  # type: ignore[import-not-found]
+    from brevitas.graph.quantize import layerwise_quantize  # type: ignore[import-not-found]
+    from brevitas.nn import QuantConv2d, QuantLinear  # type: ignore[import-not-found]
+    from brevitas.quant import Int8WeightPerChannelFloatMSE  # type: ignore[import-not-found]
+
     arguments = {"weight_quant": Int8WeightPerChannelFloatMSE, "weight_bit_width": bits}
     layers = {nn.Conv2d: (QuantConv2d, arguments), nn.Linear: (QuantLinear, arguments)}
-    model = layerwise_quantize(net, compute_layer_map=layers)
-
-    def run() -> None:
-        with torch.no_grad():
-            model(images[:1])  # sets the scales
-        with torch.no_grad(), gpfq_mode(model, use_quant_activations=False) as gpfq:
+    model: nn.Module = layerwise_quantize(copy.deepcopy(net), compute_layer_map=layers)
+    with torch.no_grad():
+        model(images[:1])  # sets the scales
+        with gpfq_mode(model, use_quant_activations=False) as gpfq:
             for _ in range(gpfq.num_layers):
                 for batch in images.split(64):
                     gpfq.model(batch)
                 gpfq.update()
-
-    _, seconds = timed(run)
-    return {"brevitas": seconds, "brevitas_version": brevitas.__version__}
+    return model.eval()
 
 
-def peak(count: int, bits: int) -> dict[str, float]:
+def separate_peak(whose: str, count: int, options: argparse.Namespace) -> float:
+    """:func:`peak` of a process of its own."""
+    command = [sys.executable, "-m", "kdq.bench", "quant", "--peak", whose, str(count), "--bits", str(options.bits)]
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def peak(whose: str, count: int, bits: int) -> float:
     """Megabytes at most resident in this process, above what it held before, for ``count`` images."""
     import resource
 
@@ -166,8 +218,11 @@ def peak(count: int, bits: int) -> dict[str, float]:
     with torch.no_grad():
         net(images[:64])
     before = resident()
-    kdq.quantize(net, images.split(64), bits=bits)
-    return {"peak_mb": resident() - before}
+    if whose == "kdq":
+        kdq.quantize(net, images.split(64), bits=bits)
+    else:
+        brevitas_gpfq(net, images, bits)
+    return resident() - before
 
 
 def show(found: dict[str, Any]) -> None:

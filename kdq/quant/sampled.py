@@ -19,12 +19,15 @@ class SampledMoments:
 
     Args:
         share: of the patches, at least one.
+        apart: false: at the layer's own stride, as the layer meets them.
         seed: draws them, the same for both sides and for G and H.
     """
 
-    def __init__(self, layer: nn.Module, symmetric: bool, share: float = 0.25, seed: int = 0) -> None:
+    def __init__(
+        self, layer: nn.Module, symmetric: bool, share: float = 0.25, apart: bool = True, seed: int = 0
+    ) -> None:
         self.layer = layer
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if apart and isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             self.layer = copy.copy(layer)
             self.layer.stride = layer.kernel_size
         self.share, self.generator = share, torch.Generator().manual_seed(seed)
