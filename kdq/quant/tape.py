@@ -25,7 +25,7 @@ from kdq.quant.lanes import Lanes, lanes_in, replace_lanes
 #: depend on those.
 CHUNK = 64
 #: Bytes of waiting chunks that stay in memory.
-IN_MEMORY = 512 * 2**20
+IN_MEMORY = 128 * 2**20
 
 #: The values of one chunk, by the keys a tape knows them under.
 Values = dict[int, Lanes]
