@@ -45,6 +45,11 @@ class Cell:
         config = plain(self.cfg.data)
         return Images(_image_set(json.dumps(config["source"])), config)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image: ``(channels, height, width)``."""
+        return (self.cfg.data.in_channels, self.images.height, self.images.width)
+
     @cached_property
     def device(self) -> torch.device:
         """Where networks are quantized and evaluated; Lightning places trainings by the same setting."""

@@ -255,7 +255,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "macs": multiply_adds(network, image),
         "calibration_images": images,
         "act_bits": 32 if cfg.quant.act_bits is None else cfg.quant.act_bits,
-        "latency_ms_torch": of_networks({"float": network}, image.shape[1:], 1, 30)["float"].median_ms,
+        "latency_ms_torch": of_networks({"float": network}, cell.shape, 1, 30)["float"].median_ms,
         "train_seconds": float(entry.metrics["train_seconds"]),
         "device": _device_name(cell.device),
         "kdq_version": kdq.__version__,
@@ -293,7 +293,7 @@ def _row(
 
 
 def _image(cell: Cell) -> Tensor:
-    return torch.zeros(1, cell.cfg.data.in_channels, cell.images.height, cell.images.width, device=cell.device)
+    return torch.zeros(1, *cell.shape, device=cell.device)
 
 
 def _device_name(device: torch.device) -> str:

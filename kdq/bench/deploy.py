@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -74,10 +75,6 @@ class Bench:
     def packed(self) -> Path:
         return self.cell.output / self.row.artifact
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (self.cell.cfg.data.in_channels, self.cell.images.height, self.cell.images.width)
-
     def about(self) -> dict[str, Any]:
         names = ["data", "method", "arch", "bits", "top1_float", "top1", "top1_onnx_fp32", "top1_onnx_int8"]
         names += ["float_bytes", "size_bytes", "onnx_fp32_bytes", "onnx_int8_bytes", "macs", "bops"]
@@ -92,7 +89,9 @@ class Bench:
             for count in threads:
                 sessions = {kind: session(model, count, spin) for kind, model in models.items()}
                 name = f"ONNX Runtime, {count} threads" + (", spinning" if spin else "")
-                found |= self.compared(name, lambda *many, each=sessions: latency.of_sessions(each, self.shape, *many))
+                found |= self.compared(
+                    name, lambda *many, each=sessions: latency.of_sessions(each, self.cell.shape, *many)
+                )
         return found
 
     def torch(self) -> dict[str, str]:
@@ -104,13 +103,13 @@ class Bench:
             for name, network in networks.items()
         }
         where = f"{torch.get_num_threads()} threads" if self.cell.device.type == "cpu" else self.row.device
-        return self.compared(f"torch, {where}", lambda *many: latency.of_networks(networks, self.shape, *many))
+        return self.compared(f"torch, {where}", partial(latency.of_networks, networks, self.cell.shape))
 
     def memory(self) -> dict[str, float]:
         """Of the packed module, in fresh processes."""
         found: dict[str, float] = {}
         for decode in DECODE:
-            shape = json.dumps(self.shape)
+            shape = json.dumps(self.cell.shape)
             command = [sys.executable, "-m", "kdq.bench", "deploy", "--memory", str(self.packed), decode, shape]
             result = subprocess.run(command, check=True, capture_output=True, text=True)
             found |= {f"decode={decode}: {name}": value for name, value in json.loads(result.stdout).items()}

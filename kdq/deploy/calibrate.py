@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdq.deploy.runtime import session
+from kdq.errors import KdqError
 from kdq.quant.activations import ActivationQuantizer, Histogram
 
 #: Images that run at a time: all the asked tensors of a chunk are in memory at once.
@@ -27,6 +28,9 @@ def ranges(
         model: the float ``onnx.ModelProto``.
         images: batches ``(batch, channels, height, width)``.
         bits, choice: see :meth:`kdq.quant.activations.Histogram.quantizer`.
+
+    Raises:
+        KdqError: there are no images.
     """
     import onnx
 
@@ -43,6 +47,8 @@ def ranges(
             values = dict(zip(computed, runner.run(None, {"image": np.ascontiguousarray(chunk.numpy())}), strict=True))
             for name in tensors:
                 histograms[name].add(_sample(chunk if name in inputs else torch.from_numpy(values[name])))
+    if any(histogram.counts is None for histogram in histograms.values()):
+        raise KdqError("INT8 needs calibration images and got none: give deploy.images of them, or some batches")
     return {name: histogram.quantizer(bits, choice) for name, histogram in histograms.items()}
 
 

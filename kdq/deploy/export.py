@@ -98,6 +98,7 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
         return ""
     name = kind.removeprefix("onnx-")
     cell, missing = _cell(source, network, name, overrides)
+    shape = _shape(network, cell)
     if cell is not None and source.row is not None:
         row = deploy(cell, source.row)
         with replacing(target) as temporary:
@@ -109,7 +110,7 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
     if cell is None and name == "int8":
         raise KdqError(f"INT8 needs calibration images: {missing}")
     batches = None if cell is None else calibration(cell)
-    model = onnx_models(network, _shape(network, cell), [name], batches)[name]
+    model = onnx_models(network, shape, [name], batches)[name]
     with replacing(target) as temporary:
         temporary.write_bytes(model)
     return f"not measured: {missing}" if missing else ""
@@ -130,9 +131,9 @@ def _cell(source: Source, network: nn.Module, name: str, overrides: Sequence[str
     cell = Cell(compose([*own, *overrides]))
     if data is not None and cell.cfg.data.name != data:
         raise KdqError(f"the cell is of data {data}, not {cell.cfg.data.name}: give data.name={data} if it is the same")
-    if card and "size" in card and card["size"] != [cell.images.height, cell.images.width]:
-        size, found = "x".join(map(str, card["size"])), f"{cell.images.height}x{cell.images.width}"
-        raise KdqError(f"the network takes images of {size}, those of {cell.cfg.data.name} have {found}")
+    if card and len(card["mean"]) != (channels := cell.cfg.data.in_channels):
+        taken, name = len(card["mean"]), cell.cfg.data.name
+        raise KdqError(f"the network takes images of {taken} channels, those of {name} have {channels}")
     return cell, ""
 
 
@@ -144,13 +145,18 @@ def _known_data(name: str) -> bool:
 
 
 def _shape(network: nn.Module, cell: Cell | None) -> tuple[int, int, int]:
-    """Of one image: as the packed file says, or as the data set has it."""
+    """Of one image, as the packed file says, and as the data set has it."""
     card = getattr(network, "kdq_preprocess", None) or {}
-    if "size" in card:
-        return (len(card["mean"]), *card["size"])
-    if cell is not None:
-        return (cell.cfg.data.in_channels, cell.images.height, cell.images.width)
-    raise KdqError("the packed file does not say the size of its images: pack it again with a newer kdq")
+    own = (len(card["mean"]), card["size"][0], card["size"][1]) if "size" in card else None
+    if cell is None:
+        if own is None:
+            raise KdqError("the packed file does not say the size of its images: pack it again with a newer kdq")
+        return own
+    if own not in (None, cell.shape):
+        wanted, found = ("x".join(map(str, shape)) for shape in (own, cell.shape))
+        name = cell.cfg.data.name
+        raise KdqError(f"the network takes images of {wanted} (channels, height, width), those of {name} have {found}")
+    return cell.shape
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

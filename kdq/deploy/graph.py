@@ -141,6 +141,9 @@ def _pool(graph: Any) -> None:
         if axes == {2, 3} and {entry.name: entry.i for entry in node.attribute}.get("keepdims", 1):
             node.op_type = "GlobalAveragePool"
             del node.attribute[:], node.input[1:]
+    read = {name for node in graph.node for name in node.input}
+    for item in [item for item in graph.initializer if item.name not in read]:  # the axes
+        graph.initializer.remove(item)
 
 
 def _own(*parameters: Node | None) -> bool:

@@ -56,9 +56,8 @@ def deploy(cell: Cell, row: Row) -> Row:
             f"the packed file {path} of a finished row is gone: delete {row.file_name} in rows and run again"
         )
     config, network = cell.cfg.deploy, load_packed(path)
-    shape = (cell.cfg.data.in_channels, cell.images.height, cell.images.width)
     with progress(f"exporting {path.stem}", 4, "step") as bar:
-        models = onnx_models(network, shape, list(config.formats), calibration(cell), config.act_range)
+        models = onnx_models(network, cell.shape, list(config.formats), calibration(cell), config.act_range)
         bar.update()
         values: dict[str, Any] = {"row_format": ROW_FORMAT}
         for name, model in models.items():
@@ -71,9 +70,9 @@ def deploy(cell: Cell, row: Row) -> Row:
             values[f"top1_onnx_{name}"] = top1(runner, cell.images.evaluation("test", torch.device("cpu")))
             _compare(row, name, values[f"top1_onnx_{name}"], path)
         bar.update()
-        single = latency.of_sessions(sessions, shape, 1, config.runs)
+        single = latency.of_sessions(sessions, cell.shape, 1, config.runs)
         bar.update()
-        many = latency.of_sessions(sessions, shape, config.batch, max(3, config.runs // 5))
+        many = latency.of_sessions(sessions, cell.shape, config.batch, max(3, config.runs // 5))
         bar.update()
     for name in sessions:
         values[f"latency_ms_onnx_{name}"] = single[name].median_ms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,25 @@ def test_a_packed_file_alone(run: Any, export: Any, tmp_path: Path) -> None:
     assert "data=image_folder" in said
     export(tmp_path / "alone.kdq", "--format", "onnx-int8", "--to", tmp_path, "data=digits")
     assert (tmp_path / "alone.int8.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "words"), [(1, 12, r"1x8x8 \(.*\), in 1x12x12"), (3, 8, "1 channels, in 3")]
+)
+def test_images_of_another_size_or_kind_are_refused(
+    run: Any, export: Any, tmp_path: Path, channels: int, size: int, words: str
+) -> None:
+    output, _, rows = run
+    for part in ("train", "test"):
+        for label in range(10):
+            (tmp_path / "photos" / part / str(label)).mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (20, 20)).save(tmp_path / "photos" / part / str(label) / f"{index}.png")
+    shutil.copy(output / rows[0].artifact, tmp_path / "alone.kdq")
+    data = ["data=image_folder", f"data.root={tmp_path}/photos", "data.name=photos", f"paths.data_dir={tmp_path}"]
+    data += [f"data.image_size={size}", f"data.in_channels={channels}"]
+    said = export(tmp_path / "alone.kdq", "--format", "onnx-int8", "--to", tmp_path, *data)
+    assert re.fullmatch(f"kdq-export: the network takes images of {words}", said.replace("those of photos have", "in"))
 
 
 def test_mistakes_are_one_line_that_says_what_to_do(run: Any, export: Any, tmp_path: Path) -> None:

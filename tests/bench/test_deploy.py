@@ -1,0 +1,51 @@
+"""The benchmark of exported models says about each what it compares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import torch
+
+from kdq.bench.deploy import main, static
+from kdq.deploy.onnx_files import onnx_models
+from kdq.models import CifarResNet
+from kdq.results import read_rows
+from tests.conftest import TINY
+
+
+def test_every_format_is_compared_and_memory_is_near_the_packed_size(tmp_path: Path) -> None:
+    quick = ["deploy.runs=2", "deploy.batch=4", "deploy.images=64", "bench.threads=1", "bench.repeats=2"]
+    main([*TINY, "method=baseline", "quant.bits=3", *quick, f"paths.output_dir={tmp_path}"])
+    (found,) = json.loads((tmp_path / "report" / "bench_deploy.json").read_text())
+    (row,) = read_rows(tmp_path / "rows")
+    assert {name: found[name] for name in ("top1", "top1_onnx_int8", "onnx_int8_bytes")} == {
+        "top1": row.top1,
+        "top1_onnx_int8": row.top1_onnx_int8,
+        "onnx_int8_bytes": row.onnx_int8_bytes,
+    }
+    for batch in (1, 4):
+        for name, first, others in (
+            ("ONNX Runtime, 1 threads", "fp32", ("int8", "static")),
+            ("torch, 1 threads", "float", ("decode=layer", "decode=once")),
+        ):
+            for other in others:
+                ratios = found[f"{name}, batch {batch}: {first} / {other}, median_ms"].split()
+                assert len(ratios) == 2
+                assert all(float(ratio) > 0 for ratio in ratios)
+            least, median, p95 = map(float, found[f"{name}, batch {batch}: {first} min, median, p95 ms"].split())
+            assert 0 < least <= median <= p95
+    held = {decode: found[f"decode={decode}: held_bytes"] for decode in ("layer", "once")}
+    assert held["layer"] < 1.05 * row.size_bytes < held["once"]
+
+
+def test_onnx_runtimes_own_export_is_int8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    float_model = onnx_models(CifarResNet(8, 10, width=0.25).eval(), (3, 8, 8), ["fp32"])["fp32"]
+    (tmp_path / "float.onnx").write_bytes(float_model)
+    graph = onnx.load(static(tmp_path / "float.onnx", [torch.randn(20, 3, 8, 8)], tmp_path / "int8.onnx")).graph
+    constants = {item.name: item for item in graph.initializer}
+    weights = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"} & set(constants)
+    kinds = [constants[name].data_type for name in weights if len(constants[name].dims) == 4]
+    assert kinds == [onnx.TensorProto.INT8] * 9
