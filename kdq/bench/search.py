@@ -1,8 +1,9 @@
-"""Bit search on real models: greedy, exact and sort-once, and uniform widths, at equal bits.
+"""Bit search on real models: greedy, exact and sort-once against uniform widths, in no more bytes.
 
     python -m kdq.bench search [kdq overrides] [bench.avg_bits=2.5,3] [bench.seeds=0,1,2]
         [bench.how=sensitivity_once,exact,greedy]
 
+Uniform widths of so many bits on average are tried first; the size of their packed file is the budget of the others.
 The overrides name the model as ``kdq`` takes them; it is trained if the store does not hold it. With several seeds the
 last table has means, and what each way gains over uniform widths of the same model: mean and standard deviation.
 """
@@ -76,7 +77,7 @@ def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str, Any]]:
-    """One row for every budget and every way to spend it, uniform widths first."""
+    """One row for every average and every way to spend its bytes, uniform widths first."""
     cfg, device = cell.cfg, cell.device
     network = cell.network(cell.role, float_model(cell)).to(device)
     calibration = list(cell.images.calibration(cfg.quant.images, cfg.quant.seed, device))
@@ -99,8 +100,9 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
         start = time.perf_counter()
         version, report = quantize(network, calibration, _leading(network, layers, average), **options)
         add(f"{average:g} bits", "uniform", version, report, 0, time.perf_counter() - start)
+        size = rows[-1]["bytes"]
         for method in ways:
-            found = search_bits(network, calibration, validation, avg_bits=average, method=method, bank=bank, **options)
+            found = search_bits(network, calibration, validation, size_bytes=size, method=method, bank=bank, **options)
             seconds = bank.seconds + found.seconds
             add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, seconds)
     return rows

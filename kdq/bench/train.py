@@ -3,7 +3,7 @@
     python -m kdq.bench train [--only methods pairs batch precision compile processes data] [--seconds 6] [--json FILE]
 
 ``kdq`` is the real command, in a process of its own: Lightning, augmentation, metrics, logging to CSV files; its rate
-is the median of ``train/images_per_second`` after the first epoch. ``bare`` and ``plain`` are the loops of
+is the median of ``train/images_per_second`` within its second epoch. ``bare`` and ``plain`` are the loops of
 :mod:`kdq.bench.loops`, each in a process of its own, too. The part ``data`` is the loader alone, against what the
 fastest network consumes. ``flops`` of the products in float and lower precision say how much of the device's measured
 matrix-product peak a training uses (forward and backward are three forwards).
@@ -41,6 +41,8 @@ from kdq.models import build
 
 METHODS = ("baseline", "vkd", "mixup", "dkd", "dml")
 PARTS = ("methods", "pairs", "batch", "precision", "compile", "processes", "data")
+#: Steps over which kdq logs its rate.
+WINDOW = 20
 NETS: dict[str, dict[str, Any]] = {
     "resnet20": {"_target_": "kdq.models.CifarResNet", "depth": 20, "num_classes": 10},
     "resnet56": {"_target_": "kdq.models.CifarResNet", "depth": 56, "num_classes": 10},
@@ -167,7 +169,7 @@ def _loop(case: Case) -> dict[str, Any]:
 def _kdq(case: Case) -> dict[str, Any]:
     """The command, on random images, for some epochs of about ``case.seconds``."""
     guess = _separately(replace(case, loop="bare", seconds=1.0, processes=1))["images_per_second"]
-    steps = max(20, int(guess * case.seconds / 2 / case.batch_size) // 20 * 20)
+    steps = max(2 * WINDOW, int(guess * case.seconds / 2 / case.batch_size) // WINDOW * WINDOW)
     count = steps * case.batch_size + 128
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(1)
@@ -178,7 +180,7 @@ def _kdq(case: Case) -> dict[str, Any]:
             *("~data.source.root", f"+data.source.count={count}", f"data.val_fraction={128 / count}"),
             *(f"model@teacher={case.teacher}", f"model@student={case.student}", f"method={case.method}"),
             *("quant=none", "logger=csv", f"paths.output_dir={folder}/out", f"trainer.precision={case.precision}"),
-            *(f"{role}.recipe.epochs=3", f"{role}.recipe.batch_size={case.batch_size}", f"{role}.recipe.lr=0.01"),
+            *(f"{role}.recipe.epochs=2", f"{role}.recipe.batch_size={case.batch_size}", f"{role}.recipe.lr=0.01"),
             *(f"trainer.compile={case.compile}", f"trainer.devices={case.processes}", "data.test_limit=16"),
         ]
         if case.processes > 1:
@@ -195,7 +197,9 @@ def _kdq(case: Case) -> dict[str, Any]:
         for file in Path(folder, "out", "runs").rglob("metrics.csv"):
             with open(file) as lines:
                 rows = [row for row in csv.DictReader(lines) if row.get("train/images_per_second")]
-            rates += [float(row["train/images_per_second"]) for row in rows[len(rows) // 3 :]]
+            # Without the first epoch, and without the first window of each: it has the epoch's preparation in it.
+            later = [row for row in rows if int(row["step"]) > steps and int(row["step"]) % steps > WINDOW]
+            rates += [float(row["train/images_per_second"]) for row in later]
         unit = 2**20 if sys.platform == "darwin" else 2**10
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
     return {"images_per_second": statistics.median(rates), "peak_mb": peak, "command_seconds": total}
