@@ -166,6 +166,19 @@ def widest(costs: Costs) -> Assignment:
     return {layer: max(widths) for layer, widths in costs.items()}
 
 
+def distinct(costs: Costs) -> Costs:
+    """``costs`` without the widths that cost no less than a wider one: files are padded, and a small layer may take as
+    many bytes at 7 bits as at 8."""
+    return {
+        layer: {
+            bits: cost
+            for bits, cost in widths.items()
+            if all(cost < other for wider, other in widths.items() if wider > bits)
+        }
+        for layer, widths in costs.items()
+    }
+
+
 def greedy(
     costs: Costs,
     evaluate: Callable[[Assignment], Measure],
@@ -181,7 +194,7 @@ def greedy(
         on_step: called with every new point.
     """
     trace = evaluate if isinstance(evaluate, Trace) else Trace(evaluate)
-    search = _Greedy(costs, trace, budget, on_step, context)
+    search = _Greedy(distinct(costs), trace, budget, on_step, context)
     return Found(search.run(), search.points, len(trace.asked))
 
 

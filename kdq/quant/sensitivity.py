@@ -23,6 +23,7 @@ from kdq.quant.search import (
     Trace,
     check_reachable,
     cost_of,
+    distinct,
     widest,
 )
 
@@ -107,6 +108,7 @@ def from_table(method: str, trace: Trace, budget: Budget) -> Found:
     if len(budget.limits) != 1 or budget.max_drop is not None:
         raise KdqError(f"method={method} takes one budget, avg_bits or size_bytes; max_drop and several need greedy")
     ((costs, limit),) = budget.limits
+    costs = distinct(costs)
     start = widest(costs)
     chosen = METHODS[method](costs, sensitivities(costs, trace), limit)
     points = [Point(a, cost_of(costs, a), trace(a)) for a in (start, chosen)]

@@ -19,7 +19,7 @@ from kdq.quant.search import (
     greedy,
     widest,
 )
-from kdq.quant.sensitivity import exact, sensitivities, sensitivity_once
+from kdq.quant.sensitivity import exact, from_table, sensitivities, sensitivity_once
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -100,6 +100,16 @@ def test_no_layer_that_was_narrowed_could_be_wider_within_the_budget(seed: int) 
     assert cost_of(costs, found) <= limit
     for layer, bits in found.items():
         assert bits == WIDTHS[-1] or cost_of(costs, {**found, layer: bits + 1}) > limit
+
+
+@pytest.mark.parametrize("method", ["greedy", "exact", "sensitivity_once"])
+def test_a_width_that_saves_nothing_is_not_chosen(method: str) -> None:
+    """Files are padded: 7 bits may take as many bytes as 8, and the step to 6 is still worth taking."""
+    costs = {layer: {8: 16.0, 7: 16.0, 6: 12.0, 4: 8.0} for layer in "abc"}
+    evaluate, budget = _additive({"a": 1.0, "b": 2.0, "c": 8.0}), Budget([(costs, 40.0)])
+    find = greedy(costs, evaluate, budget) if method == "greedy" else from_table(method, Trace(evaluate), budget)
+    assert cost_of(costs, find.chosen.assignment) == 40.0
+    assert 7 not in find.chosen.assignment.values()
 
 
 def test_prices_are_measured_in_context() -> None:
