@@ -80,7 +80,9 @@ class DML(Baseline):
             self.total("student", self.terms(mine, theirs, labels, weight), mine, labels),
             self.total("peer", self.terms(theirs, mine, labels, weight), theirs, labels),
         ]
-        self.manual_backward(torch.stack(losses).sum() / self.recipe.accumulate)
+        # Lightning runs this method under autocast; a backward pass has its types from the forward one.
+        with torch.autocast(images.device.type, enabled=False):
+            self.manual_backward(torch.stack(losses).sum() / self.recipe.accumulate)
         if (batch_idx + 1) % self.recipe.accumulate == 0:
             self._step()
 
