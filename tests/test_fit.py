@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdq.data.images import Images
 from kdq.data.loader import TrainLoader
@@ -181,6 +182,32 @@ def test_a_nan_loss_stops_before_it_is_kept(tmp_path: Path) -> None:
         fit(trained, small_images(), TRAINER, tmp_path)
     assert steps[-1] == 7  # the last of the epoch: checked there, and every so many steps
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would make the host wait for a device: values that leave a tensor, and shapes that depend on them."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "_unique2", "equal", "is_nonzero", "masked_select", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_between_two_logged_ones_never_wait_for_the_device(method: str, tmp_path: Path) -> None:
+    """The values read in an epoch of twice as many steps are as many."""
+    counts = []
+    for number, images in enumerate((128, 256)):  # 4 and 8 steps of 32 images, logged at their ends
+        trained = module(method, epochs=1, ema=0.9, clip_grad=None, accumulate=1)
+        with Reads() as reads:
+            fit(trained, small_images(images), TRAINER, tmp_path / str(number))
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])

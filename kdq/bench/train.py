@@ -5,8 +5,7 @@
 ``kdq`` is the real command, in a process of its own: Lightning, augmentation, metrics, logging to CSV files; its rate
 is the median of ``train/images_per_second`` within its second epoch. ``bare`` and ``plain`` are the loops of
 :mod:`kdq.bench.loops`, each in a process of its own, too. The part ``data`` is the loader alone, against what the
-fastest network consumes. ``flops`` of the products in float and lower precision say how much of the device's measured
-matrix-product peak a training uses (forward and backward are three forwards).
+fastest network consumes. The JSON also has the device's measured rate of matrix products.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from kdq.dashboard.names import BYTES, pareto_curve
 #: The loss terms of all methods.
 TERMS = ("ce", "kl", "tckd", "nckd")
 STEP = "trainer/global_step"
-#: Means and standard deviations over the seeds of each model.
-BY_MODEL: Any = {"groupby": wr.Config("series"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 
 
 def workspace(entity: str, project: str, data: str, sweep: str | None = None, deployed: bool = True) -> ws.Workspace:
@@ -43,23 +41,14 @@ def workspace(entity: str, project: str, data: str, sweep: str | None = None, de
 def _answer(data: str) -> ws.Section:
     """Accuracy over bits and over bytes: means and standard deviations over seeds, and what no other model beats."""
     panels: Any = [
-        wr.LinePlot(
-            title="Top-1 over bits, by method",
-            x="quantize/bits",
-            y=["quantize/top1"],
+        _by_model("Top-1 over bits, by method", "quantize/bits", ["quantize/top1"], "bits", "top-1 (%)", log_x=True),
+        _by_model(
+            "Top-1 over packed bytes, with the Pareto front",
+            BYTES,
+            ["quantize/top1", pareto_curve(data)],
+            "bytes",
+            "top-1 (%)",
             log_x=True,
-            title_x="bits",
-            title_y="top-1 (%)",
-            **BY_MODEL,
-        ),
-        wr.LinePlot(
-            title="Top-1 over packed bytes, with the Pareto front",
-            x=BYTES,
-            y=["quantize/top1", pareto_curve(data)],
-            log_x=True,
-            title_x="bytes",
-            title_y="top-1 (%)",
-            **BY_MODEL,
         ),
         _chart(f"report/frontiers_{data}", "wandb/lineseries/v0", step="size_bytes", lineKey="curve", lineVal="top1"),
         _chart(f"report/accuracy_vs_bytes_{data}", "wandb/scatter/v0", x="size_bytes", y="top1"),
@@ -71,23 +60,21 @@ def _answer(data: str) -> ws.Section:
 def _deployed(data: str) -> ws.Section:
     """Accuracy over latency of the exported INT8 models, and how fast float ones are beside them."""
     panels: Any = [
-        wr.LinePlot(
-            title="Top-1 over latency, INT8",
-            x="quantize/latency_ms_onnx_int8",
-            y=["quantize/top1_onnx_int8"],
-            title_x="ms an image (ONNX Runtime, CPU)",
-            title_y="top-1 (%)",
-            **BY_MODEL,
+        _by_model(
+            "Top-1 over latency, INT8",
+            "quantize/latency_ms_onnx_int8",
+            ["quantize/top1_onnx_int8"],
+            "ms an image (ONNX Runtime, CPU)",
+            "top-1 (%)",
         ),
         _chart(f"report/accuracy_vs_latency_{data}", "wandb/scatter/v0", x="latency_ms", y="top1"),
-        wr.LinePlot(
-            title="Images per second, float and INT8",
-            x="quantize/bits",
-            y=["quantize/throughput_onnx_fp32", "quantize/throughput_onnx_int8"],
+        _by_model(
+            "Images per second, float and INT8",
+            "quantize/bits",
+            ["quantize/throughput_onnx_fp32", "quantize/throughput_onnx_int8"],
+            "bits",
+            "images/s",
             log_x=True,
-            title_x="bits",
-            title_y="images/s",
-            **BY_MODEL,
         ),
     ]
     return ws.Section(name="Latency of the exported models", panels=panels, is_open=True)
@@ -117,6 +104,12 @@ def _layers() -> ws.Section:
         wr.WeavePanelSummaryTable(table_name="bits/points"),
     ]
     return ws.Section(name="Layers: errors and chosen bits", panels=panels, is_open=True)
+
+
+def _by_model(title: str, x: str, y: Any, title_x: str, title_y: str, log_x: bool = False) -> wr.LinePlot:
+    """Curves with one line for each model: means and standard deviations over its seeds."""
+    groups: Any = {"groupby": wr.Config("series"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    return wr.LinePlot(title=title, x=x, y=y, title_x=title_x, title_y=title_y, log_x=log_x, **groups)
 
 
 def _chart(name: str, preset: str, **fields: str) -> wr.CustomChart:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import EvalLoader
 from kdq.data.sets import ImageSet
-from kdq.data.source import Resident, source
+from kdq.data.source import Source, source
 from kdq.data.split import split
 from kdq.errors import KdqError
 
@@ -43,7 +43,7 @@ class Images:
         )
         self.augment = Augment(**config["augment"])
         self.preprocess = self._preprocess()
-        self._sources: dict[tuple[str, torch.device], Resident] = {}
+        self._sources: dict[tuple[str, torch.device], Source] = {}
 
     def _preprocess(self) -> Preprocess:
         mean, std = self.config["mean"], self.config["std"]
@@ -65,7 +65,7 @@ class Images:
         size = [self.height, self.width]
         return {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std), "size": size}
 
-    def source(self, part: str, device: torch.device) -> Resident:
+    def source(self, part: str, device: torch.device) -> Source:
         """The raw images and labels of ``"train"`` or ``"test"`` for ``device``; copied there once if they fit."""
         if (part, device) not in self._sources:
             whole = self.set

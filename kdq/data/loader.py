@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdq.data.augment import Augment, Preprocess
-from kdq.data.source import Resident
+from kdq.data.source import Source
 
 
 class TrainLoader:
@@ -27,7 +27,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        source: Resident,
+        source: Source,
         indices: Tensor,
         batch_size: int,
         *,
@@ -71,7 +71,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        source: Resident,
+        source: Source,
         indices: Tensor,
         batch_size: int,
         *,

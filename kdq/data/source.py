@@ -17,32 +17,38 @@ from torch import Tensor
 AHEAD, READERS = 4, 2
 
 
-class Resident:
-    """All images on the device; a batch is one gather there.
+class Source:
+    """Raw images and their labels.
 
     Args:
         images: uint8 ``(images, height, width, channels)``.
         labels: int64 ``(images,)``.
+        device: where batches are wanted.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
-        self.images, self.labels = images.to(device), labels.to(device)
+        self.images, self.labels, self.device = images, labels, device
         self.size: tuple[int, int] = (images.shape[1], images.shape[2])
-        self.device = device
 
     def batches(self, indices: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``(images, labels)`` of ``indices`` in order, ``batch_size`` at a time; the last batch may be smaller."""
+        raise NotImplementedError
+
+
+class Resident(Source):
+    """All images on the device; a batch is one gather there."""
+
+    def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
+        super().__init__(images.to(device), labels.to(device), device)
+
+    def batches(self, indices: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for chosen in indices.to(self.device).split(batch_size):
             yield self.images[chosen], self.labels[chosen]
 
 
-class Streamed(Resident):
+class Streamed(Source):
     """The same batches from images that stay where they are: gathered by threads, page-locked, and copied to a GPU
     while it computes."""
-
-    def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
-        super().__init__(images, labels, torch.device("cpu"))
-        self.device = device
 
     def batches(self, indices: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         readers, waiting = ThreadPoolExecutor(READERS), deque[Future[tuple[Tensor, Tensor]]]()
@@ -64,14 +70,14 @@ class Streamed(Resident):
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-def source(images: Tensor, labels: Tensor, device: torch.device) -> Resident:
-    """:class:`Resident` where the images take at most half of the device's free memory, else :class:`Streamed`."""
-    kind = Resident if 2 * images.nbytes <= free_memory(device) else Streamed
+def source(images: Tensor, labels: Tensor, device: torch.device) -> Source:
+    """:class:`Resident` where the images take at most half of the device's memory, else :class:`Streamed`."""
+    kind = Resident if 2 * images.nbytes <= memory(device) else Streamed
     return kind(images, labels, device)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes."""
+def memory(device: torch.device) -> int:
+    """Bytes: those still free on a GPU, all of the machine's for its CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

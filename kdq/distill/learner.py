@@ -47,18 +47,15 @@ class MovingAverage(nn.Module):
     random start.
     """
 
-    updates: Tensor
-
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.decay = decay
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.updates = 0  # no buffer: that would move to the device, and be waited for at every step
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        done = int(self.updates)
-        decay = min(self.decay, (1 + done) / (10 + done))
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         pairs = list(zip(self.network.state_dict().values(), network.state_dict().values(), strict=True))
         moving = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
@@ -66,6 +63,12 @@ class MovingAverage(nn.Module):
         for mine, theirs in pairs:
             if not mine.is_floating_point():
                 mine.copy_(theirs)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.updates)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.updates = int(state)
 
     def train(self, mode: bool = True) -> MovingAverage:
         """It only ever predicts: it stays in eval mode."""

@@ -90,13 +90,14 @@ def _decoupled_terms(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per sample ``(batch,)``: TCKD, NCKD (without ``T^2``) and the teacher's ``1 - p_t``."""
-    is_target = F.one_hot(target, student_logits.shape[1]).bool()
+    # No indexing by masks: the shape of what it gives would have to be waited for.
+    is_target = torch.arange(student_logits.shape[1], device=target.device) == target[:, None]
     binary, others = [], []
     for logits in (student_logits, teacher_logits.detach()):
         log_p = F.log_softmax(_at_least_float32(logits) / temperature, dim=1)
         log_others = log_p.masked_fill(is_target, -torch.inf).logsumexp(1)  # log(1 - p_t) without cancellation
-        binary.append(torch.stack([log_p[is_target], log_others], dim=1))
-        others.append(log_p[~is_target].view(len(log_p), -1) - log_others[:, None])
+        binary.append(torch.stack([log_p.gather(1, target[:, None])[:, 0], log_others], dim=1))
+        others.append((log_p - log_others[:, None]).masked_fill(is_target, 0.0))  # alike in both: adds nothing
     tckd = F.kl_div(binary[0], binary[1], reduction="none", log_target=True).sum(1)
     nckd = F.kl_div(others[0], others[1], reduction="none", log_target=True).sum(1)
     return tckd, nckd, binary[1][:, 1].exp()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdq.distill.moment import Moment
@@ -32,7 +31,7 @@ class Mixup(VKD):
 
     def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
         lam = self.draw(len(images), moment).to(images.device)
-        probabilities = F.one_hot(labels, self.num_classes).float()
+        probabilities = (torch.arange(self.num_classes, device=labels.device) == labels[:, None]).float()
         return super().losses(mix(images, lam), mix(probabilities, lam), moment)
 
     def draw(self, count: int, moment: Moment) -> Tensor:

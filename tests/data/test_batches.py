@@ -137,7 +137,7 @@ def test_images_that_do_not_fit_are_streamed(images: Images, monkeypatch: pytest
     resident = [list(_train_loader(images, 1, rank, 2)) for rank in range(2)], list(images.evaluation("val", cpu))
     size = images.set.train_images.nbytes
     for free, kind in ((2 * size, Resident), (2 * size - 1, Streamed)):
-        monkeypatch.setattr("kdq.data.source.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("kdq.data.source.memory", lambda device, free=free: free)
         assert type(source(images.set.train_images, images.set.train_labels, cpu)) is kind
     few = Images(images.set, images.config)
     streamed = [list(_train_loader(few, 1, rank, 2)) for rank in range(2)], list(few.evaluation("val", cpu))
