@@ -31,6 +31,8 @@ def describe(error: BaseException) -> str:
         if missing := re.search(r"Missing mandatory value: ([\w.]+)", str(cause)):
             key = missing[1] if "." in missing[1] else getattr(cause, "full_key", None) or missing[1]
             return f"{key} has no value: give {key}=..."
+        if isinstance(cause, ModuleNotFoundError) and cause.name and cause.name.partition(".")[0] != "kdq":
+            return f"there is no module {cause.name}; if it is yours, say where: PYTHONPATH=FOLDER kdq ..."
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _config_complaint(" ".join(_flat(cause) for cause in _causes(error)))
     if isinstance(error, OSError) and error.strerror:

@@ -184,5 +184,8 @@ def _resolve(target: str) -> Any:
     module, _, name = target.rpartition(".")
     try:
         return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        where = "; if it is yours, say where: PYTHONPATH=FOLDER kdq ..."
+        raise KdqError(f"cannot import {target!r}: {error}{where}") from error
     except (ImportError, AttributeError, ValueError) as error:
         raise KdqError(f"cannot import {target!r}: {error}") from error
