@@ -16,7 +16,6 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
-import kdq
 from kdq.complaint import compose
 from kdq.models import build
 from kdq.quant.alphabets import uniform
