@@ -5,7 +5,8 @@
 ``kdq`` is the real command, in a process of its own: Lightning, augmentation, metrics, logging to CSV files; its rate
 is the median of ``train/images_per_second`` within its second epoch. ``bare`` and ``plain`` are the loops of
 :mod:`kdq.bench.loops`, each in a process of its own, too. The part ``data`` is the loader alone, against what the
-fastest network consumes. The JSON also has the device's measured rate of matrix products.
+fastest network consumes. The roofline is the share of the device's measured rate of matrix products, in the case's
+precision, that the networks' own operations make up: a forward pass counts once, a backward pass twice.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from kdq.bench.loops import Step, bare, images_per_second, plain
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import TrainLoader
 from kdq.data.source import Resident
+from kdq.evaluate import multiply_adds
 from kdq.files import write_text
 from kdq.models import build
 
@@ -77,14 +79,16 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(_loop(Case(**json.loads(options.case)))))
         return
     found: list[dict[str, Any]] = []
-    console = Console(width=140)
+    console, peaks = Console(width=140), machine()
     for part in options.only:
         for measured in _data(options.seconds) if part == "data" else _trainings(part, options.seconds):
+            if part != "data":
+                measured["roofline"] = roofline(measured, peaks)
             found.append({"part": part, **measured})
             console.print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in measured.items()))
     _show(console, found)
     if options.json:
-        write_text(options.json, json.dumps({"machine": machine(), "measured": found}, indent=1) + "\n")
+        write_text(options.json, json.dumps({"machine": peaks, "measured": found}, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:
@@ -102,6 +106,25 @@ def machine() -> dict[str, Any]:
         peaks[f"gflops_{str(dtype).removeprefix('torch.')}"] = times * 2e-9 * size**3 / (time.perf_counter() - start)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, **peaks}
+
+
+def roofline(measured: dict[str, Any], peaks: dict[str, Any]) -> float:
+    """The share of the device's rate of matrix products that a training of :class:`Case` reached."""
+    dtype = "bfloat16" if measured["precision"] == "bf16-mixed" and measured["loop"] != "plain" else "float32"
+    gflops = gflops_per_image(measured["method"], measured["student"], measured["teacher"])
+    return float(measured["images_per_second"] * gflops / peaks[f"gflops_{dtype}"])
+
+
+def gflops_per_image(method: str, student: str, teacher: str) -> float:
+    """Billions of operations of a training step on one 32x32 image: 2 a multiply-accumulate, three passes' worth for a
+    network that learns, one for a teacher."""
+    macs = {name: multiply_adds(build(NETS[name]).eval(), torch.zeros(1, 3, 32, 32)) for name in (student, teacher)}
+    learning, teaching = {
+        "teacher": (macs[teacher], 0),
+        "baseline": (macs[student], 0),
+        "dml": (2 * macs[student], 0),
+    }.get(method, (macs[student], macs[teacher]))
+    return 2e-9 * (3 * learning + teaching)
 
 
 def _cases(part: str) -> list[Case]:
@@ -229,7 +252,7 @@ def _data(seconds: float) -> Iterator[dict[str, Any]]:
 
 def _show(console: Console, found: list[dict[str, Any]]) -> None:
     columns = ("part", "method", "pair", "batch", "precision", "compile", "processes", "kdq", "bare", "plain")
-    table = Table(*columns, "kdq/bare", "kdq/plain", "peak MB", title="training: images per second")
+    table = Table(*columns, "kdq/bare", "kdq/plain", "roofline", "peak MB", title="training: images per second")
     rows: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for one in found:
         if one["part"] == "data":
@@ -246,5 +269,5 @@ def _show(console: Console, found: list[dict[str, Any]]) -> None:
         rate = {name: loops[name]["images_per_second"] for name in loops}
         cells = [f"{rate[name]:.0f}" if name in rate else "" for name in ("kdq", "bare", "plain")]
         ratios = [f"{rate['kdq'] / rate[name]:.2f}" if name in rate else "" for name in ("bare", "plain")]
-        table.add_row(*key, *cells, *ratios, f"{loops['kdq']['peak_mb']:.0f}")
+        table.add_row(*key, *cells, *ratios, f"{loops['kdq']['roofline']:.1%}", f"{loops['kdq']['peak_mb']:.0f}")
     console.print(table)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kdq.bench.loops import Step, random_images
+from kdq.bench.train import gflops_per_image, roofline
 from kdq.distill.baseline import Baseline
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
@@ -50,3 +51,19 @@ def test_random_images_are_the_same_every_time() -> None:
     one, two = random_images(50), random_images(50)
     assert one.train_images.shape == (50, 32, 32, 3)
     assert one.digest == two.digest
+
+
+def test_the_roofline_counts_three_passes_for_who_learns_and_one_for_who_teaches() -> None:
+    """From the multiply-accumulates of He et al. 2016: 0.041 and 0.127 billion."""
+    for method, passes in {
+        "teacher": 3 * 0.127,
+        "baseline": 3 * 0.041,
+        "vkd": 3 * 0.041 + 0.127,
+        "dml": 6 * 0.041,
+    }.items():
+        assert gflops_per_image(method, "resnet20", "resnet56") == pytest.approx(2 * passes, rel=0.02)
+    measured = {"precision": "bf16-mixed", "loop": "plain", "method": "baseline", "images_per_second": 100.0}
+    measured |= {"student": "resnet20", "teacher": "resnet56"}
+    peaks = {"gflops_float32": 100.0, "gflops_bfloat16": 200.0}
+    assert roofline(measured, peaks) == pytest.approx(0.246, rel=0.02)  # the plain loop computes in float32
+    assert roofline({**measured, "loop": "bare"}, peaks) == pytest.approx(0.123, rel=0.02)
