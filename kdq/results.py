@@ -101,24 +101,40 @@ def write_row(folder: Path, row: Row) -> Path:
 
 
 def read_rows(folder: Path, hashes: Container[str] | None = None, skipped: list[str] | None = None) -> list[Row]:
-    """The rows below ``folder``, sorted by what tells them apart; a damaged file is named in a warning and left out.
+    """The rows below ``folder``, sorted by what tells them apart: of files that hold one each, and of published ones
+    (``*.jsonl``) that hold one on every line. A damaged row is named in a warning and left out.
 
     Args:
         hashes: the ``config_hash`` of the rows that are wanted; other files, of which there may be thousands, are not
             opened.
-        skipped: gets a line for each damaged file.
+        skipped: gets a line for each damaged row.
     """
-    rows = []
-    for path in sorted(folder.glob("*.json")):
-        if hashes is not None and path.stem.rpartition("-")[2] not in hashes:
+    rows: dict[str, Row] = {}
+    # A row's own file comes last: it may have got columns since it was published.
+    for path in [*sorted(folder.glob("*.jsonl")), *sorted(folder.glob("*.json"))]:
+        published = path.suffix == ".jsonl"
+        if hashes is not None and not published and path.stem.rpartition("-")[2] not in hashes:
             continue
         try:
-            rows.append(_row(json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            log.warning("skipping the damaged row %s (%s)", path, error)
-            if skipped is not None:
-                skipped.append(f"{path} ({error})")
-    return sorted(rows, key=lambda row: [getattr(row, axis) for axis in [*AXES, "config_hash"]])
+            content = path.read_bytes()
+        except OSError as error:
+            _skip(str(path), error, skipped)
+            continue
+        for number, text in enumerate(content.splitlines() if published else [content], 1):
+            try:
+                row = _row(json.loads(text))
+            except (ValueError, TypeError, AttributeError) as error:
+                _skip(f"{path}:{number}" if published else str(path), error, skipped)
+                continue
+            if hashes is None or row.config_hash in hashes:
+                rows[row.config_hash] = row
+    return sorted(rows.values(), key=lambda row: [getattr(row, axis) for axis in [*AXES, "config_hash"]])
+
+
+def _skip(where: str, error: Exception, skipped: list[str] | None) -> None:
+    log.warning("skipping the damaged row %s (%s)", where, error)
+    if skipped is not None:
+        skipped.append(f"{where} ({error})")
 
 
 def read_row(path: Path) -> Row:

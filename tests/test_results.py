@@ -62,3 +62,16 @@ def test_columns_of_the_design_are_there() -> None:
         config_hash wandb_run"""
     assert set(COLUMNS) >= set(asked.split())
     assert any(column.startswith("latency_ms_") for column in COLUMNS)
+
+
+def test_published_rows_are_read_line_by_line(tmp_path: Path) -> None:
+    rows = [_row(bits=bits) for bits in (2, 3, 4)]
+    lines = [json.dumps(dataclasses.asdict(row)) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join([lines[0], lines[1][:50], lines[2]]) + "\n")
+    skipped: list[str] = []
+    assert read_rows(tmp_path, skipped=skipped) == [rows[0], rows[2]]
+    assert skipped[0].startswith(f"{tmp_path / 'rows.jsonl'}:2 (")
+    assert read_rows(tmp_path, {rows[2].config_hash}) == [rows[2]]
+    newer = dataclasses.replace(rows[2], top1_onnx_int8=12.5)
+    write_row(tmp_path, newer)
+    assert read_rows(tmp_path) == [rows[0], newer]

@@ -14,7 +14,7 @@ from kdq.results import Row, read_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """``kdq-report [DIR]`` and ``kdq-report --compare A B``; exit codes are in ``--help``."""
+    """``kdq-report [DIR] [--publish FOLDER]`` and ``kdq-report --compare A B``; exit codes are in ``--help``."""
     parser = argparse.ArgumentParser(
         prog="kdq-report",
         description="Rebuild results.csv, results.parquet and report/ (report.html, report.md, figures) from the rows "
@@ -23,6 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--compare, there are differences. 2: a mistake in the command.",
     )
     parser.add_argument("dir", nargs="?", default="outputs", type=Path, help="paths.output_dir of the run")
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FOLDER",
+        help="also put rows, table, figures and report.md there",
+    )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two paths.output_dir")
     asked = parser.parse_args(arguments)
     logging.basicConfig(format="kdq-report: %(message)s")
@@ -30,16 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not folder.is_dir():
             print(f"kdq-report: no folder {folder}: give the paths.output_dir of a run", file=sys.stderr)
             sys.exit(2)
-    sys.exit(_compare(*asked.compare) if asked.compare else _write(asked.dir))
+    sys.exit(_compare(*asked.compare) if asked.compare else _write(asked.dir, asked.publish))
 
 
-def _write(output: Path) -> int:
+def _write(output: Path, public: Path | None) -> int:
+    from kdq.report.publish import publish
     from kdq.report.terminal import print_results
     from kdq.report.write import write_report
 
     written = write_report(output)
     logging.disable(logging.WARNING)  # the damaged rows were named while the report was written
     print_results(Console(), output, read_rows(output / "rows"), written, output / "runs")
+    if public is not None:
+        publish(output, written.files, public)
+        print(f"published:         {public}")
     return 1 if written.failures else 0
 
 

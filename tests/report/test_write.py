@@ -150,3 +150,20 @@ def test_a_part_that_fails_leaves_the_others(
         main([str(tmp_path)])
     assert ended.value.code == 1
     assert "report.md" in capsys.readouterr().out
+
+
+def test_a_published_study_reads_like_its_source(
+    tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]
+) -> None:
+    source, public = tmp_path / "source", tmp_path / "public"
+    folder_of(source, _grid(row))
+    with pytest.raises(SystemExit) as done:
+        main([str(source), "--publish", str(public)])
+    assert done.value.code == 0
+    assert {path.name for path in public.rglob("*.*")} == FILES - {"results.parquet", "report.html"} | {"rows.jsonl"}
+    with pytest.raises(SystemExit) as done:
+        main(["--compare", str(source), str(public)])
+    assert done.value.code == 0
+    before = (public / "report" / "report.md").read_bytes()
+    write_report(public)
+    assert (public / "report" / "report.md").read_bytes() == before
