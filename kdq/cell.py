@@ -74,8 +74,15 @@ class Cell:
 
     def network(self, role: str, entry: Entry) -> nn.Module:
         """The stored network of a role, in eval mode, on the CPU."""
-        # A training of several networks may have published one of another architecture.
-        network = build(entry.metrics.get("net", plain(self.cfg[role].net)))
+        own, peer = plain(self.cfg[role].net), (plain(self.cfg.method).get("peer") or {}).get("net")
+        # Of two networks that were trained together the other one may be the better. Nothing else that a stored file
+        # names is called.
+        net = entry.metrics.get("net", own)
+        if net not in (own, peer):
+            raise KdqError(
+                f"the stored model {entry.path} names a network that the config does not: delete this folder"
+            )
+        network = build(net)
         network.load_state_dict(entry.weights())
         return network.eval()
 

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from kdq.complaint import describe
-from kdq.files import write_text
+from kdq.files import parse_json, write_text
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def read_failures(output: Path) -> dict[str, Failure]:
     found = {}
     for path in sorted((output / "failed").glob("*.json")):
         try:
-            failure = Failure(**json.loads(path.read_text()))
+            failure = Failure(**parse_json(path.read_bytes()))
         except (OSError, ValueError, TypeError):
             continue
-        found[failure.key] = failure
+        if all(isinstance(value, list if name == "overrides" else str) for name, value in asdict(failure).items()):
+            found[failure.key] = failure
     return found

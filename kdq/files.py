@@ -1,12 +1,15 @@
-"""Writing files so that a reader, or a rerun after a crash, sees the old file or the new one and nothing between."""
+"""Files: written so that a reader, or a rerun after a crash, sees the old one or the new one and nothing between; read
+as if anyone had written them."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -30,6 +33,18 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` for files that anyone may have written.
+
+    Raises:
+        ValueError: whatever is wrong with the text, nested too deeply included.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _umask() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from kdq.errors import KdqError
-from kdq.files import replacing, write_text
+from kdq.files import parse_json, replacing, write_text
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def read_rows(folder: Path, hashes: Container[str] | None = None, skipped: list[
             continue
         for number, text in enumerate(content.splitlines() if published else [content], 1):
             try:
-                row = _row(json.loads(text))
+                row = _row(parse_json(text))
             except (ValueError, TypeError, AttributeError) as error:
                 _skip(f"{path}:{number}" if published else str(path), error, skipped)
                 continue
@@ -144,7 +144,7 @@ def read_row(path: Path) -> Row:
         KdqError: it is not there, or is no row.
     """
     try:
-        return _row(json.loads(path.read_text()))
+        return _row(parse_json(path.read_text()))
     except FileNotFoundError as error:
         raise KdqError(f"no file {path}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kdq.errors import KdqError
+from kdq.files import parse_json
 from kdq.weights import file_digest
 
 log = logging.getLogger(__name__)
@@ -93,9 +94,9 @@ class Store:
         if not path.is_dir():
             return None
         try:
-            digests = json.loads((path / "entry.json").read_text())["sha256"]
+            digests = parse_json((path / "entry.json").read_text())["sha256"]
             damaged = [name for name in _FILES if file_digest(path / name) != digests[name]]
-            metrics = json.loads((path / "metrics.json").read_text())
+            metrics = parse_json((path / "metrics.json").read_text())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise KdqError(f"the stored model {path} is damaged ({error}): delete this folder and run again") from error
         if damaged:

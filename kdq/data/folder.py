@@ -59,8 +59,10 @@ def image_folder(root: str, image_size: int, in_channels: int, cache: str) -> Im
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 _decode_into(folder, parts, image_size, in_channels, classes)
-    train, test = ([_mapped(folder / f"{part}_{kind}.npy") for kind in ("images", "labels")] for part in parts)
-    return ImageSet(train[0], train[1], test[0], test[1], tuple(classes))
+    (train, train_labels), (test, test_labels) = (
+        _mapped(folder, part, [label for _, label in files], image_size, in_channels) for part, files in parts.items()
+    )
+    return ImageSet(train, train_labels, test, test_labels, tuple(classes))
 
 
 def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
@@ -129,6 +131,22 @@ def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
         raise KdqError(f"cannot read the image {file} ({error}): mend or remove it") from error
 
 
-def _mapped(file: Path) -> Tensor:
-    # Copy-on-write: pages are shared with the file, and torch gets an array it may call writable.
-    return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+def _mapped(folder: Path, part: str, labels: list[int], size: int, in_channels: int) -> tuple[Tensor, Tensor]:
+    """The images and labels of a part, from the cache.
+
+    Raises:
+        KdqError: they are not what was put there.
+    """
+    try:
+        # Copy-on-write: pages are shared with the file, and torch gets an array it may call writable.
+        images, found = (
+            torch.from_numpy(np.load(folder / f"{part}_{kind}.npy", mmap_mode="c", allow_pickle=False))
+            for kind in ("images", "labels")
+        )
+        shape = (len(labels), size, size, in_channels)
+        if images.dtype != torch.uint8 or images.shape != shape or found.tolist() != labels:
+            raise ValueError(f"{part} is not {len(labels)} images of {size} x {size}")
+    except Exception as error:  # numpy evaluates the header: whatever Python makes of broken source
+        cause = " ".join(str(error).split())
+        raise KdqError(f"the decoded images in {folder} are damaged ({cause}): delete this folder") from error
+    return images, found

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdq.errors import KdqError
-from kdq.files import replacing
+from kdq.files import parse_json, replacing
 from kdq.models import build_trusted
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.alphabet import MAX_BITS
@@ -141,13 +141,13 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
         _fill(network, path, header, tensors, weights, decode)
         for name, quantizer in activations.items():
             network.get_submodule(name).register_forward_pre_hook(quantizer)
-    except KdqError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        network.quantized_weights, network.quantized_activations = weights, activations  # type: ignore[assignment]
+        network.kdq_preprocess = header["preprocess"]
+        network.kdq_classes = header.get("classes")  # type: ignore[assignment]
+    except KdqError as error:
+        raise KdqError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise KdqError(f"{path} does not fit the network: {' '.join(str(error).split())}") from error
-    network.quantized_weights, network.quantized_activations = weights, activations  # type: ignore[assignment]
-    network.kdq_preprocess = header["preprocess"]
-    network.kdq_classes = header.get("classes")  # type: ignore[assignment]
     return network.eval()
 
 
@@ -195,11 +195,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         text = metadata["kdq"]
-        header = json.loads(text)
+        header = parse_json(text)
         version = int(header["format"])
     except FileNotFoundError as error:
         raise KdqError(f"no file {path}") from error
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise KdqError(f"{path} is not a packed kdq network: {' '.join(str(error).split())}") from error
     if version > FORMAT:
         raise KdqError(f"{path} has format {version}, this kdq reads up to {FORMAT}: update kdq")

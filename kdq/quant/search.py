@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdq.errors import KdqError
-from kdq.files import write_text
+from kdq.files import parse_json, write_text
+from kdq.quant.alphabet import check_bits
 
 Assignment = dict[str, int]
 #: ``costs[layer][bits]``; its keys are the layers and their candidate widths.
@@ -112,12 +113,15 @@ class Trace:
 
     def _read(self, path: Path) -> None:
         try:
-            stored = json.loads(path.read_text())
+            stored = parse_json(path.read_text())
             key = stored["key"]
             for row in stored["evaluations"]:
-                name = tuple(sorted((str(layer), int(bits)) for layer, bits in row["bits"].items()))
-                self.entries[name] = Measure(float(row["loss"]), float(row["top1"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                name = tuple(sorted((layer, check_bits(bits)) for layer, bits in row["bits"].items()))
+                measure = Measure(float(row["loss"]), float(row["top1"]))
+                if not (math.isfinite(measure.loss) and 0 <= measure.top1 <= 100):
+                    raise ValueError(f"{measure} is no measurement")
+                self.entries[name] = measure
+        except (KdqError, OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
             raise KdqError(f"the search trace {path} is damaged ({error}): delete it to search anew") from error
         if key != self.key:
             raise KdqError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdq.files import parse_json
 from kdq.results import Row
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def frontiers(output: Path, rows: Iterable[Row]) -> dict[str, Frontier]:
         if path is None:
             continue
         try:
-            found[row.config_hash] = _frontier(json.loads(path.read_text("utf-8")))
+            found[row.config_hash] = _frontier(parse_json(path.read_text("utf-8")))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("no frontier from %s: %r", path, error)
     return found
@@ -76,7 +76,7 @@ def _widths(path: Path) -> Widths:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        layers = json.loads(file.metadata()["kdq"])["layers"]
+        layers = parse_json(file.metadata()["kdq"])["layers"]
     bits = [math.ceil(math.log2(layer["levels"])) for layer in layers.values()]
     return Widths([str(name) for name in layers], bits, [math.prod(layer["shape"]) for layer in layers.values()])
 
