@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kdq.app import class_folders
+from kdq.bench.memory import peak_mb
 from kdq.cell import Cell
 from kdq.complaint import compose
 from kdq.cores import usable_cores
@@ -157,20 +158,10 @@ def memory(packed: Path, decode: str, shape: list[int]) -> dict[str, float]:
     image = torch.zeros(1, *shape)
     with torch.no_grad():
         nn.Conv2d(shape[0], 8, 3)(image)  # torch's own libraries are in memory now
-        before = _peak_bytes()
+        before = peak_mb()
         network = load_packed(packed, decode=decode)
         network(image)
-        return {"held_bytes": held_bytes(network), "peak_mb": (_peak_bytes() - before) / 2**20}
-
-
-def _peak_bytes() -> int:
-    """The most that was resident in this process; what getrusage says includes its parent's before the fork."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 2**10
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"held_bytes": held_bytes(network), "peak_mb": peak_mb() - before}
 
 
 def held_bytes(network: nn.Module) -> int:

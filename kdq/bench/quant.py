@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.bench import literal
+from kdq.bench.memory import peak_mb
 from kdq.cell import plain
 from kdq.complaint import compose
 from kdq.data.images import Images
@@ -208,21 +209,15 @@ def separate_peak(whose: str, count: int, options: argparse.Namespace) -> float:
 
 def peak(whose: str, count: int, bits: int) -> float:
     """Megabytes at most resident in this process, above what it held before, for ``count`` images."""
-    import resource
-
-    def resident() -> float:
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
     net, images = network_and_images(count)
     with torch.no_grad():
         net(images[:64])
-    before = resident()
+    before = peak_mb()
     if whose == "kdq":
         kdq.quantize(net, images.split(64), bits=bits)
     else:
         brevitas_gpfq(net, images, bits)
-    return resident() - before
+    return peak_mb() - before
 
 
 def show(found: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@
         [bench.how=sensitivity_once,exact,greedy]
 
 Uniform widths of so many bits on average are tried first; the size of their packed file is the budget of the others.
+What the searches of a model ask for alike is measured once: all of a search's evaluations are counted, but its seconds
+are only those that it took after the earlier ones.
 The overrides name the model as ``kdq`` takes them; it is trained if the store does not hold it. With several seeds the
 last table has means, and what each way gains over uniform widths of the same model: mean and standard deviation.
 """
@@ -12,7 +14,9 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -85,7 +89,7 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
     candidates, options = list(cfg.quant.bits), quantize_options(cell)
     layers = quantizable_layers(network, list(cfg.quant.keep_float))
     bank = fill_bank(network, calibration, check_candidates(candidates), **options)
-    rows = []
+    rows, trace = [], Path(tempfile.mkdtemp()) / "trace.json"
 
     def add(budget: str, how: str, version: Any, report: Any, evaluations: int, seconds: float) -> None:
         top1 = {
@@ -102,7 +106,8 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
         add(f"{average:g} bits", "uniform", version, report, 0, time.perf_counter() - start)
         size = rows[-1]["bytes"]
         for method in ways:
-            found = search_bits(network, calibration, validation, size_bytes=size, method=method, bank=bank, **options)
+            budget = {"size_bytes": size, "method": method, "bank": bank, "trace": trace}
+            found = search_bits(network, calibration, validation, **budget, **options)
             seconds = bank.seconds + found.seconds
             add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, seconds)
     return rows

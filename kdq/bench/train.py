@@ -15,7 +15,6 @@ import argparse
 import csv
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kdq.bench.loops import Step, bare, images_per_second, plain
+from kdq.bench.memory import peak_mb
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import TrainLoader
 from kdq.data.source import Resident
@@ -181,10 +181,7 @@ def _loop(case: Case) -> dict[str, Any]:
     step = Step(case.method, *networks, "32-true" if case.loop == "plain" else case.precision)
     steps = {"bare": bare, "plain": plain}[case.loop](step, case.batch_size, device)
     rate = images_per_second(steps, case.batch_size, case.seconds, device)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
     return {"images_per_second": rate, "peak_mb": peak}
 
 
@@ -211,9 +208,12 @@ def _kdq(case: Case) -> dict[str, Any]:
             overrides += [f"teacher.weights={folder}/teacher.safetensors"]
         start = time.perf_counter()
         run = [sys.executable, "-m", "kdq", *overrides]
-        result = subprocess.run(run, env=os.environ, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(result.stderr)
+        said = Path(folder, "said.txt")
+        with said.open("w") as output:
+            process = subprocess.Popen(run, stdout=output, stderr=output)
+            _, status, usage = os.wait4(process.pid, 0)  # of this process alone, unlike RUSAGE_CHILDREN
+        if status:
+            raise RuntimeError(said.read_text())
         total = time.perf_counter() - start
         rates = []
         for file in Path(folder, "out", "runs").rglob("metrics.csv"):
@@ -222,8 +222,7 @@ def _kdq(case: Case) -> dict[str, Any]:
             # Without the first epoch, and without the first window of each: it has the epoch's preparation in it.
             later = [row for row in rows if int(row["step"]) > steps and int(row["step"]) % steps > WINDOW]
             rates += [float(row["train/images_per_second"]) for row in later]
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
+        peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return {"images_per_second": statistics.median(rates), "peak_mb": peak, "command_seconds": total}
 
 
