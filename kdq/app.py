@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -149,6 +150,9 @@ def class_folders(root: str) -> int:
 
     return len(class_names(root))
 
+
+# Hydra logs what it raises: the one line that describes it is enough.
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 
 # On import: also a process that a launcher started composes configs.
 OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)

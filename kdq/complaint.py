@@ -47,6 +47,9 @@ def _config_complaint(message: str) -> str:
         if extra := _PLUGINS.get(f"{group}={name}"):
             return f"{group}={name} is a plugin: pip install 'kdq[{extra}]'"
         return f"there is no {group}={name}; choose one of {', '.join(choices)}{_nearest(name, choices)}"
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", message):
+        key, _, values = found[1].partition("=")
+        return f"{found[1]} has several values: kdq -m runs a grid of them; a list is '{key}=[{values}]'"
     if found := re.search(r"Could not (?:override|append to config) '([^']+)'|Key '(\w+)' is not in struct", message):
         key = (found[1] or found[2]).replace("/", ".").partition("@")[0]
         inside, options = _options_beside(key)

@@ -26,6 +26,9 @@ from kdq.errors import KdqError
 from kdq.progress import progress
 from kdq.vitals import Vitals
 
+#: Lightning's names of the precisions that a training may have.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+
 log = logging.getLogger(__name__)
 
 
@@ -195,11 +198,14 @@ def _trainer(module: Baseline, config: Mapping[str, Any], **kwargs: Any) -> L.Tr
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if module.automatic_optimization:  # a module that steps by hand clips and accumulates by hand
         kwargs |= {"gradient_clip_val": recipe.clip_grad, "accumulate_grad_batches": recipe.accumulate}
+    precision = resolve_precision(config["precision"], config["accelerator"])
+    if str(precision) not in PRECISIONS:
+        raise KdqError(f"trainer.precision={precision} is unknown: use auto or one of {', '.join(PRECISIONS)}")
     return L.Trainer(
         accelerator=config["accelerator"],
         devices=config["devices"],
         strategy=config["strategy"],
-        precision=resolve_precision(config["precision"], config["accelerator"]),
+        precision=precision,
         num_nodes=config.get("num_nodes", 1),
         # kdq starts the processes of a training itself; in any Slurm job Lightning would look for Slurm's.
         plugins=[environment()],

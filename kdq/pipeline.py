@@ -10,7 +10,8 @@ from kdq.cell import Cell
 from kdq.deploy.stage import asked_columns, deploy
 from kdq.errors import KdqError
 from kdq.failures import Job, recorded
-from kdq.quantize_stage import Width, arch_of, quantize, row_keys, tracked_rows
+from kdq.quantize_options import Width
+from kdq.quantize_stage import arch_of, quantize, row_keys, tracked_rows
 from kdq.quantize_track import tell_deployed
 from kdq.results import Row, has, read_rows
 from kdq.train_stage import Model, obtain, planned

@@ -9,9 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import kdq
@@ -19,15 +17,14 @@ from kdq.cell import Cell, plain
 from kdq.dashboard.names import reference, series
 from kdq.data.loader import EvalLoader
 from kdq.deploy.latency import of_networks
-from kdq.errors import KdqError
 from kdq.evaluate import bit_operations, evaluate, multiply_adds
 from kdq.origin import git_sha
 from kdq.progress import progress
-from kdq.quant.alphabet import check_bits
 from kdq.quant.mixed import first_batches, search_bits
 from kdq.quant.network import Report, quantizable_layers, quantize_widths
 from kdq.quant.packing import save_packed
 from kdq.quant.weights import with_float_dtype
+from kdq.quantize_options import Width, asked_widths, check_quantizer, quantize_options
 from kdq.quantize_track import spell, tell_axes, tell_layers, tell_row, tell_search
 from kdq.results import Row, write_row
 from kdq.store import Entry, key_of
@@ -35,39 +32,6 @@ from kdq.tracking import Track
 from kdq.train_stage import Model
 
 log = logging.getLogger(__name__)
-
-#: Entries of the ``quant`` config that are options of :func:`kdq.quant.network.quantize_widths`.
-OPTIONS = (
-    "alphabet",
-    "per_channel",
-    "scale",
-    "order",
-    "refine",
-    "first_last_bits",
-    "act_bits",
-    "act_range",
-    "correct",
-    "float_dtype",
-)
-
-
-#: What makes one row: a width for every layer, or the candidate widths of a bit search.
-Width = int | tuple[int, ...]
-
-
-def asked_widths(cell: Cell) -> list[Width]:
-    """The widths in ``quant.bits``, each once; with a bit search they are the candidates of one row.
-
-    Raises:
-        KdqError: there is none, or one is not a whole number from 2 to 32.
-    """
-    bits = cell.cfg.quant.bits
-    asked = OmegaConf.to_container(bits) if OmegaConf.is_list(bits) else [bits]
-    if not asked:
-        raise KdqError("quant.bits is empty: give a width from 2 to 32, or a list of them")
-    assert isinstance(asked, list)
-    widths = [check_bits(width) for width in dict.fromkeys(asked)]
-    return [tuple(widths)] if cell.cfg.quant.get("search") else list(widths)
 
 
 def row_spec(cell: Cell, model: Model | Entry, width: Width) -> dict[str, Any]:
@@ -90,8 +54,9 @@ def row_keys(cell: Cell, model: Model) -> dict[Width, str]:
     """The ``config_hash`` of each row that the cell asks for.
 
     Raises:
-        KdqError: it asks for an impossible width.
+        KdqError: it asks for an impossible width or quantizer.
     """
+    check_quantizer(cell)
     return {width: key_of(row_spec(cell, model, width)) for width in asked_widths(cell)}
 
 
@@ -223,16 +188,6 @@ def _searched(
     )
     tell_search(track, found)
     return found.network, found.report
-
-
-def quantize_options(cell: Cell) -> dict[str, Any]:
-    """How layers are quantized, whatever their widths: the arguments of :func:`quantize_widths`."""
-    quant = cell.cfg.quant
-    options = {name: quant[name] for name in OPTIONS} | {"exclude": list(quant.keep_float)}
-    options["solver"] = quant.solver if isinstance(quant.solver, str) else hydra.utils.instantiate(quant.solver)
-    if quant.moments is not None:
-        options["moments"] = hydra.utils.instantiate(quant.moments)
-    return options
 
 
 def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdq.cell import Cell, plain
 from kdq.dashboard.names import reference
+from kdq.distill.recipe import Recipe
 from kdq.evaluate import evaluate
 from kdq.fit import ranked
 from kdq.models import build
@@ -154,6 +155,7 @@ def _trained(
         role: ``name, net, weights, recipe, seed``.
         others: the networks that the method takes beside it.
     """
+    Recipe(**role["recipe"])  # an impossible one is refused before anything is trained
     start = _start(cell, role)
     spec = {
         "stage": "train",

@@ -68,7 +68,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise KdqError(f"cannot read weights from {path}: {_one_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever a corrupt zip makes torch raise
-        raise KdqError(f"cannot read weights from {path} (weights-only): {_one_line(error)}") from error
+        # What torch says here advises to load the file with all that is in it.
+        said = f"cannot read weights from {path}: it is no checkpoint of tensors alone"
+        raise KdqError(f"{said}; save a state_dict() and give that") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state.get("model", state))
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):

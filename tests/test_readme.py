@@ -16,6 +16,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
+import kdq
 from kdq.complaint import compose
 from kdq.models import build
 from kdq.quant.alphabets import uniform
@@ -157,3 +158,10 @@ def test_ones_own_solver_does_what_it_says(tmp_path: Path) -> None:
     lost = (layer.weight.detach() - chosen).cumsum(-1).abs()
     assert (lost <= alphabet.scale / 2 + 1e-6).all()
     assert (lost > 0).any()
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert cited is not None
+    assert cited[1] == kdq.__version__
+    assert f"\n## {kdq.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()

@@ -32,7 +32,7 @@ from kdq.quant.bank import fill_bank, packed_size
 from kdq.quant.mixed import first_batches, search_bits
 from kdq.quant.network import quantizable_layers, quantize
 from kdq.quant.search import Assignment, check_candidates
-from kdq.quantize_stage import quantize_options
+from kdq.quantize_options import quantize_options
 from kdq.train_stage import float_model
 
 COLUMNS = ("seed", "budget", "how", "avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")

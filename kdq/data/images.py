@@ -38,6 +38,8 @@ class Images:
         _, self.height, self.width, channels = images.train_images.shape
         if channels != config["in_channels"]:
             raise KdqError(f"data.in_channels={config['in_channels']} but {config['name']} has {channels}")
+        if config["test_limit"] is not None and config["test_limit"] < 1:
+            raise KdqError(f"data.test_limit={config['test_limit']} must be at least 1")
         self.split = split(
             len(images.train_images), config["val_fraction"], config["split_seed"], config["train_limit"]
         )

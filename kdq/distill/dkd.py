@@ -9,6 +9,7 @@ from torch import Tensor
 from kdq.distill.frozen import Taught
 from kdq.distill.losses import decoupled_kl, soft_cross_entropy
 from kdq.distill.moment import Moment
+from kdq.distill.recipe import within
 
 
 class DKD(Taught):
@@ -22,7 +23,8 @@ class DKD(Taught):
 
     def __init__(self, *args: Any, alpha: float, beta: float, warmup: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.alpha, self.beta, self.warmup = alpha, beta, warmup
+        self.alpha, self.beta = within("method.alpha", alpha, 0), within("method.beta", beta, 0)
+        self.warmup = within("method.warmup", warmup, 0, 1)
 
     def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
         logits = self.student(images)

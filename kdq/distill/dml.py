@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdq.distill.baseline import Baseline
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy, standardized
+from kdq.distill.recipe import within
 from kdq.errors import KdqError
 
 SCHEDULES = ("constant", "kl_first")
@@ -54,8 +55,8 @@ class DML(Baseline):
             )
         self.automatic_optimization = False
         self.peer = Learner(peer, self.num_classes, self.recipe.ema)
-        self.weight, self.schedule = weight, schedule
-        self.temperature, self.standardize = temperature, standardize
+        self.weight, self.schedule = within("method.weight", weight, 0), schedule
+        self.temperature, self.standardize = within("method.temperature", temperature, 0.01), standardize
 
     @property
     def learners(self) -> dict[str, Learner]:

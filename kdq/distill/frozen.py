@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kdq.distill.baseline import Baseline
 from kdq.distill.losses import standardized
+from kdq.distill.recipe import within
 
 
 class Frozen:
@@ -46,7 +47,8 @@ class Taught(Baseline):
         self, *args: Any, teacher: nn.Module, temperature: float, standardize: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher, self.temperature, self.standardize = Frozen(teacher), temperature, standardize
+        self.teacher, self.standardize = Frozen(teacher), standardize
+        self.temperature = within("method.temperature", temperature, 0.01)
 
     def networks(self) -> list[nn.Module]:
         return [*super().networks(), self.teacher.network]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kdq.distill.moment import Moment
+from kdq.distill.recipe import within
 from kdq.distill.vkd import VKD
-from kdq.errors import KdqError
 
 
 class Mixup(VKD):
@@ -25,9 +25,7 @@ class Mixup(VKD):
 
     def __init__(self, *args: Any, mixup_alpha: float = 1.0, per_sample: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if mixup_alpha < 0:
-            raise KdqError(f"method.mixup_alpha={mixup_alpha} must not be negative")
-        self.mixup_alpha, self.per_sample = mixup_alpha, per_sample
+        self.mixup_alpha, self.per_sample = within("method.mixup_alpha", mixup_alpha, 0), per_sample
 
     def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
         lam = self.draw(len(images), moment).to(images.device)

@@ -15,6 +15,18 @@ from kdq.errors import KdqError
 SCHEDULES = ("one_cycle", "cosine", "multistep", "constant")
 
 
+def within(option: str, value: float, low: float, high: float = math.inf) -> float:
+    """``value``, a number from ``low`` to ``high``.
+
+    Raises:
+        KdqError: it is not; ``option`` is its name for people.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        allowed = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+        raise KdqError(f"{option}={value!r} must be a number {allowed}")
+    return value
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The part of a training that is the same for every method.
@@ -60,8 +72,11 @@ class Recipe:
             raise KdqError(f"recipe.epochs={self.epochs} and recipe.batch_size={self.batch_size} must be at least 1")
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise KdqError(f"recipe.accumulate={self.accumulate} must divide recipe.batch_size={self.batch_size}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise KdqError(f"recipe.ema={self.ema} must lie between 0 and 1, or be null")
+        for name, high in {"lr": math.inf, "weight_decay": math.inf, "clip_grad": math.inf, "warmup": 1}.items():
+            within(f"recipe.{name}", getattr(self, name) or 0, 0, high)
+        for name in ("momentum", "label_smoothing", "ema"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise KdqError(f"recipe.{name}={getattr(self, name)} must be at least 0 and less than 1")
 
     def optimizer(self, parameters: Iterable[Parameter]) -> SGD:
         return SGD(

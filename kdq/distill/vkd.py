@@ -9,6 +9,7 @@ from torch import Tensor
 from kdq.distill.frozen import Taught
 from kdq.distill.losses import distillation_kl, soft_cross_entropy
 from kdq.distill.moment import Moment
+from kdq.distill.recipe import within
 
 
 class VKD(Taught):
@@ -20,7 +21,7 @@ class VKD(Taught):
 
     def __init__(self, *args: Any, alpha: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.alpha = alpha
+        self.alpha = within("method.alpha", alpha, 0, 1)
 
     def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
         """``labels`` are indices ``(batch,)`` or probabilities ``(batch, classes)``."""

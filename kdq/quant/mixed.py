@@ -116,12 +116,7 @@ def search_bits(
         KdqError: the budget cannot be met, or the trace belongs to another search.
     """
     start = time.perf_counter()
-    if cost not in COSTS:
-        raise KdqError(f"cost={cost!r} is unknown: use one of {', '.join(COSTS)}")
-    if method not in ("greedy", *METHODS):
-        raise KdqError(f"method={method!r} is unknown: use one of greedy, {', '.join(METHODS)}")
-    if context not in CONTEXTS:
-        raise KdqError(f"context={context!r} is unknown: use one of {', '.join(CONTEXTS)}")
+    check_search(candidates, avg_bits, size_bytes, max_drop, cost, method, context)
     batches = list(calibration)
     bank = bank or fill_bank(model, batches, check_candidates(candidates), **options)
     stitched = Stitched(model, bank.weights, validation)
@@ -140,6 +135,35 @@ def search_bits(
             stitched.forget()
             return MixedPrecision(network, report, found, bank, time.perf_counter() - start)
         spare += excess  # the header's length was an estimate; what was measured is remembered
+
+
+def check_search(
+    candidates: Sequence[int],
+    avg_bits: float | None = None,
+    size_bytes: int | None = None,
+    max_drop: float | None = None,
+    cost: str = "weight_bits",
+    method: str = "greedy",
+    context: str = "widest",
+) -> None:
+    """Refuse what no network can make good.
+
+    Raises:
+        KdqError: a choice is unknown, there is no budget, or none that the candidates can meet.
+    """
+    if cost not in COSTS:
+        raise KdqError(f"cost={cost!r} is unknown: use one of {', '.join(COSTS)}")
+    if method not in ("greedy", *METHODS):
+        raise KdqError(f"method={method!r} is unknown: use one of greedy, {', '.join(METHODS)}")
+    if context not in CONTEXTS:
+        raise KdqError(f"context={context!r} is unknown: use one of {', '.join(CONTEXTS)}")
+    narrowest = check_candidates(candidates)[0]
+    if avg_bits is None and size_bytes is None and max_drop is None:
+        raise KdqError("the bit search has no budget: give avg_bits, size_bytes or max_drop")
+    if avg_bits is not None and avg_bits < narrowest:
+        raise KdqError(
+            f"the bit search cannot meet its budget: avg_bits={avg_bits:g}, of candidates from {narrowest} up"
+        )
 
 
 def _tell(point: Point, bank: Bank, on_step: Callable[[str], None]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.errors import KdqError
+from kdq.quant.activations import RANGES
 from kdq.quant.alphabet import check_bits
 from kdq.quant.correction import CORRECTIONS
 from kdq.quant.layer import QUANTIZABLE
@@ -95,19 +96,14 @@ def quantize_widths(
         recipe: ``alphabet``, ``per_channel``, ``scale``, ``order``, ``refine``, see :class:`kdq.quant.recipe.Recipe`.
     """
     start = time.perf_counter()
-    layers = quantizable_layers(model, exclude)
-    how = Recipe(solver=solver, **recipe)
+    layers, how = check_options(
+        model, solver, exclude, first_last_bits, act_bits, act_range, correct, float_dtype, **recipe
+    )
     runner = copy.deepcopy(model).eval()
     by_layer = [{name: _bits_of(width, name) for name in layers} for width in widths]
     for width in widths:
         if isinstance(width, Mapping) and (unknown := sorted(set(width) - set(layers))):
             raise KdqError(f"bits name layers that are not quantized: {', '.join(unknown[:4])}")
-    if act_bits is not None:
-        _check_act_bits(act_bits)
-    if correct not in CORRECTIONS:
-        raise KdqError(f"correct={correct!r} is unknown: use bias, batchnorm or none")
-    if float_dtype is not None:
-        check_float_dtype(float_dtype)
     iterator = iter(batches)
     if (head := next(iterator, None)) is not None:
         batches = chain([head], iterator)
@@ -126,6 +122,36 @@ def quantize_widths(
             network, version.report.float_bits = with_float_dtype(network, float_dtype), 16
         results.append((network, version.report))
     return results
+
+
+def check_options(
+    model: nn.Module,
+    solver: str | Solver = "gpfq",
+    exclude: Collection[str] = (),
+    first_last_bits: int | None = None,
+    act_bits: int | None = None,
+    act_range: str = "mse",
+    correct: str | None = None,
+    float_dtype: str | None = None,
+    **recipe: Any,
+) -> tuple[list[str], Recipe]:
+    """The layers to quantize, in registration order, and how: what can be told of the options of
+    :func:`quantize_widths` before there are weights and images.
+
+    Raises:
+        KdqError: they cannot be.
+    """
+    if first_last_bits is not None:
+        check_bits(first_last_bits)
+    if act_bits is not None and (isinstance(act_bits, bool) or not isinstance(act_bits, int) or not 2 <= act_bits <= 8):
+        raise KdqError(f"act_bits={act_bits!r} is not a whole number from 2 to 8, or none")
+    if act_range not in RANGES:
+        raise KdqError(f"act_range={act_range!r} is unknown: use one of {', '.join(RANGES)}")
+    if correct not in CORRECTIONS:
+        raise KdqError(f"correct={correct!r} is unknown: use bias, batchnorm or none")
+    if float_dtype is not None:
+        check_float_dtype(float_dtype)
+    return quantizable_layers(model, exclude), Recipe(solver=solver, **recipe)
 
 
 def quantizable_layers(model: nn.Module, exclude: Collection[str] = ()) -> list[str]:
@@ -194,8 +220,3 @@ def _bits_of(width: Bits, name: str) -> int:
             raise KdqError(f"bits name no width for the layer {name}")
         width = width[name]
     return check_bits(width)
-
-
-def _check_act_bits(bits: object) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise KdqError(f"act_bits={bits!r} is not a whole number from 2 to 8, or none")

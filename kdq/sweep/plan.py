@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 from kdq.cell import Cell
 from kdq.complaint import describe
 from kdq.deploy.stage import asked_columns
-from kdq.quantize_stage import Width, row_keys
+from kdq.quantize_options import Width
+from kdq.quantize_stage import row_keys
 from kdq.results import has, read_rows
 from kdq.sweep.cost import model_work, row_work
 from kdq.train_stage import Model, planned

@@ -111,9 +111,22 @@ def test_mix_of_an_odd_number() -> None:
     )
 
 
-def test_mixup_refuses_a_negative_alpha(make: Callable[..., Any]) -> None:
-    with pytest.raises(KdqError, match="mixup_alpha=-1"):
-        make(Mixup, mixup_alpha=-1.0, **TAUGHT[Mixup])
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (Mixup, {"mixup_alpha": -1.0}, "mixup_alpha=-1.0 must be a number of at least 0"),
+        (VKD, {"alpha": 1.5}, "alpha=1.5 must be a number from 0 to 1"),
+        (VKD, {"alpha": "half"}, "alpha='half' must be a number"),
+        (VKD, {"temperature": 0.0}, "temperature=0.0 must be a number of at least 0.01"),
+        (DKD, {"beta": -2.0}, "beta=-2.0"),
+        (DKD, {"warmup": float("nan")}, "warmup=nan must be a number from 0 to 1"),
+    ],
+)
+def test_impossible_options(
+    make: Callable[..., Any], kind: type[Baseline], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(KdqError, match=message):
+        make(kind, **{**TAUGHT[kind], **changes})
 
 
 @pytest.mark.parametrize("method", [VKD, DKD])

@@ -56,7 +56,10 @@ def test_the_scheduler_follows_the_optimizer_steps() -> None:
         ({"schedule": "cosin"}, "one_cycle, cosine, multistep, constant"),
         ({"epochs": 0}, "at least 1"),
         ({"accumulate": 3}, "must divide recipe.batch_size=32"),
-        ({"ema": 1.0}, "between 0 and 1"),
+        ({"lr": -0.1}, "recipe.lr=-0.1 must be a number of at least 0"),
+        ({"warmup": 1.5}, "recipe.warmup=1.5 must be a number from 0 to 1"),
+        ({"label_smoothing": -0.1}, "less than 1"),
+        ({"ema": 1.0}, "less than 1"),
     ],
 )
 def test_impossible_recipes(changes: dict[str, Any], message: str) -> None:

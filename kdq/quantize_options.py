@@ -1,0 +1,90 @@
+"""The ``quant`` config as widths and arguments, checked before anything is trained for them."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import hydra.utils
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from kdq.cell import Cell, plain
+from kdq.errors import KdqError
+from kdq.models import build
+from kdq.quant.alphabet import check_bits
+from kdq.quant.mixed import check_search
+from kdq.quant.network import check_options
+
+#: Entries of the ``quant`` config that are options of :func:`kdq.quant.network.quantize_widths`.
+OPTIONS = (
+    "alphabet",
+    "per_channel",
+    "scale",
+    "order",
+    "refine",
+    "first_last_bits",
+    "act_bits",
+    "act_range",
+    "correct",
+    "float_dtype",
+)
+
+
+#: What makes one row: a width for every layer, or the candidate widths of a bit search.
+Width = int | tuple[int, ...]
+
+
+def asked_widths(cell: Cell) -> list[Width]:
+    """The widths in ``quant.bits``, each once; with a bit search they are the candidates of one row.
+
+    Raises:
+        KdqError: there is none, or one is not a whole number from 2 to 32.
+    """
+    bits = cell.cfg.quant.bits
+    asked = OmegaConf.to_container(bits) if OmegaConf.is_list(bits) else [bits]
+    if not asked:
+        raise KdqError("quant.bits is empty: give a width from 2 to 32, or a list of them")
+    assert isinstance(asked, list)
+    widths = [check_bits(width) for width in dict.fromkeys(asked)]
+    return [tuple(widths)] if cell.cfg.quant.get("search") else list(widths)
+
+
+def quantize_options(cell: Cell) -> dict[str, Any]:
+    """How layers are quantized, whatever their widths: the arguments of :func:`quantize_widths`."""
+    return _options(cell.cfg.quant)
+
+
+def _options(quant: DictConfig) -> dict[str, Any]:
+    options = {name: quant[name] for name in OPTIONS} | {"exclude": list(quant.keep_float)}
+    options["solver"] = quant.solver if isinstance(quant.solver, str) else hydra.utils.instantiate(quant.solver)
+    if quant.moments is not None:
+        options["moments"] = hydra.utils.instantiate(quant.moments)
+    return options
+
+
+def check_quantizer(cell: Cell) -> None:
+    """Refuse a quantizer that cannot be.
+
+    Raises:
+        KdqError: as :func:`kdq.quant.network.check_options` and :func:`kdq.quant.mixed.check_search`.
+    """
+    _check(json.dumps(plain(cell.cfg[cell.role].net)), json.dumps(plain(cell.cfg.quant)))
+
+
+@lru_cache(maxsize=256)
+def _check(net: str, quant: str) -> None:
+    asked = OmegaConf.create(json.loads(quant))
+    if asked.solver is None:
+        return
+    if asked.images < 1:
+        raise KdqError(f"quant.images={asked.images} must be at least 1")
+    with torch.device("meta"):
+        network = build(json.loads(net))
+    options = _options(asked)
+    options.pop("moments", None)
+    check_options(network, **options)
+    if asked.get("search"):
+        search = {name: value for name, value in asked.search.items() if name != "images"}
+        check_search(list(asked.bits), **search)
