@@ -31,6 +31,13 @@ class Cell:
 
     cfg: DictConfig
 
+    def __post_init__(self) -> None:
+        """Raises KdqError for a seed that is none."""
+        cfg = self.cfg
+        for name, seed in (("seed", cfg.seed), ("teacher.seed", cfg.teacher.seed), ("student.seed", cfg.student.seed)):
+            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+                raise KdqError(f"{name}={seed} must be a whole number from 0 up")
+
     @property
     def output(self) -> Path:
         """Everything kdq writes is below it."""

@@ -175,6 +175,12 @@ MISTAKES = [
     (["quant=greedy", "method=baseline", "quant.search.avg_bits=null"], r"has no budget: give avg_bits, size_bytes or"),
     (["quant.solver=best", "method=baseline"], r"solver='best' is unknown: use one of .*gpfq"),
     (["quant.alphabet=greek", "method=baseline"], r"alphabet='greek' is unknown"),
+    (["seed=abc"], r"seed=abc must be a whole number from 0 up"),
+    (["student.seed=-1"], r"student.seed=-1 must be a whole number"),
+    (
+        ["quant=greedy", "quant.search.size_bytes=10", "method=baseline"],
+        r"cannot meet its budget of 10 bytes: the smallest packed file with these candidates takes \d{4}",
+    ),
     (["quant.act_bits=9", "method=baseline"], r"act_bits=9 is not a whole number from 2 to 8"),
     (["quant.images=0", "method=baseline"], r"quant.images=0 must be at least 1"),
     (["quant=greedy", "quant.search.method=anneal", "method=baseline"], r"method='anneal' is unknown"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdq.errors import KdqError
 from kdq.quant.network import quantizable_layers, quantize_widths
 from kdq.quant.packing import save_packed, stored_bytes
 from kdq.quant.search import Assignment, Budget, Costs, cost_of, widest
@@ -60,8 +61,18 @@ class Bank:
         return {"weight_bits": self.bits, "bytes": self.bytes}[cost]
 
     def budget(self, avg_bits: float | None, size_bytes: float | None, max_drop: float | None, top1: float) -> Budget:
-        """The limits given, as what the choices may cost; ``top1`` is the float network's, for ``max_drop``."""
+        """The limits given, as what the choices may cost; ``top1`` is the float network's, for ``max_drop``.
+
+        Raises:
+            KdqError: no choice is so small.
+        """
         limits: list[tuple[Costs, float]] = []
+        smallest = self.other_bytes + sum(min(sizes.values()) for sizes in self.bytes.values())
+        if size_bytes is not None and size_bytes < smallest:
+            raise KdqError(
+                f"the bit search cannot meet its budget of {size_bytes:.0f} bytes: the smallest packed file with these "
+                f"candidates takes {smallest:.0f}"
+            )
         if avg_bits is not None:
             limits.append((self.bits, avg_bits * self.count))
         if size_bytes is not None:
