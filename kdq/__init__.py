@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kdq.quant.packing import load_packed as load
     from kdq.quant.packing import save_packed as save
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = ["KdqError", "__version__", "load", "quantize", "save"]
 
 _LAZY = {

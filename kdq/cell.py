@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ class Cell:
     cfg: DictConfig
 
     def __post_init__(self) -> None:
-        """Raises KdqError for a seed that is none."""
+        """Raises KdqError for a seed that is none, and for a name that no file can have."""
         cfg = self.cfg
+        for part in ("data", "method", "teacher", "student", "quant"):
+            if not re.fullmatch(r"[\w.+-]+", str(cfg[part].name)):
+                raise KdqError(f"{part}.name={cfg[part].name!r} must be letters, digits, and any of _ . + -")
         for name, seed in (("seed", cfg.seed), ("teacher.seed", cfg.teacher.seed), ("student.seed", cfg.student.seed)):
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise KdqError(f"{name}={seed} must be a whole number from 0 up")

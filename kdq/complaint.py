@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +62,12 @@ def _config_complaint(message: str) -> str:
 
 def _options_beside(key: str) -> tuple[str, list[str]]:
     """The config's node that holds ``key``, as a prefix, and the names in it; of the whole config as far as known."""
-    try:
-        node: Any = compose([])
-    except Exception:
+    choices = [word for word in sys.argv[1:] if re.fullmatch(r"\w+(@[\w.]+)?=\w+", word)]
+    node: Any = None
+    for overrides in (choices, []):  # as the user chose, if it is not a choice that is wrong
+        with contextlib.suppress(Exception):
+            node = node or compose(overrides)
+    if node is None:
         return "", []
     inside = ""
     for name in key.split(".")[:-1]:

@@ -169,10 +169,15 @@ def build(net: Mapping[str, Any]) -> nn.Module:
     return network
 
 
+def is_trusted(net: Mapping[str, Any]) -> bool:
+    """Whether the recipe ``net`` names an architecture of :data:`TRUSTED_MODULES`."""
+    module, _, name = str(net.get("_target_")).rpartition(".")
+    return module in TRUSTED_MODULES and not name.startswith("_")
+
+
 def build_trusted(net: Mapping[str, Any]) -> nn.Module:
     """:func:`build` for a recipe that was read from a file: only architectures of :data:`TRUSTED_MODULES`."""
-    module, _, name = str(net.get("_target_")).rpartition(".")
-    if module not in TRUSTED_MODULES or name.startswith("_"):
+    if not is_trusted(net):
         raise KdqError(
             f"the file names the architecture {net.get('_target_')!r}, not one of {', '.join(TRUSTED_MODULES)}: "
             "build it yourself and pass it as load(path, network=...)"

@@ -164,6 +164,11 @@ def _row(values: dict[str, Any]) -> Row:
             raise ValueError(f"{field.name} is {value!r}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{field.name} has {len(str(value))} digits")
+    # Files are written by these names, and read.
+    if Path(row.file_name).name != row.file_name or "\0" in row.file_name:
+        raise ValueError(f"{row.file_name!r} is no name of a file")
+    if Path(row.artifact).is_absolute() or {"..", "\0"} & {*Path(row.artifact).parts, *row.artifact}:
+        raise ValueError(f"artifact {row.artifact!r} leads out of the folder")
     impossible = [name for name in ("top1", "top1_float") if not 0 <= getattr(row, name) <= 100]
     impossible += [name for name in ("size_bytes", "float_bytes", "avg_bits") if not 0 < getattr(row, name) < math.inf]
     if impossible:

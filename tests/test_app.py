@@ -175,6 +175,11 @@ MISTAKES = [
     (["quant=greedy", "method=baseline", "quant.search.avg_bits=null"], r"has no budget: give avg_bits, size_bytes or"),
     (["quant.solver=best", "method=baseline"], r"solver='best' is unknown: use one of .*gpfq"),
     (["quant.alphabet=greek", "method=baseline"], r"alphabet='greek' is unknown"),
+    (
+        ["model@student=resnet18", "student.net.deepth=3"],
+        r"unknown option student.net.deepth; valid here: _target_, stem",
+    ),
+    (["data.name=a/b"], r"data.name='a/b' must be letters, digits"),
     (["seed=abc"], r"seed=abc must be a whole number from 0 up"),
     (["student.seed=-1"], r"student.seed=-1 must be a whole number"),
     (

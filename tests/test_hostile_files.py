@@ -134,10 +134,14 @@ def test_rows(tmp_path: Path) -> None:
     rows, good = tmp_path / "rows", dataclasses.replace(ROW, bits=2, config_hash="feed")
     write_row(rows, good)
     path = write_row(rows, ROW)
-    for text in texts(dataclasses.asdict(ROW)):
+    absolute = dataclasses.asdict(ROW) | {"artifact": "/etc/passwd"}
+    for text in itertools.chain([json.dumps(absolute).encode()], texts(dataclasses.asdict(ROW))):
         path.write_bytes(text)
         found = read_rows(rows)
         assert good in found
+        for row in found:  # where a stage would write and read for it
+            assert (rows / row.file_name).resolve().parent == rows.resolve()
+            assert (tmp_path / row.artifact).resolve().is_relative_to(tmp_path.resolve())
     # What is accepted can be shown: a report over the strangest rows that read.
     for index, one in enumerate(variants(dataclasses.asdict(ROW))):
         (rows / f"{index}.json").write_text(json.dumps(one))

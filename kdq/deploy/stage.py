@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdq.cell import Cell
+from kdq.cell import Cell, plain
 from kdq.cores import usable_cores
 from kdq.deploy import latency
 from kdq.deploy.extra import needs
@@ -19,6 +19,7 @@ from kdq.deploy.onnx_files import FORMATS, onnx_models
 from kdq.deploy.runtime import session, top1
 from kdq.errors import KdqError
 from kdq.files import replacing
+from kdq.models import build, is_trusted
 from kdq.progress import progress
 from kdq.quant.packing import load_packed
 from kdq.results import ROW_FORMAT, Row, write_row
@@ -55,7 +56,7 @@ def deploy(cell: Cell, row: Row) -> Row:
         raise KdqError(
             f"the packed file {path} of a finished row is gone: delete {row.file_name} in rows and run again"
         )
-    config, network = cell.cfg.deploy, load_packed(path)
+    config, network = cell.cfg.deploy, _packed(cell, path)
     with progress(f"exporting {path.stem}", 4, "step") as bar:
         models = onnx_models(network, cell.shape, list(config.formats), calibration(cell), config.act_range)
         bar.update()
@@ -82,6 +83,12 @@ def deploy(cell: Cell, row: Row) -> Row:
     deployed = dataclasses.replace(row, **values)
     write_row(cell.output / "rows", deployed)
     return deployed
+
+
+def _packed(cell: Cell, path: Path) -> nn.Module:
+    """The packed network. One that is not of this library's own architectures is built as the config says."""
+    net = plain(cell.cfg[cell.role].net)
+    return load_packed(path, None if is_trusted(net) else build(net))
 
 
 def calibration(cell: Cell) -> Iterator[Tensor]:

@@ -69,6 +69,20 @@ def test_a_finished_row_gets_the_columns_it_lacks(run: Any) -> None:
         assert old.bops == row.bops < 32 * 32 * row.macs
 
 
+def test_ones_own_network_is_deployed_by_its_config(cli: Any, tmp_path: Path) -> None:
+    """Its packed file alone is not trusted to name what is called."""
+    own = ["model@student=custom", "student.name=small", "student.net._target_=tests.networks.small"]
+    quick = ["deploy=onnx", "deploy.runs=3", "deploy.batch=8", "deploy.threads=1", "deploy.images=64"]
+    tiny = [override for override in TINY if not override.startswith(("student.net.", "model@student"))]
+    code, _, error = cli(*tiny, *own, *quick, "method=baseline", "quant.bits=4", f"paths.output_dir={tmp_path}")
+    assert code == 0, error
+    (row,) = read_rows(tmp_path / "rows")
+    assert row.arch == "small"
+    assert row.top1_onnx_int8 == pytest.approx(row.top1, abs=1.5)
+    with pytest.raises(kdq.KdqError, match=r"names the architecture 'tests.networks.small'"):
+        kdq.load(tmp_path / row.artifact)
+
+
 def test_a_cell_that_has_everything_is_not_measured_again(run: Any, cli: Any) -> None:
     output, _, rows = run
     code, _, error = cli(
