@@ -180,6 +180,10 @@ def test_impossible_budgets_are_refused() -> None:
         Budget([(costs, 1.0)])
     with pytest.raises(KdqError, match="cannot meet its budget"):
         exact(costs, sensitivities(costs, evaluate), 1.0)
+    least = sum(min(widths.values()) for widths in costs.values())
+    assert Budget([(costs, least)]).limits
+    with pytest.raises(KdqError, match="cannot meet its budget"):
+        Budget([(costs, least * 0.999)])
     with pytest.raises(KdqError, match="no budget"):
         Budget()
     with pytest.raises(KdqError, match="nan"):
