@@ -16,7 +16,7 @@ def write_rows(output: Path, *sets: str) -> None:
     kinds = {"str": "x", "int": 8, "float": 1.0}
     values: dict[str, Any] = {f.name: kinds.get(str(f.type)) for f in dataclasses.fields(Row) if f.name in COLUMNS}
     for data in sets:
-        write_row(output / "rows", Row(**values | {"data": data, "row_format": 1}))
+        write_row(output / "rows", Row(**values | {"data": data, "config_hash": data, "row_format": 1}))
 
 
 def panels(data: str, deployed: bool = False) -> dict[str, dict[str, Any]]:

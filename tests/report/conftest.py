@@ -98,12 +98,14 @@ def folder_of() -> Callable[[Path, list[Row]], Path]:
 
 @pytest.fixture
 def hostile_folder(tmp_path: Path) -> Path:
-    """An output folder whose rows hold :data:`HOSTILE` wherever they hold text."""
+    """An output folder whose rows hold :data:`HOSTILE` wherever they hold text; where a file is named after it, without
+    what no file's name may have."""
     output = tmp_path / "hostile"
     (output / "rows").mkdir(parents=True)
+    names = [text.replace("/", "\\").replace("\0", "") for text in HOSTILE]
     for number, text in enumerate(HOSTILE):
-        few = {"data": HOSTILE[number % 2], "quantizer": HOSTILE[number % 3 + 2]}
-        everywhere = dict.fromkeys(("method", "arch", "search", "device", "artifact", "config_hash"), text)
-        row = make_row(role="student", **few, **everywhere)
+        few = {"data": names[number % 2], "quantizer": names[number % 3 + 2]}
+        named = dict.fromkeys(("method", "arch", "config_hash"), names[number])
+        row = make_row(role="student", **few, **named, search=text, device=text)
         (output / "rows" / f"{number}.json").write_text(json.dumps(vars(row)))
     return output

@@ -62,14 +62,15 @@ def test_hostile_names_are_text(
     (data,) = [text for at, text in found.texts.items() if found.found[at][1].get("id") == "payload"]
     payload = json.loads(data)
     methods = {line[payload["cells"]["columns"].index("method")] for line in payload["cells"]["data"]}
-    assert "</script><script>alert(1)</script>" in methods
+    assert "<\\script><script>alert(1)<\\script>" in methods
+    assert "</script><script>alert(1)</script>" in json.dumps(payload)
     assert not any(re.search(r"[\x00-\x1f\u2028]", method) for method in methods)
     markdown = (hostile_folder / "report" / "report.md").read_text("utf-8")
     assert not re.search(r"<(script|img|!--)", markdown)
     assert not re.search(r"^#+ z", markdown, re.MULTILINE)
     console = Console(file=io.StringIO(), width=4000)
     console.print(accuracy_table(read_rows(hostile_folder / "rows")))
-    assert "</script><script>alert(1)</script>" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "<\\script><script>alert(1)<\\script>" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_ten_thousand_rows(
