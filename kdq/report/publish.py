@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdq.files import write_text
-from kdq.results import read_rows
+from kdq.results import read_rows, write_csv
 
 
 def publish(output: Path, written: Sequence[Path], folder: Path) -> None:
@@ -19,10 +19,13 @@ def publish(output: Path, written: Sequence[Path], folder: Path) -> None:
     Args:
         written: the report's files; the page is left out, for ``kdq-report FOLDER`` makes it again.
     """
-    rows = [json.dumps(dataclasses.asdict(row)) + "\n" for row in read_rows(output / "rows")]
-    write_text(folder / "rows" / "rows.jsonl", "".join(rows))
+    # Where the logs lay on this machine is nobody's business; a run's name finds it again.
+    rows = [dataclasses.replace(row, wandb_run=Path(row.wandb_run).name) for row in read_rows(output / "rows")]
+    lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
+    write_text(folder / "rows" / "rows.jsonl", "".join(lines))
+    write_csv(folder / "results.csv", rows)
     for path in written:
-        if path.suffix in (".csv", ".md", ".png", ".svg"):
+        if path.suffix in (".md", ".png", ".svg"):
             target = folder / path.relative_to(output)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)

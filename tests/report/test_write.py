@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -156,9 +157,12 @@ def test_a_published_study_reads_like_its_source(
     tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]
 ) -> None:
     source, public = tmp_path / "source", tmp_path / "public"
-    folder_of(source, _grid(row))
+    rows = [dataclasses.replace(one, wandb_run="/home/me/outputs/runs/wandb/offline-run-1-x") for one in _grid(row)]
+    folder_of(source, rows)
     with pytest.raises(SystemExit) as done:
         main([str(source), "--publish", str(public)])
+    assert {one.wandb_run for one in read_rows(public / "rows")} == {"offline-run-1-x"}
+    assert "/home/me" not in (public / "results.csv").read_text()
     assert done.value.code == 0
     assert {path.name for path in public.rglob("*.*")} == FILES - {"results.parquet", "report.html"} | {"rows.jsonl"}
     with pytest.raises(SystemExit) as done:
