@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kdq.errors import KdqError
+from kdq.errors import KdqError, no_module
 
 _CHECKOUT = Path(__file__).resolve().parent.parent / "conf"
 #: The repository's conf/ in a checkout, the copy inside the package once installed.
@@ -34,7 +34,7 @@ def describe(error: BaseException) -> str:
             key = missing[1] if "." in missing[1] else getattr(cause, "full_key", None) or missing[1]
             return f"{key} has no value: give {key}=..."
         if isinstance(cause, ModuleNotFoundError) and cause.name and cause.name.partition(".")[0] != "kdq":
-            return f"there is no module {cause.name}; if it is yours, say where: PYTHONPATH=FOLDER kdq ..."
+            return no_module(cause)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _config_complaint(" ".join(_flat(cause) for cause in _causes(error)))
     if isinstance(error, OSError) and error.strerror:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
-from kdq.errors import KdqError
+from kdq.errors import KdqError, no_module
 
 #: Stored files may name an architecture only from these modules: reading a file never runs other code.
 TRUSTED_MODULES = ("kdq.models", "torchvision.models")
@@ -190,7 +190,6 @@ def _resolve(target: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        where = "; if it is yours, say where: PYTHONPATH=FOLDER kdq ..."
-        raise KdqError(f"cannot import {target!r}: {error}{where}") from error
+        raise KdqError(f"cannot import {target!r}: {no_module(error)}") from error
     except (ImportError, AttributeError, ValueError) as error:
         raise KdqError(f"cannot import {target!r}: {error}") from error

@@ -44,9 +44,10 @@ def words(line: str) -> list[str]:
 
 def check(overrides: list[str]) -> None:
     """Compose the config of every value of each override (of all at once, the shortest list repeated)."""
-    parsed = OverridesParser.create().parse_overrides([o for o in overrides if o != "..."])
+    overrides = [override for override in overrides if override != "..."]
+    parsed = OverridesParser.create().parse_overrides(overrides)
     choices = []
-    for override, text in zip(parsed, overrides, strict=False):
+    for override, text in zip(parsed, overrides, strict=True):
         sweep = override.is_sweep_override()
         key = text.partition("=")[0]
         choices.append([f"{key}={value}" for value in override.sweep_string_iterator()] if sweep else [text])

@@ -89,7 +89,9 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
     candidates, options = list(cfg.quant.bits), quantize_options(cell)
     layers = quantizable_layers(network, list(cfg.quant.keep_float))
     bank = fill_bank(network, calibration, check_candidates(candidates), **options)
-    rows, trace = [], Path(tempfile.mkdtemp()) / "trace.json"
+    rows = []
+    shared = tempfile.TemporaryDirectory()
+    trace = Path(shared.name) / "trace.json"
 
     def add(budget: str, how: str, version: Any, report: Any, evaluations: int, seconds: float) -> None:
         top1 = {
@@ -110,6 +112,7 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
             found = search_bits(network, calibration, validation, **budget, **options)
             seconds = bank.seconds + found.seconds
             add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, seconds)
+    shared.cleanup()
     return rows
 
 

@@ -21,7 +21,7 @@ from kdq.errors import KdqError
 from kdq.files import write_text
 from kdq.quant.bank import Bank, fill_bank, packed_size
 from kdq.quant.network import Report, quantize
-from kdq.quant.search import CONTEXTS, Found, Point, Trace, check_candidates, greedy
+from kdq.quant.search import CONTEXTS, Budget, Found, Point, Trace, check_candidates, check_reachable, greedy
 from kdq.quant.sensitivity import METHODS, from_table
 from kdq.quant.stitch import Stitched
 
@@ -116,7 +116,15 @@ def search_bits(
         KdqError: the budget cannot be met, or the trace belongs to another search.
     """
     start = time.perf_counter()
-    check_search(candidates, avg_bits, size_bytes, max_drop, cost, method, context)
+    check_search(
+        candidates,
+        cost=cost,
+        method=method,
+        context=context,
+        avg_bits=avg_bits,
+        size_bytes=size_bytes,
+        max_drop=max_drop,
+    )
     batches = list(calibration)
     bank = bank or fill_bank(model, batches, check_candidates(candidates), **options)
     stitched = Stitched(model, bank.weights, validation)
@@ -139,14 +147,15 @@ def search_bits(
 
 def check_search(
     candidates: Sequence[int],
-    avg_bits: float | None = None,
-    size_bytes: int | None = None,
-    max_drop: float | None = None,
-    cost: str = "weight_bits",
-    method: str = "greedy",
-    context: str = "widest",
+    *,
+    cost: str,
+    method: str,
+    context: str,
+    avg_bits: float | None,
+    size_bytes: int | None,
+    max_drop: float | None,
 ) -> None:
-    """Refuse what no network can make good.
+    """Refuse what no network can make good, of the arguments of :func:`search_bits`, whose defaults are the only ones.
 
     Raises:
         KdqError: a choice is unknown, there is no budget, or none that the candidates can meet.
@@ -158,12 +167,10 @@ def check_search(
     if context not in CONTEXTS:
         raise KdqError(f"context={context!r} is unknown: use one of {', '.join(CONTEXTS)}")
     narrowest = check_candidates(candidates)[0]
-    if avg_bits is None and size_bytes is None and max_drop is None:
-        raise KdqError("the bit search has no budget: give avg_bits, size_bytes or max_drop")
-    if avg_bits is not None and avg_bits < narrowest:
-        raise KdqError(
-            f"the bit search cannot meet its budget: avg_bits={avg_bits:g}, of candidates from {narrowest} up"
-        )
+    if avg_bits is not None:
+        check_reachable({"of a weight": {narrowest: narrowest}}, avg_bits)
+    if avg_bits is None and size_bytes is None:
+        Budget((), max_drop)  # refuses that none is given
 
 
 def _tell(point: Point, bank: Bank, on_step: Callable[[str], None]) -> None:

@@ -97,7 +97,15 @@ def quantize_widths(
     """
     start = time.perf_counter()
     layers, how = check_options(
-        model, solver, exclude, first_last_bits, act_bits, act_range, correct, float_dtype, **recipe
+        model,
+        solver,
+        exclude=exclude,
+        first_last_bits=first_last_bits,
+        act_bits=act_bits,
+        act_range=act_range,
+        correct=correct,
+        float_dtype=float_dtype,
+        **recipe,
     )
     runner = copy.deepcopy(model).eval()
     by_layer = [{name: _bits_of(width, name) for name in layers} for width in widths]
@@ -109,7 +117,7 @@ def quantize_widths(
         batches = chain([head], iterator)
         order = running_order(runner, head if isinstance(head, Tensor) else head[0], layers)
         if first_last_bits is not None:
-            ends = dict.fromkeys((order[0], order[-1]), check_bits(first_last_bits))
+            ends = dict.fromkeys((order[0], order[-1]), first_last_bits)
             by_layer = [bits | ends for bits in by_layer]
     walk = Walk(runner, by_layer, how, act_bits, act_range, correct, isolated, moments, on_layer or (lambda name: None))
     walk.run(batches)
@@ -126,17 +134,18 @@ def quantize_widths(
 
 def check_options(
     model: nn.Module,
-    solver: str | Solver = "gpfq",
-    exclude: Collection[str] = (),
-    first_last_bits: int | None = None,
-    act_bits: int | None = None,
-    act_range: str = "mse",
-    correct: str | None = None,
-    float_dtype: str | None = None,
+    solver: str | Solver,
+    *,
+    exclude: Collection[str],
+    first_last_bits: int | None,
+    act_bits: int | None,
+    act_range: str,
+    correct: str | None,
+    float_dtype: str | None,
     **recipe: Any,
 ) -> tuple[list[str], Recipe]:
     """The layers to quantize, in registration order, and how: what can be told of the options of
-    :func:`quantize_widths` before there are weights and images.
+    :func:`quantize_widths` (whose defaults are the only ones) before there are weights and images.
 
     Raises:
         KdqError: they cannot be.

@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not folder.is_dir():
             print(f"kdq-report: no folder {folder}: give the paths.output_dir of a run", file=sys.stderr)
             sys.exit(2)
+    if asked.publish is not None and (asked.compare or asked.publish.resolve() == asked.dir.resolve()):
+        print("kdq-report: --publish FOLDER takes one run, and a folder of its own", file=sys.stderr)
+        sys.exit(2)
     sys.exit(_compare(*asked.compare) if asked.compare else _write(asked.dir, asked.publish))
 
 
@@ -48,7 +51,11 @@ def _write(output: Path, public: Path | None) -> int:
     logging.disable(logging.WARNING)  # the damaged rows were named while the report was written
     print_results(Console(), output, read_rows(output / "rows"), written, output / "runs")
     if public is not None:
-        publish(output, written.files, public)
+        try:
+            publish(output, written.files, public)
+        except OSError as error:
+            print(f"kdq-report: nothing could be published to {public}: {error.strerror or error}", file=sys.stderr)
+            return 1
         print(f"published:         {public}")
     return 1 if written.failures else 0
 

@@ -168,6 +168,10 @@ def test_a_published_study_reads_like_its_source(
     with pytest.raises(SystemExit) as done:
         main(["--compare", str(source), str(public)])
     assert done.value.code == 0
+    for wrong in ([str(source), "--publish", str(source)], ["--compare", "a", "b", "--publish", str(public)]):
+        with pytest.raises(SystemExit) as done:
+            main([word if word not in ("a", "b") else str(source) for word in wrong])
+        assert done.value.code == 2
     before = (public / "report" / "report.md").read_bytes()
     write_report(public)
     assert (public / "report" / "report.md").read_bytes() == before
