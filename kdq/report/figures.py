@@ -205,11 +205,13 @@ def _front(panel: Axes, part: pd.DataFrame, x: str, y: str = "top1") -> None:
 
 
 def _size_axis(panel: Axes, label: str, unit: str) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     panel.set(xscale="log", xlabel=label)
-    # Labels at 1, 2 and 5 of each decade: all nine would run into each other.
-    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    smallest, largest = panel.get_xlim()
+    # Labels at 1, 2 and 5 of each decade, for all nine would run into each other; within a decade, at round steps.
+    locator = LogLocator(subs=(1.0, 2.0, 5.0)) if largest > 10 * smallest else MaxNLocator(4, steps=[1, 2, 5, 10])
+    panel.xaxis.set_major_locator(locator)
     panel.xaxis.set_major_formatter(EngFormatter(unit))
     panel.xaxis.set_minor_formatter(NullFormatter())
 

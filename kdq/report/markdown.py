@@ -15,7 +15,7 @@ from kdq.report.tables import (
     markdown_published,
     markdown_text,
 )
-from kdq.report.words import NOTES, Statement
+from kdq.report.words import NOTES, Statement, without_repeats
 
 
 def markdown(
@@ -27,7 +27,9 @@ def markdown(
         lines += ["No rows yet: run `kdq experiment=quickstart`.", ""]
         return "\n".join([*lines, *_list(warnings)])
     lines += [markdown_text(summary), "", *_list(warnings), "## The answer", ""]
-    for (data, quantizer), group in groupby(statements, key=lambda found: (found.data, found.quantizer)):
+    for (data, quantizer), group in groupby(
+        without_repeats(statements), key=lambda found: (found.data, found.quantizer)
+    ):
         lines += [
             f"### {markdown_text(f'{data}, {quantizer}')}",
             "",

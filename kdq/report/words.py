@@ -67,6 +67,14 @@ def statements(frame: pd.DataFrame) -> list[Statement]:
     return spoken
 
 
+def without_repeats(said: Iterable[Statement]) -> list[Statement]:
+    """Without the answers that say again of a data set what was said: that there are no rows for one."""
+    first: dict[tuple[str, str, str], Statement] = {}
+    for found in said:
+        first.setdefault((found.data, "" if found.topic == "answer" else found.quantizer, found.text), found)
+    return list(first.values())
+
+
 def _about(group: pd.DataFrame, here: dict[str, pd.DataFrame]) -> Iterable[tuple[str, str, str]]:
     """``(method, topic, text)`` for one data set and quantizer."""
     yield "", "answer", _headline(group, here)

@@ -14,7 +14,7 @@ from kdq.failures import read_failures
 from kdq.files import replacing, write_text
 from kdq.report.cells import by_seed, cells, missing, named, printable, width_name
 from kdq.report.layers import Frontier, Widths, frontiers, mixed_widths
-from kdq.report.words import Statement, statements
+from kdq.report.words import Statement, statements, without_repeats
 from kdq.results import Row, read_rows, table, write_csv
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def write_report(output: Path) -> Written:
             log.warning(written.failures[-1])
             log.debug("", exc_info=True)
     if "statements" in vars(material):
-        written.answer = [statement for statement in material.statements if statement.topic == "answer"]
+        written.answer = without_repeats(found for found in material.statements if found.topic == "answer")
     return written
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kdq.report.cells import by_seed, named
-from kdq.report.words import Statement, statements
+from kdq.report.words import Statement, statements, without_repeats
 from kdq.results import Row
 
 
@@ -85,6 +85,17 @@ def test_what_is_missing_is_said(row: Callable[..., Row]) -> None:
     assert "no row of a distilled student" in _text(_said(teacher + control), "answer")
     assert "Without baseline rows" in _text(_said(teacher + student), "answer")
     assert "Without baseline rows" not in _text(_said(teacher + student + control), "answer")
+
+
+def test_answers_without_numbers_are_given_once_for_a_data_set(row: Callable[..., Row]) -> None:
+    rows = [
+        row(method="teacher", arch="big", data=data, quantizer=quantizer)
+        for data in ("digits", "cifar10")
+        for quantizer in ("gpfq", "rtn")
+    ]
+    told = [(found.data, found.quantizer, found.topic) for found in without_repeats(_said(rows))]
+    drops = [(data, quantizer, "drop") for data in ("cifar10", "digits") for quantizer in ("gpfq", "rtn")]
+    assert sorted(told) == sorted([("cifar10", "gpfq", "answer"), ("digits", "gpfq", "answer"), *drops])
 
 
 def test_the_control(row: Callable[..., Row]) -> None:
