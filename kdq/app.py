@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from kdq.allocator import keep_freed_memory
 from kdq.cluster import leading
 from kdq.complaint import CONFIG_PATH, describe
 from kdq.cores import use_cores
@@ -42,6 +43,7 @@ def _job(cfg: DictConfig) -> list[Row] | float:
     from kdq import pipeline
 
     use_cores()
+    keep_freed_memory()
     alone = HydraConfig.get().mode == RunMode.RUN
     try:
         if cfg.kdq.train is not None:

@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from kdq import cluster
+from kdq.allocator import keep_freed_memory
 from kdq.cell import Cell
 from kdq.errors import KdqError
 from kdq.fit import Best
@@ -155,6 +156,7 @@ def _end_with_parent() -> None:
 def _worker(job_file: Path) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's warning goes to every process; the parent heeds it
+    keep_freed_memory()
     job, rank, world_size = json.loads(job_file.read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cell, spec, work = Cell(OmegaConf.create(job["cfg"])), TrainingSpec.from_json(job["spec"]), Path(job["work"])
     try:
