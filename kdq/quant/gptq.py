@@ -3,6 +3,13 @@
 With ``G^-1 = U'U``, U upper triangular, the best answer of all later weights to an error e in column t is
 ``w_j <- w_j - e U[t, j] / U[t, t]``. It looks at the quantized network's inputs alone, H plays no part;
 :mod:`kdq.quant.qronos` puts that right. O(N d^2 + d^3).
+
+The example of :mod:`kdq.quant.gpfq`, where U[1, 2] / U[1, 1] = -G[1, 2] / G[2, 2] = -1/2 (but for the damping):
+
+>>> alphabet = Alphabet(torch.ones(1, 1), torch.full((1, 1), 2.), levels=4)
+>>> G = torch.tensor([[1., 1.], [1., 2.]])
+>>> gptq(torch.tensor([[0.4, 0.4]]), G, G, alphabet)    # q_1 = Q(0.4) = 0; q_2 = Q(0.4 + 0.4 / 2) = Q(0.6)
+tensor([[0., 1.]])
 """
 
 from __future__ import annotations
