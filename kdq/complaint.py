@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ CONFIG_PATH = str(_CHECKOUT) if (_CHECKOUT / "config.yaml").is_file() else "pkg:
 
 #: Choices that plugins of Hydra bring, and the extra of kdq that installs each.
 _PLUGINS = {"hydra/sweeper=optuna": "optuna", "hydra/launcher=joblib": "joblib"}
+#: How Python, safetensors and torch say that a disk is full.
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|inline_container.*unexpected pos")
 
 
 def describe(error: BaseException) -> str:
@@ -35,6 +38,11 @@ def describe(error: BaseException) -> str:
             return f"{key} has no value: give {key}=..."
         if isinstance(cause, ModuleNotFoundError) and cause.name and cause.name.partition(".")[0] != "kdq":
             return no_module(cause)
+        if _FULL.search(str(cause)):
+            return (
+                f"a disk is full: make room where paths.output_dir is, or in {tempfile.gettempdir()} for temporary "
+                "files, and give the command again: it goes on from what is there"
+            )
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _config_complaint(" ".join(_flat(cause) for cause in _causes(error)))
     if isinstance(error, OSError) and error.strerror:

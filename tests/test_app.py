@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -13,8 +15,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import kdq
+from kdq.complaint import describe
 from kdq.data.images import Images
 from kdq.data.sets import digits
 from kdq.evaluate import evaluate
@@ -212,6 +216,19 @@ def test_a_mistake_is_answered_in_one_line(cli: Any, tmp_path: Path, arguments: 
 def test_the_options_named_are_those_of_the_choice_made(cli: Any) -> None:
     _, _, error = cli("model@student=resnet18", "student.net.deepth=3")
     assert "unknown option student.net.deepth; valid here: _target_, stem, num_classes" in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/tmpa1b2c3"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"),
+    ],
+)
+def test_a_full_disk_is_called_one(error: Exception) -> None:
+    """The words are what Python, safetensors and torch said on a full tmpfs."""
+    assert describe(error).startswith("a disk is full: make room where paths.output_dir is, or in ")
 
 
 def test_debug_shows_where(cli: Any) -> None:
