@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 import warnings
 from collections.abc import Mapping
@@ -175,6 +176,10 @@ def fit(
             log.info("%s: going on after epoch %d of %d", title, finished, recipe.epochs)
         data = ImageDataModule(images, recipe.batch_size, module.seed, recipe.accumulate)
         lightning.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SystemExit:  # so Lightning answers Ctrl-C, deaf to further ones from then on
+        if not lightning.interrupted:
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     finally:
         _release(lightning)
     if lightning.interrupted:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +217,33 @@ def test_a_mistake_is_answered_in_one_line(cli: Any, tmp_path: Path, arguments: 
 def test_the_options_named_are_those_of_the_choice_made(cli: Any) -> None:
     _, _, error = cli("model@student=resnet18", "student.net.deepth=3")
     assert "unknown option student.net.deepth; valid here: _target_, stem, num_classes" in error
+
+
+@pytest.mark.parametrize("grid_of", [[], ["-m", "seed=0,1"]])
+def test_ctrl_c_during_a_training_ends_the_command_and_a_rerun_goes_on(grid_of: list[str], tmp_path: Path) -> None:
+    """Lightning catches it first and ends with another exit code."""
+    arguments = ["method=baseline", "quant=none", *TINY, "student.recipe.epochs=9999", f"paths.output_dir={tmp_path}"]
+    for goes_on in (False, True):
+        with subprocess.Popen(
+            [sys.executable, "-m", "kdq", *grid_of, *arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            cwd=tmp_path,
+            # Whoever started the tests may have told them to ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+        ) as process:
+            assert process.stderr is not None
+            said = ""
+            while not re.search(r"epoch \d+/9999", said):
+                said += process.stderr.read(1)
+            process.send_signal(signal.SIGINT)
+            said += process.stderr.read()
+        assert process.returncode == 130
+        assert "kdq: interrupted; the same command goes on from the last finished epoch" in said
+        assert "Traceback" not in said
+        logs = "".join(log.read_text() for log in tmp_path.rglob("*.log"))
+        assert bool(re.search(r"going on after epoch \d+ of 9999", logs)) == goes_on
 
 
 @pytest.mark.parametrize(
