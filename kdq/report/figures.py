@@ -144,8 +144,14 @@ def _bits_axis(panel: Axes, part: pd.DataFrame) -> None:
 
 def _against_bits(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
     _lines(panel, part, style, "avg_bits")
-    _published(panel, published.beside(part), style, 1)
+    _published(panel, _comparable(part), style, 1)
     _bits_axis(panel, part)
+
+
+def _comparable(part: pd.DataFrame) -> pd.DataFrame:
+    """The study's numbers on the very images of ``part``: others would say nothing and press the lines together."""
+    known = published.beside(part)
+    return known[known["data"] == known["study_data"]]
 
 
 def _published(panel: Axes, known: pd.DataFrame, style: Mapping[Any, Any], weights: int) -> None:
@@ -164,7 +170,7 @@ def _drops(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
 
 def _against_total_bits(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
     _lines(panel, part, style, "weight_bits_total")
-    known = published.beside(part)
+    known = _comparable(part)
     for role in ("teacher", "student"):
         arch, weights = published.study()[role]["arch"], published.study()[role]["params"]
         mine = known[(known["study_arch"] == arch) & (known["arch"] == arch)]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 from kdq.report.cells import cells, named
+from kdq.report.figures import write_figures
 from kdq.report.published import beside, distilled_beside, study, study_data, warnings
 from kdq.results import Row
 
@@ -26,6 +30,16 @@ def test_other_data_is_said_to_be_other(row: Callable[..., Row]) -> None:
     said = " ".join(warnings(beside(cells(named(rows)))))
     assert "cifar10_jpeg is not the study's cifar10" in said
     assert "resnet20 stands where the study has resnet50" in said
+
+
+@pytest.mark.parametrize(("data", "drawn"), [("cifar10", True), ("cifar10_jpeg", False)])
+def test_figures_show_them_on_the_study_s_own_images_only(
+    data: str, drawn: bool, row: Callable[..., Row], tmp_path: Path
+) -> None:
+    rows = named([row(data=data, method="vkd", arch="resnet18", bits=bits, top1=70.0 + bits) for bits in (2, 3, 8)])
+    write_figures(cells(rows), tmp_path, rows.iloc[:0], {})
+    for figure in ("accuracy_vs_bits", "accuracy_vs_total_bits"):
+        assert ("<!-- published: " in (tmp_path / f"{figure}.svg").read_text()) == drawn
 
 
 def test_only_its_data_and_methods_match(row: Callable[..., Row]) -> None:
