@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -151,7 +153,7 @@ class _Foreign(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.backbone(batch[0]), batch[1])
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         accuracy = (self.backbone(batch[0]).argmax(1) == batch[1]).float().mean()
         self.log("val/acc", accuracy + (self.current_epoch == 1))  # the second of three epochs is made the best
 
@@ -187,6 +189,33 @@ def test_the_callback_quantizes_a_copy_of_a_foreign_modules_best_weights(images:
     bias = search.result.network.state_dict()["0.bias"]
     assert torch.equal(bias, kept[1]["backbone.0.bias"])
     assert all(torch.equal(value, kept[2][name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_the_callback_logs_its_steps_and_says_what_it_lacks(images: Images, tmp_path: Path, validated: bool) -> None:
+    pixels, labels = images.preprocess(images.set.train_images[:64]), images.set.train_labels[:64]
+    loader = DataLoader(TensorDataset(pixels, labels), 32)
+    search = GreedyBitSearch("backbone", 64, 64, avg_bits=3.0, candidates=[2, 3, 4, 8])
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=1,
+        callbacks=[search],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if not validated:
+        with pytest.raises(KdqError, match="needs a training and a validation loader: pass both"):
+            trainer.fit(_Foreign(), loader)
+        return
+    trainer.fit(_Foreign(), loader, [loader, loader])  # the first of several validates
+    (file,) = tmp_path.rglob("metrics.csv")
+    logged = pd.read_csv(file)["bits/avg_bits"].dropna().tolist()
+    assert search.result is not None
+    assert logged == pytest.approx(search.result.avg_bits)
+    assert len(logged) > 2
 
 
 def _rank(rank: int, folder: str, port: int) -> None:
