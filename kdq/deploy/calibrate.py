@@ -1,4 +1,4 @@
-"""Ranges of the tensors of an ONNX graph, by the quantizer's own rule, from calibration images."""
+"""Where the values of an ONNX graph's tensors lie, on calibration images, and how far a graph is from another."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kdq.deploy.runtime import session
+from kdq.deploy.runtime import logits, session
 from kdq.errors import KdqError
-from kdq.quant.activations import ActivationQuantizer, Histogram
+from kdq.quant.activations import Histogram
 
 #: Images that run at a time: all the asked tensors of a chunk are in memory at once.
 CHUNK = 16
@@ -19,15 +20,12 @@ CHUNK = 16
 SAMPLE = 8192
 
 
-def ranges(
-    model: Any, tensors: Collection[str], images: Iterable[Tensor], bits: int = 8, choice: str = "mse"
-) -> dict[str, ActivationQuantizer]:
-    """A quantizer for each of ``tensors``.
+def histograms(model: Any, tensors: Collection[str], images: Iterable[Tensor]) -> dict[str, Histogram]:
+    """The values of each of ``tensors``.
 
     Args:
         model: the float ``onnx.ModelProto``.
         images: batches ``(batch, channels, height, width)``.
-        bits, choice: see :meth:`kdq.quant.activations.Histogram.quantizer`.
 
     Raises:
         KdqError: there are no images.
@@ -41,15 +39,25 @@ def ranges(
     del probe.graph.output[:]
     probe.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in computed)
     runner = session(probe.SerializeToString())
-    histograms = {name: Histogram() for name in tensors}
+    found = {name: Histogram() for name in tensors}
     for batch in images:
         for chunk in batch.cpu().split(CHUNK):
             values = dict(zip(computed, runner.run(None, {"image": np.ascontiguousarray(chunk.numpy())}), strict=True))
             for name in tensors:
-                histograms[name].add(_sample(chunk if name in inputs else torch.from_numpy(values[name])))
-    if any(histogram.counts is None for histogram in histograms.values()):
+                found[name].add(_sample(chunk if name in inputs else torch.from_numpy(values[name])))
+    if any(histogram.counts is None for histogram in found.values()):
         raise KdqError("INT8 needs calibration images and got none: give deploy.images of them, or some batches")
-    return {name: histogram.quantizer(bits, choice) for name, histogram in histograms.items()}
+    return found
+
+
+def divergence(model: Any, other: Any, images: Iterable[Tensor]) -> float:
+    """The mean KL divergence in nats of what ``other`` predicts from what ``model`` does, both ``onnx.ModelProto``."""
+    runners, total, count = [session(each.SerializeToString()) for each in (model, other)], 0.0, 0
+    for batch in images:
+        reference, found = (torch.from_numpy(logits(runner, batch)).log_softmax(1) for runner in runners)
+        total += float(F.kl_div(found, reference, reduction="sum", log_target=True))
+        count += len(batch)
+    return total / count
 
 
 def _sample(values: Tensor) -> Tensor:

@@ -10,15 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 import kdq
-from kdq.deploy.calibrate import ranges
+from kdq.deploy.calibrate import divergence, histograms
 from kdq.deploy.extra import needs
 from kdq.deploy.graph import FloatGraph, float_graph
-from kdq.deploy.qdq import int8_graph, unmeasured
+from kdq.deploy.qdq import ACT_BITS, int8_graph, unmeasured
 from kdq.errors import KdqError
+from kdq.quant.activations import RANGES
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("fp32", "int8")
+#: A choice of activation ranges beside :data:`kdq.quant.activations.RANGES`; see :func:`onnx_models`.
+CLOSEST = "closest"
 
 
 def onnx_models(
@@ -26,7 +29,7 @@ def onnx_models(
     shape: tuple[int, ...],
     formats: Sequence[str] = FORMATS,
     calibration: Iterable[Tensor] | None = None,
-    act_range: str = "mse",
+    act_range: str = CLOSEST,
 ) -> dict[str, bytes]:
     """ONNX files by format.
 
@@ -36,7 +39,9 @@ def onnx_models(
         formats: of :data:`FORMATS`. ``fp32``: float arithmetic on the network's own weights; rounded inputs of layers
             are left float. ``int8``: INT8 arithmetic; up to seven bits a layer keeps its levels.
         calibration: normalised image batches ``(batch, channels, height, width)``, for the ranges of INT8 activations.
-        act_range: see :meth:`kdq.quant.activations.Histogram.quantizer`.
+        act_range: how the ranges of INT8 activations are chosen: see :meth:`kdq.quant.activations.Histogram.quantizer`;
+            ``closest``: whichever makes the INT8 model predict most nearly what the float one does, on those images.
+            No rule is best for every network: the fewer values are far from the rest, the less should be clipped.
 
     Raises:
         KdqError: an operation cannot be exported, or INT8 lacks calibration images.
@@ -67,8 +72,18 @@ def _int8(
             f"INT8 needs calibration images: {len(tensors)} tensors, such as {tensors[0]}, have no range; name a data "
             "set, for example data=cifar10"
         )
-    measured = ranges(source.model, tensors, calibration or [], choice=act_range)
-    model, exact = int8_graph(source, weights, own, measured)
+    batches = list(calibration or [])
+    measured = histograms(source.model, tensors, batches)
+
+    def quantized(choice: str) -> tuple[Any, dict[str, Tensor]]:
+        chosen = {name: histogram.quantizer(ACT_BITS, choice) for name, histogram in measured.items()}
+        return int8_graph(source, weights, own, chosen)
+
+    choices = RANGES if act_range == CLOSEST and tensors else (act_range,)
+    candidates = [quantized(choice) for choice in choices]
+    if len(candidates) > 1:
+        candidates.sort(key=lambda candidate: divergence(source.model, candidate[0], batches))
+    model, exact = candidates[0]
     if float_layers := sorted(set(weights) - set(exact)):
         log.warning("these layers stay float in INT8: the exporter changed them: %s", ", ".join(float_layers))
     channels = sum(len(mask) for mask in exact.values())

@@ -13,7 +13,9 @@ from kdq.quant.distributed import summed
 
 #: A histogram bin spans a factor of 2^(1/64), 1 %, and the bins reach from 2^-20 to 2^20.
 _PER_OCTAVE, _OCTAVES = 64, 20
-RANGES = ("mse", "percentile")
+#: How a range is chosen: by squared error, or as what the largest 0.01 % or 0.1 % of the values lie outside of.
+RANGES = ("mse", "percentile", "percentile_99.9")
+_CLIPPED = {"percentile": 1e-4, "percentile_99.9": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Histogram:
 
     def quantizer(self, bits: int, choice: str = "mse") -> ActivationQuantizer:
         """The quantizer for these values: ``choice="mse"`` has the least squared error of 60 clipping points,
-        ``"percentile"`` clips the largest 0.01 % of those that are not zero. Values that are never negative, such as a
-        ReLU's, get all codes for themselves."""
+        ``"percentile"`` clips the largest 0.01 % of those that are not zero, ``"percentile_99.9"`` the largest 0.1 %.
+        Values that are never negative, such as a ReLU's, get all codes for themselves."""
         if choice not in RANGES:
             raise KdqError(f"act_range={choice!r} is unknown: use one of {', '.join(RANGES)}")
         assert self.counts is not None
@@ -61,9 +63,9 @@ class Histogram:
             return ActivationQuantizer(1.0, 0, bits)
         largest = float(sizes[counts.nonzero().max()])
         steps = 2**bits - 1 - zero
-        if choice == "percentile":
+        if choice in _CLIPPED:
             below = counts.cumsum(0) / counts.sum()
-            return ActivationQuantizer(float(sizes[int((below < 0.9999).sum())]) / steps, zero, bits)
+            return ActivationQuantizer(float(sizes[int((below < 1 - _CLIPPED[choice]).sum())]) / steps, zero, bits)
 
         def error(scale: float) -> float:
             q = torch.fake_quantize_per_tensor_affine(torch.cat([sizes, -sizes]), scale, zero, 0, 2**bits - 1)

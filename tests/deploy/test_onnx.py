@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.deploy import extra
-from kdq.deploy.calibrate import ranges
+from kdq.deploy.calibrate import histograms
 from kdq.deploy.onnx_files import onnx_models
 from kdq.deploy.runtime import logits, session
 from kdq.models import build, resnet50
-from kdq.quant.activations import Histogram
+from kdq.quant.activations import RANGES, Histogram
 from tests.quant.conftest import ReluNet, trained_norms
 
 SHAPE = (3, 9, 9)
@@ -221,7 +221,7 @@ def test_ranges_are_those_of_the_quantizer(images: Tensor) -> None:
     network = trained_norms(_Chain())
     model = onnx.load_from_string(onnx_models(network, SHAPE, ["fp32"])["fp32"])
     tensors = [next(node.input[0] for node in model.graph.node if node.op_type == kind) for kind in ("Conv", "Gemm")]
-    found = ranges(model, tensors, images.split(20))
+    found = {tensor: found.quantizer(8) for tensor, found in histograms(model, tensors, images.split(20)).items()}
     expected = [Histogram(), Histogram()]
     expected[0].add(images)
     with torch.no_grad():
@@ -229,6 +229,36 @@ def test_ranges_are_those_of_the_quantizer(images: Tensor) -> None:
     for tensor, histogram in zip(tensors, expected, strict=True):
         assert found[tensor].scale == pytest.approx(histogram.quantizer(8).scale, rel=1e-6)
         assert found[tensor].zero == histogram.quantizer(8).zero
+
+
+class _Outlying(_Chain):
+    """One channel has values that dwarf the others', and the logits hardly depend on it."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.one.weight[0] *= size
+            self.two.weight[:4, 0] /= size
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_the_closest_range_is_that_of_the_closest_model(size: float, images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = trained_norms(_Chain()) if size == 1 else _Outlying(size)
+    made = {choice: onnx_models(network, SHAPE, ["int8"], [images], choice)["int8"] for choice in (*RANGES, "closest")}
+    with torch.no_grad():
+        expected = network.eval()(images).log_softmax(1)
+    apart = {
+        choice: float((expected.exp() * (expected - _run(model, images).log_softmax(1))).sum(1).mean())
+        for choice, model in made.items()
+    }
+    assert apart["closest"] == pytest.approx(min(apart[choice] for choice in RANGES), rel=1e-3)
+    assert made["closest"] in [made[choice] for choice in RANGES]
+
+
+def test_an_unknown_range_is_refused(images: Tensor) -> None:
+    with pytest.raises(kdq.KdqError, match="act_range='all' is unknown"):
+        onnx_models(_Chain(), SHAPE, ["int8"], [images], "all")
 
 
 class _NoOnnx(nn.Module):
