@@ -119,7 +119,10 @@ def sweep(
     status = Status(console, plan, live=getattr(launcher, "jobs_write_elsewhere", False))
     failures = run_plan(plan, launcher.launch, Path(cfg.hydra.sweep.dir), status)
     rows = read_rows(output / "rows", set(plan.rows))
-    tell_sweep(cfg, rows)
+    try:
+        tell_sweep(cfg, rows)
+    except Exception as error:  # W&B's trouble takes neither the report nor the list of failures with it
+        print(f"kdq: the run of the sweep could not be logged: {describe(error)}", file=sys.stderr)
     finish(cfg, rows)
     if failures or plan.impossible:
         for line in failure_lines(plan, failures):

@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # torch is slow to import, and most commands have one task
 
 #: Seconds for all tasks of a step to start.
 START = timedelta(seconds=600)
+#: Seconds that a worker has to end.
+PATIENCE = 15.0
 #: Seconds between two looks.
 LOOK = 0.2
 
@@ -107,12 +109,31 @@ def run(job: Path) -> list[int]:
         else:
             codes = []
         if worker.poll() == 0 and not any(codes):
-            _orders.wait(names, timedelta(seconds=60))
+            _reported(names)
     finally:
         _orders.set(f"stop-{number}", "")
         worker.terminate()
-        own = worker.wait()
+        own = ended(worker)
     return [own, *(int(_orders.get(name)) for name in names if _orders.check([name]))]
+
+
+def _reported(names: list[str]) -> None:
+    from torch.distributed import DistError
+
+    assert _orders is not None
+    try:
+        _orders.wait(names, timedelta(seconds=60))
+    except DistError as error:
+        raise KdqError("a task of this Slurm step did not say how its part of the training ended; try again") from error
+
+
+def ended(worker: subprocess.Popen[bytes]) -> int:
+    """The exit code of a worker that was told to end: one that waits for a peer that died may not hear it."""
+    try:
+        return worker.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        return worker.wait()
 
 
 def _follow() -> None:
@@ -134,7 +155,7 @@ def _follow() -> None:
                     time.sleep(LOOK)
             finally:
                 worker.terminate()
-                code = worker.wait()
+                code = ended(worker)
             store.set(f"code-{number}-{rank}", str(code))
     except DistError as error:
         raise KdqError(f"task 0 of this Slurm step ended: {str(error).splitlines()[0]}") from error

@@ -24,6 +24,11 @@ CONFIG_PATH = str(_CHECKOUT) if (_CHECKOUT / "config.yaml").is_file() else "pkg:
 
 #: Choices that plugins of Hydra bring, and the extra of kdq that installs each.
 _PLUGINS = {"hydra/sweeper=optuna": "optuna", "hydra/launcher=joblib": "joblib"}
+#: Groups of choices that roles have one each of.
+_PLACES = {
+    "model": ("model@teacher", "model@student"),
+    "recipe": ("recipe@teacher.recipe", "recipe@student.recipe"),
+}
 #: How Python, safetensors and torch say that a disk is full.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|inline_container.*unexpected pos")
 
@@ -38,6 +43,8 @@ def describe(error: BaseException) -> str:
             return f"{key} has no value: give {key}=..."
         if isinstance(cause, ModuleNotFoundError) and cause.name and cause.name.partition(".")[0] != "kdq":
             return no_module(cause)
+        if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is slow to import
+            return f"{_flat(cause).partition('.')[0]}: raise teacher.recipe.accumulate or student.recipe.accumulate"
         if _FULL.search(str(cause)):
             return (
                 f"a disk is full: make room where paths.output_dir is, or in {tempfile.gettempdir()} for temporary "
@@ -62,6 +69,8 @@ def _config_complaint(message: str) -> str:
         return f"{found[1]} has several values: kdq -m runs a grid of them; a list is '{key}=[{values}]'"
     if found := re.search(r"Could not (?:override|append to config) '([^']+)'|Key '(\w+)' is not in struct", message):
         key = (found[1] or found[2]).replace("/", ".").partition("@")[0]
+        if places := _PLACES.get(key):
+            return f"{key} needs to say whose it is: give {' or '.join(f'{place}=...' for place in places)}"
         inside, options = _options_beside(key)
         listed = ", ".join(options)
         return f"unknown option {key}; valid here: {listed}{_nearest(key, [inside + option for option in options])}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 #: Where Linux says how much time a control group (a container, a Slurm job) may have: microseconds a period.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -28,4 +31,10 @@ def use_cores() -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(usable_cores())
+        cores = usable_cores()
+        torch.set_num_threads(cores)
+        if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 1.5 * cores > 1.5:
+            log.warning(
+                "this machine is busy (load %.1f on %d cores), and threads wait for each other: OMP_NUM_THREADS=1 may "
+                "be several times faster", load, cores,
+            )  # fmt: skip

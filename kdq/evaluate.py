@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 
 def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> dict[str, float]:
-    """Metrics of ``network`` in eval mode, in float32.
+    """Metrics of ``network`` in eval mode, in float32 (convolutions without TF32).
 
     Returns:
         ``top1`` and ``top5`` in percent (top5 is top-k with k = the number of classes where there are fewer than
@@ -32,7 +32,8 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_c
         }
     ).to(device)
     nll = MeanMetric().to(device)
-    with torch.inference_mode():
+    cudnn = torch.backends.cudnn
+    with torch.inference_mode(), cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         for images, labels in batches:
             logits = network(images).float()
             accuracy.update(logits.softmax(1), labels)

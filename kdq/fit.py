@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 import warnings
@@ -16,6 +17,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,11 +27,14 @@ from kdq.data.images import Images
 from kdq.data.module import ImageDataModule
 from kdq.distill.baseline import Baseline
 from kdq.errors import KdqError
+from kdq.files import replacing
 from kdq.progress import progress
 from kdq.vitals import Vitals
 
 #: Lightning's names of the precisions that a training may have.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+#: Others would shard weights, which are read here as a whole.
+STRATEGIES = ("auto", "ddp")
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +121,15 @@ class _Progress(Callback):
     on_exception = teardown  # Lightning tears callbacks down only after a good end
 
 
+class _Beside(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then renames it. Lightning writes to the system's temporary folder:
+    where that is on another disk, the last step is a copy, and a training killed meanwhile has lost its checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with replacing(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+
 class _SeedEpoch(Callback):
     """Starts every epoch from a random state of its own, so that networks with dropout resume exactly, too. Each
     process has its own state: it sees other images."""
@@ -139,8 +154,8 @@ def fit(
 
     Args:
         module: carries its networks, its recipe, its seed and its losses.
-        trainer: the ``trainer`` config: ``accelerator, devices, strategy, precision, compile``. With several devices
-            this process must be one of :mod:`kdq.processes`.
+        trainer: the ``trainer`` config: ``accelerator, devices, num_nodes, strategy, precision, compile``. With several
+            devices this process must be one of :mod:`kdq.processes`.
         work: where the checkpoint of the last finished epoch lives; a training found there is continued.
 
     Raises:
@@ -186,7 +201,7 @@ def fit(
         raise KeyboardInterrupt
     if not best.best:
         raise KdqError("the training ended without a validated epoch")
-    trained_images = steps * recipe.batch_size * recipe.epochs
+    trained_images = max(1, steps) * min(recipe.batch_size, len(images.split.train)) * recipe.epochs
     metrics = {
         "epochs": recipe.epochs,
         "train_seconds": best.seconds,
@@ -206,14 +221,24 @@ def _trainer(module: Baseline, config: Mapping[str, Any], **kwargs: Any) -> L.Tr
     precision = resolve_precision(config["precision"], config["accelerator"])
     if str(precision) not in PRECISIONS:
         raise KdqError(f"trainer.precision={precision} is unknown: use auto or one of {', '.join(PRECISIONS)}")
+    if str(precision) == "16-mixed" and not module.automatic_optimization:
+        # Lightning would scale the losses and clip before it takes the scale off; and one scale serves two optimizers.
+        raise KdqError("trainer.precision=16-mixed does not go with two learners: use bf16-mixed or 32-true")
+    strategy: Any = config["strategy"]
+    if strategy not in STRATEGIES:
+        raise KdqError(f"trainer.strategy={strategy} is unknown: use one of {', '.join(STRATEGIES)}")
+    if strategy == "ddp" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Each process keeps the BatchNorm statistics of its own images: the default overwrites them at every step with
+        # those of the first process, whose images are a part only.
+        strategy = DDPStrategy(broadcast_buffers=False)
     return L.Trainer(
         accelerator=config["accelerator"],
         devices=config["devices"],
-        strategy=config["strategy"],
+        strategy=strategy,
         precision=precision,
         num_nodes=config.get("num_nodes", 1),
         # kdq starts the processes of a training itself; in any Slurm job Lightning would look for Slurm's.
-        plugins=[environment()],
+        plugins=[environment(), _Beside()],
         max_epochs=recipe.epochs,
         num_sanity_val_steps=0,
         enable_progress_bar=False,

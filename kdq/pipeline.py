@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -43,7 +44,7 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
 
 
 def _completed(
-    cell: Cell, model: Model, keys: Mapping[Width, str], known: Mapping[str, Row], columns: Sequence[str]
+    cell: Cell, model: Model, keys: Mapping[Width, str], known: Mapping[str, Row], columns: Mapping[str, Any]
 ) -> dict[str, Row]:
     """``known`` with the missing rows and columns, all told in one log."""
     rows, missing = dict(known), {width: key for width, key in keys.items() if key not in known}

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from kdq import cluster
 from kdq.allocator import keep_freed_memory
 from kdq.cell import Cell
+from kdq.cores import usable_cores
 from kdq.errors import KdqError
 from kdq.fit import Best
 from kdq.training import ALL_DEVICES, TrainingSpec, train
@@ -71,19 +72,22 @@ def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, 
 
 
 def count_devices(devices: Any, accelerator: str) -> int:
-    """How many devices ``trainer.devices`` means: a number, a list of them, or -1 / ``auto`` for all there are.
+    """How many devices ``trainer.devices`` means: a number, or -1 / ``auto`` for all there are.
 
     Raises:
-        KdqError: that many do not exist.
+        KdqError: it is neither, or that many do not exist.
     """
     on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
     present = torch.cuda.device_count()
     if devices in ALL_DEVICES:
         return 1 if on_cpu else present
-    count = devices if isinstance(devices, int) else len(devices)
-    if count < 1 or (not on_cpu and count > present):
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise KdqError(
+            f"trainer.devices={devices} must be a number from 1 up, or auto; which GPUs, CUDA_VISIBLE_DEVICES says"
+        )
+    if not on_cpu and devices > present:
         raise KdqError(f"trainer.devices={devices}: this machine has {present} GPUs")
-    return count
+    return devices
 
 
 def refuse_torchrun() -> None:
@@ -101,7 +105,7 @@ def refuse_torchrun() -> None:
 
 def _run_workers(work: Path, processes: int) -> list[int]:
     """Start the workers on this machine and wait for all of them; returns their exit codes."""
-    threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
+    threads = max(1, usable_cores() // processes)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
@@ -121,7 +125,7 @@ def _run_workers(work: Path, processes: int) -> list[int]:
     finally:
         for worker in workers:
             worker.terminate()
-        codes = [worker.wait() for worker in workers]
+        codes = [cluster.ended(worker) for worker in workers]
     return codes
 
 

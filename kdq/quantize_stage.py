@@ -137,6 +137,8 @@ def _versions(
     if quant.solver is None:
         version = network if quant.float_dtype is None else with_float_dtype(network, quant.float_dtype)
         return {width: (version, Report(float_bits=32 if version is network else 16)) for width in widths}
+    if quant.images > (there := len(cell.images.split.train)):
+        log.warning("quant.images=%d, but there are %d training images: all are used", quant.images, there)
     calibration = cell.images.calibration(quant.images, quant.seed, cell.device)
     if quant.get("search"):
         return {width: _searched(cell, entry, network, calibration, width, track) for width in widths}
@@ -237,7 +239,7 @@ def _row(
         "avg_bits": report.avg_bits if report.layers else float(report.float_bits),
         "top1_float": reference["top1"],
         "drop": round(reference["top1"] - found["top1"], 4),
-        "weight_bits_total": report.weight_bits_total if report.layers else report.float_bits * common["params"],
+        "weight_bits_total": report.weight_bits_total if report.layers else report.float_bits * _weights(network),
         "size_bytes": size,
         "quantize_seconds": report.seconds,
         "bops": bit_operations(network, _image(cell)),
@@ -245,6 +247,10 @@ def _row(
         "artifact": str(artifact),
     }
     return Row(**values)
+
+
+def _weights(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.ndim >= 2)
 
 
 def _image(cell: Cell) -> Tensor:

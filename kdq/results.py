@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class Row:
     throughput_onnx_int8: float | None = None
     throughput_batch: int | None = None
     latency_threads: int | None = None
+    deploy_hash: str | None = None
     row_format: int = ROW_FORMAT
 
     @property
@@ -88,9 +89,10 @@ COLUMNS = [field.name for field in dataclasses.fields(Row)]
 AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "act_bits", "bits"]
 
 
-def has(row: Row, columns: Iterable[str]) -> bool:
-    """Whether all of the optional ``columns`` were measured."""
-    return all(getattr(row, column) is not None for column in columns)
+def has(row: Row, columns: Mapping[str, Any]) -> bool:
+    """Whether all of the optional ``columns`` were measured, and say what is asked of them where that is not None."""
+    found = {column: getattr(row, column) for column in columns}
+    return all(value is not None and columns[column] in (None, value) for column, value in found.items())
 
 
 def write_row(folder: Path, row: Row) -> Path:

@@ -117,10 +117,11 @@ class Store:
             make: gets a work folder that survives crashes (it resumes from what it finds there) and returns the
                 state dict and the metrics.
         """
-        entry = self.get(spec, slug)
+        entry, key = self.get(spec, slug), key_of(spec)
         if entry is not None:
+            # Left by a holder that was killed after it had published.
+            shutil.rmtree(self.root / ".work" / key, ignore_errors=True)
             return entry
-        key = key_of(spec)
         with self._locked(key, slug):
             entry = self.get(spec, slug)  # published by the holder this one waited for
             if entry is not None:

@@ -106,8 +106,12 @@ def tracked(logger: Mapping[str, Any], runs: Path, about: About) -> Iterator[Tra
     elif kind == "csv":
         csv = CSVLogger(runs / "csv", name=f"{about.job_type}-{about.name}")
         csv.log_hyperparams(dict(about.config))
-        yield Track(csv)
-        csv.finalize("success")
+        status = "failed"
+        try:
+            yield Track(csv)
+            status = "success"
+        finally:
+            csv.finalize(status)
     elif kind == "wandb":
         from kdq.dashboard.run import wandb_run
 

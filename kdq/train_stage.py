@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra.utils
-import torch
 from torch import Tensor
 
 from kdq.cell import Cell, plain
@@ -119,7 +118,9 @@ def _teacher(cell: Cell) -> Model:
         network = build(role["net"])
         load_weights(network, path)
         check_fit(cell, network, role["name"])
-        metrics = evaluate(network, cell.images.evaluation("val", torch.device("cpu")), cell.cfg.data.num_classes)
+        batches = cell.images.evaluation("val", cell.device)
+        metrics = evaluate(network.to(cell.device), batches, cell.cfg.data.num_classes)
+        network.cpu()
         facts = {"val_top1": metrics["top1"], "train_seconds": 0.0}
         axes = {"role": "teacher", "method": "loaded", "arch": role["name"], "seed": role["seed"]}
         settings = {"net": role["net"], "weights": str(role["weights"])}

@@ -23,7 +23,7 @@ class Vitals(Callback):
 
     Raises:
         KdqError: a loss is not finite; it says at which epoch and step that was seen, and what usually helps. (Once a
-            loss is not finite the weights are not, so that no later one is.)
+            loss is not finite the weights are not, so that no later one is; in ``16-mixed`` such steps are skipped.)
     """
 
     def __init__(self, every: int) -> None:

@@ -12,6 +12,7 @@ from kdq.distill.baseline import Baseline
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.mixup import Mixup
+from kdq.distill.moment import Moment
 from kdq.distill.vkd import VKD
 
 
@@ -55,3 +56,14 @@ class ProbedDKD(Probe, DKD):
 
 class ProbedMixup(Probe, Mixup):
     pass
+
+
+def normed_net(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(in_channels), nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
+
+
+class ProbedShift(Probe):
+    """Process n sees its training images with 10 n added."""
+
+    def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
+        return super().losses(images + 10.0 * moment.rank, labels, moment)

@@ -31,7 +31,7 @@ from kdq.distill.mixup import Mixup
 from kdq.distill.recipe import Recipe
 from kdq.distill.vkd import VKD
 from kdq.errors import KdqError
-from kdq.fit import fit, resolve_precision
+from kdq.fit import _Beside, fit, resolve_precision
 
 EPOCHS = 3
 TRAINER = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", "compile": False}
@@ -333,3 +333,43 @@ if __name__ == "__main__":
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
             sys.exit(f"{name} was not killed: status {status}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_whole_trainings_in_another_precision(tmp_path: Path, method: str, precision: str) -> None:
+    best, metrics = fit(module(method, epochs=1), small_images(), {**TRAINER, "precision": precision}, tmp_path)
+    assert metrics["precision"] == precision
+    dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert {w.dtype for w in best["student"].weights.values() if w.is_floating_point()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"), [({"precision": "16-mixed"}, "does not go with two"), ({"strategy": "fsdp"}, "auto, ddp")]
+)
+def test_trainers_that_would_train_wrongly_are_refused(tmp_path: Path, changes: dict[str, str], says: str) -> None:
+    with pytest.raises(KdqError, match=says):
+        fit(module("dml"), small_images(), {**TRAINER, **changes}, tmp_path)
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written in its place, nor in another folder, which may lie on another disk."""
+    path, written = tmp_path / "work" / "last.ckpt", list[Path]()
+    path.parent.mkdir()
+    path.write_bytes(b"the one before")
+
+    def die(checkpoint: Any, file: Path) -> None:
+        written.append(file)
+        file.write_bytes(b"half")
+        raise OSError("killed")
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(OSError, match="killed"):
+        _Beside().save_checkpoint({}, str(path))
+    assert written[0].parent == path.parent
+    assert path.read_bytes() == b"the one before"
+
+
+def test_more_processes_and_portions_than_images_are_refused() -> None:
+    with pytest.raises(KdqError, match="3 training images are too few for 1 devices x 4 portions"):
+        fit(module("baseline", accumulate=4), small_images(3), TRAINER, Path())

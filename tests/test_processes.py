@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdq.app import CONFIG_PATH
 from kdq.cell import Cell
+from kdq.cluster import ended
 from kdq.errors import KdqError
 from kdq.processes import count_devices, refuse_torchrun
 from kdq.store import Entry
@@ -128,12 +129,16 @@ def test_a_process_ends_with_its_parent() -> None:
 def test_counting_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    asked = [(1, 1), (3, 3), ([0, 2], 2), (-1, 4), ("auto", 4)]
+    asked = [(1, 1), (3, 3), (-1, 4), ("auto", 4)]
     assert [count_devices(devices, "auto") for devices, _ in asked] == [count for _, count in asked]
     assert count_devices(8, "cpu") == 8
     assert count_devices(-1, "cpu") == 1
-    for devices in (5, 0, []):
-        with pytest.raises(KdqError, match="this machine has 4 GPUs"):
+    with pytest.raises(KdqError, match="this machine has 4 GPUs"):
+        count_devices(5, "auto")
+    for devices in (0, [1], "two", True):
+        with pytest.raises(
+            KdqError, match="must be a number from 1 up, or auto; which GPUs, CUDA_VISIBLE_DEVICES says"
+        ):
             count_devices(devices, "auto")
 
 
@@ -172,3 +177,31 @@ def test_batchnorm_statistics_of_all_processes_are_one_networks(tmp_path: Path) 
     statistics = [name for name in first["state"] if name.endswith("running_var")]
     assert statistics
     same(first["state"], second["state"], rtol=0, atol=0)
+
+
+def test_batchnorm_statistics_are_of_the_images_of_all_processes(tmp_path: Path) -> None:
+    """One process sees images of mean 0, the other of mean 10: the network's running mean has both."""
+    folder = tmp_path / "probe"
+    trained(
+        tmp_path,
+        "method=baseline",
+        "method._target_=ddp_probe.ProbedShift",
+        f"+method.folder={folder}",
+        *TWO,
+        "~student.net",
+        "+student.net={_target_: ddp_probe.normed_net, num_classes: 10, in_channels: 1}",
+        "student.recipe.epochs=8",
+    )
+    for one in left(folder, 2):
+        assert float(one["state"]["student.network.0.running_mean"]) == pytest.approx(5, abs=0.7)
+
+
+def test_a_worker_that_does_not_hear_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    worker = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+    assert worker.stdout is not None
+    worker.stdout.readline()
+    monkeypatch.setattr("kdq.cluster.PATIENCE", 0.2)
+    worker.terminate()
+    assert ended(worker) == -9
+    worker.stdout.close()

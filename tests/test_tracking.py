@@ -59,3 +59,15 @@ def test_a_nested_config_becomes_flat() -> None:
         "net/stem/width": 2,
         "seed": 0,
     }
+
+
+def test_what_a_failed_stage_told_is_kept(tmp_path: Path) -> None:
+    def stage() -> None:
+        with tracked({"kind": "csv"}, tmp_path, About("quantize", "cell", "sweep", "key")) as track:
+            track.metrics({"top1": 97.0})
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        stage()
+    (file,) = tmp_path.rglob("metrics.csv")
+    assert "97.0" in file.read_text()

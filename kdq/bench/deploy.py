@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from kdq.app import class_folders
 from kdq.bench.memory import peak_mb
+from kdq.bench.options import own_options
 from kdq.cell import Cell
 from kdq.complaint import compose
 from kdq.cores import usable_cores
@@ -49,8 +50,9 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--memory"]:  # what the memory part runs in processes of its own
         print(json.dumps(memory(Path(arguments[1]), arguments[2], json.loads(arguments[3]))))
         return
-    threads = [int(value) for value in _own(arguments, "threads", f"1,{usable_cores()}").split(",")]
-    repeats, spin = int(_own(arguments, "repeats", "3")), _own(arguments, "spin", "false") == "true"
+    own = own_options(arguments, threads=f"1,{usable_cores()}", repeats="3", spin="false")
+    threads = [int(value) for value in own["threads"].split(",")]
+    repeats, spin = int(own["repeats"]), own["spin"] == "true"
     OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
     overrides = [argument for argument in arguments if not argument.startswith("bench.")]
     cell, found = Cell(compose(overrides, "deploy=onnx")), []
@@ -148,8 +150,10 @@ def static(model: Path, batches: Iterable[Tensor], target: Path) -> Path:
 
     options = {"per_channel": True, "reduce_range": False, "activation_type": quantization.QuantType.QUInt8}
     logging.disable(logging.WARNING)  # it advises to fold BatchNorm first, which the float graph has done
-    quantization.quantize_static(model, target, Reader(), **options, weight_type=quantization.QuantType.QInt8)
-    logging.disable(logging.NOTSET)
+    try:
+        quantization.quantize_static(model, target, Reader(), **options, weight_type=quantization.QuantType.QInt8)
+    finally:
+        logging.disable(logging.NOTSET)
     return target
 
 
@@ -171,8 +175,3 @@ def held_bytes(network: nn.Module) -> int:
     tensors += [tensor for weight in weights.values() for tensor in (weight.packed, weight.scale, weight.zero)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-def _own(arguments: list[str], name: str, default: str) -> str:
-    given = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"bench.{name}=")]
-    return given[-1] if given else default

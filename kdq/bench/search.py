@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdq.app import class_folders
+from kdq.bench.options import own_options
 from kdq.cell import Cell
 from kdq.complaint import compose
 from kdq.evaluate import evaluate
@@ -41,12 +42,12 @@ MEANS = ("avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")
 
 def main(arguments: list[str]) -> None:
     """Print the tables and write the rows as JSON to ``report/bench_search_<method>.json`` below the output folder."""
-    own = dict(a.split("=", 1) for a in arguments if a.startswith("bench."))
-    averages = [float(value) for value in own.get("bench.avg_bits", "2.5,3").split(",")]
+    own = own_options(arguments, avg_bits="2.5,3", seeds="0", how="sensitivity_once,exact,greedy")
+    averages = [float(value) for value in own["avg_bits"].split(",")]
     OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
-    ways = own.get("bench.how", "sensitivity_once,exact,greedy").split(",")
+    ways = own["how"].split(",")
     rows, console = [], Console(width=140)
-    for seed in own.get("bench.seeds", "0").split(","):
+    for seed in own["seeds"].split(","):
         overrides = [a for a in arguments if not a.startswith("bench.")]
         cell = Cell(compose([*overrides, f"seed={seed}"], "quant=greedy"))
         rows += [{"seed": int(seed), **row} for row in compare(cell, averages, ways)]
@@ -109,7 +110,7 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
         size = rows[-1]["bytes"]
         for method in ways:
             budget = {"size_bytes": size, "method": method, "bank": bank, "trace": trace}
-            found = search_bits(network, calibration, validation, **budget, **options)
+            found = search_bits(network, calibration, validation, candidates=candidates, **budget, **options)
             seconds = bank.seconds + found.seconds
             add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, seconds)
     shared.cleanup()

@@ -99,6 +99,8 @@ def machine() -> dict[str, Any]:
         size = 8192 if device.type == "cuda" else 2048
         A = torch.randn(size, size, device=device).to(dtype)
         A @ A
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         start, times = time.perf_counter(), 5
         for _ in range(times):
             B = A @ A

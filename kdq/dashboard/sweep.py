@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
+import pandas as pd
 from omegaconf import DictConfig
 
 from kdq.cell import plain
-from kdq.dashboard.names import BYTES, pareto_curve, series
+from kdq.dashboard.names import BYTES, pareto_curve
+from kdq.report.cells import cells, named, pareto, series
 from kdq.results import AXES, COLUMNS, Row
 from kdq.tracking import About, Track, tracked
 
@@ -30,20 +30,23 @@ def tell_sweep(cfg: DictConfig, rows: Sequence[Row]) -> None:
     about = About("report", f"report-{sweep}", group=sweep, key=sweep, config=config, tags=tags)
     with tracked(plain(cfg.logger), Path(cfg.paths.output_dir) / "runs", about) as track:
         track.table("report/rows", COLUMNS, (dataclasses.astuple(row) for row in rows))
-        for data in values["data"]:
-            _tell_data(track, data, [row for row in rows if row.data == data])
+        frame = named(rows)
+        means = cells(frame)
+        for data, group in frame.groupby("data", sort=True):
+            _tell_data(track, str(data), group, means[means["data"] == data])
 
 
-def _tell_data(track: Track, data: str, rows: Sequence[Row]) -> None:
-    bits, sizes = curves(rows, "avg_bits"), curves(rows, "size_bytes")
-    front = pareto(point for points in sizes.values() for point in points)
+def _tell_data(track: Track, data: str, frame: pd.DataFrame, means: pd.DataFrame) -> None:
+    """Of one data set: its rows, and its cells, which are means over seeds."""
+    bits, sizes = _curves(means, "avg_bits"), _curves(means, "size_bytes")
+    points = _points(means, "size_bytes", "top1")
+    front = [points[i] for i in pareto([size for size, _ in points], [top1 for _, top1 in points])]
     track.lines(f"report/accuracy_vs_bits_{data}", f"{data}: top-1 over bits per weight", "avg_bits", "top1", bits)
     lines = {"Pareto front": front, **sizes}
     track.lines(f"report/frontiers_{data}", f"{data}: top-1 over packed bytes", "size_bytes", "top1", lines)
-    points = [(float(row.size_bytes), row.top1) for row in rows]
-    track.points(f"report/accuracy_vs_bytes_{data}", f"{data}: every cell", "size_bytes", "top1", points)
-    timed = [(row.latency_ms_onnx_int8, row.top1_onnx_int8) for row in rows]
-    if latencies := [(ms, top1) for ms, top1 in timed if ms is not None and top1 is not None]:
+    every = _points(frame, "size_bytes", "top1")
+    track.points(f"report/accuracy_vs_bytes_{data}", f"{data}: every cell", "size_bytes", "top1", every)
+    if latencies := _points(frame, "latency_ms_onnx_int8", "top1_onnx_int8"):
         name, title = f"report/accuracy_vs_latency_{data}", f"{data}: every exported INT8 model"
         track.points(name, title, "latency_ms", "top1", latencies)
     track.axis(BYTES, [pareto_curve(data)])
@@ -51,22 +54,11 @@ def _tell_data(track: Track, data: str, rows: Sequence[Row]) -> None:
         track.metrics({BYTES: size, pareto_curve(data): top1})
 
 
-def curves(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:
-    """Top-1 over the column ``x``: one curve for each model and quantizer, one point for each width, means over
-    seeds."""
-    groups: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        groups[series(row.method, row.arch, row.quantizer, row.act_bits)][row.bits].append(row)
-    return {
-        name: sorted((mean(getattr(r, x) for r in cells), mean(r.top1 for r in cells)) for cells in widths.values())
-        for name, widths in sorted(groups.items())
-    }
+def _curves(means: pd.DataFrame, x: str) -> dict[str, list[Point]]:
+    """Top-1 over the column ``x``: one curve for each model and quantizer, one point for each width."""
+    return {" ".join(name[1:]): sorted(_points(group, x, "top1")) for name, group in series(means)}
 
 
-def pareto(points: Iterable[Point]) -> list[Point]:
-    """The points ``(size, accuracy)`` that no smaller or equal one reaches, by size."""
-    front: list[Point] = []
-    for size, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or accuracy > front[-1][1]:
-            front.append((size, accuracy))
-    return front
+def _points(frame: pd.DataFrame, x: str, y: str) -> list[Point]:
+    known = frame[[x, y]].dropna().astype(float)
+    return list(zip(known[x], known[y], strict=True))

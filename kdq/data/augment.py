@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdq.errors import KdqError
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -35,14 +37,27 @@ def _placed(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tenso
     return (scale / 255).to(device), (mean * scale).to(device)
 
 
+@lru_cache(maxsize=16)
+def _filling(fill: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(fill, dtype=torch.uint8).to(device)
+
+
 @dataclass(frozen=True)
 class Augment:
-    """Random crop after zero padding by ``pad`` pixels, horizontal flip with probability one half, and a zeroed
-    square of ``cutout`` pixels (DeVries & Taylor 2017, arXiv 1708.04552)."""
+    """Random crop after zero padding by ``pad`` pixels, horizontal flip with probability one half, and a square of
+    ``cutout`` pixels that is ``fill``, the mean of each channel, which normalisation makes zero (DeVries & Taylor 2017,
+    arXiv 1708.04552)."""
 
     pad: int = 0
     flip: bool = False
     cutout: int = 0
+    fill: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises KdqError for a negative number of pixels."""
+        for name in ("pad", "cutout"):
+            if getattr(self, name) < 0:
+                raise KdqError(f"data.augment.{name}={getattr(self, name)} must be 0 or more")
 
     def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """``(count, 5)`` int64: crop row, crop column, flip, cutout row, cutout column of every image."""
@@ -67,5 +82,6 @@ class Augment:
             grid_columns = torch.arange(width, device=images.device)
             inside_rows = (grid_rows - cut_row + half >= 0) & (grid_rows - cut_row + half < self.cutout)
             inside_columns = (grid_columns - cut_column + half >= 0) & (grid_columns - cut_column + half < self.cutout)
-            images = images.masked_fill((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None], 0)
+            hole = (inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]
+            images = torch.where(hole, _filling(self.fill or (0,), images.device), images)
         return images

@@ -16,6 +16,7 @@ from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from kdq.cores import usable_cores
 from kdq.data.sets import ImageSet
 from kdq.errors import KdqError
 from kdq.progress import progress
@@ -95,13 +96,16 @@ def _decode_into(
     folder: Path, parts: dict[str, list[tuple[Path, int]]], size: int, in_channels: int, classes: list[str]
 ) -> None:
     """Decode every image into ``.npy`` files in a temporary folder, then rename it to ``folder``."""
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".decode-"))
+    prefix = f".decode-{folder.name}-"
+    for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed: this one holds the lock
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
     try:
         for part, files in parts.items():
             shape = (len(files), size, size, in_channels)
             pixels = np.lib.format.open_memmap(temporary / f"{part}_images.npy", "w+", np.uint8, shape)
             with (
-                ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+                ThreadPoolExecutor(max_workers=usable_cores()) as pool,
                 progress(f"decoding {part} images", len(files), "image") as bar,
             ):
                 decoded = pool.map(lambda file: _decode(file[0], size, in_channels), files)
@@ -111,6 +115,7 @@ def _decode_into(
             pixels.flush()
             np.save(temporary / f"{part}_labels.npy", np.array([label for _, label in files], np.int64))
         (temporary / "classes.json").write_text(json.dumps(classes))
+        temporary.chmod(0o755)  # others may share the cache
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -146,6 +151,8 @@ def _mapped(folder: Path, part: str, labels: list[int], size: int, in_channels: 
         shape = (len(labels), size, size, in_channels)
         if images.dtype != torch.uint8 or images.shape != shape or found.tolist() != labels:
             raise ValueError(f"{part} is not {len(labels)} images of {size} x {size}")
+    except PermissionError as error:
+        raise KdqError(f"{error.filename} may not be read: it belongs to another user") from error
     except Exception as error:  # numpy evaluates the header: whatever Python makes of broken source
         cause = " ".join(str(error).split())
         raise KdqError(f"the decoded images in {folder} are damaged ({cause}): delete this folder") from error

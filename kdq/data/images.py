@@ -43,14 +43,14 @@ class Images:
         self.split = split(
             len(images.train_images), config["val_fraction"], config["split_seed"], config["train_limit"]
         )
-        self.augment = Augment(**config["augment"])
         self.preprocess = self._preprocess()
+        self.augment = Augment(**config["augment"], fill=tuple(round(255 * mean) for mean in self.preprocess.mean))
         self._sources: dict[tuple[str, torch.device], Source] = {}
 
     def _preprocess(self) -> Preprocess:
         mean, std = self.config["mean"], self.config["std"]
         if mean is None or std is None:
-            mean, std = _channel_moments(self.set.train_images[self.split.train])
+            mean, std = _channel_moments(self.set.train_images, self.split.train)
         if not len(mean) == len(std) == self.config["in_channels"]:
             raise KdqError(f"data.mean and data.std need {self.config['in_channels']} values, one per channel")
         return Preprocess(tuple(mean), tuple(std))
@@ -59,7 +59,8 @@ class Images:
         """What of the data a trained model depends on: part of its store key."""
         keys = ("name", "val_fraction", "split_seed", "train_limit", "augment")
         measured = {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std), "digest": self.set.digest}
-        return {key: self.config[key] for key in keys} | measured
+        filled = {"fill": list(self.augment.fill)} if self.augment.cutout else {}
+        return {key: self.config[key] for key in keys} | measured | filled
 
     def card(self) -> dict[str, Any]:
         """What a network's user must do to an image, as packed files and exported models say it: scale its pixels to
@@ -69,6 +70,7 @@ class Images:
 
     def source(self, part: str, device: torch.device) -> Source:
         """The raw images and labels of ``"train"`` or ``"test"`` for ``device``; copied there once if they fit."""
+        device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one
         if (part, device) not in self._sources:
             whole = self.set
             train, test = (whole.train_images, whole.train_labels), (whole.test_images, whole.test_labels)
@@ -92,13 +94,17 @@ class Images:
         return EvalLoader(self.source("train", device), indices, EVAL_BATCH, preprocess=self.preprocess)
 
 
-def _channel_moments(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of uint8 ``(n, h, w, c)``, on the scale 0 to 1, from histograms:
-    exact, and without a float copy of the data."""
+def _channel_moments(images: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of the uint8 images ``(n, h, w, c)`` at ``indices``, on the scale 0 to 1,
+    from histograms: exact, and without a copy of images that lie in a file."""
+    counts = torch.zeros(images.shape[-1], 256, dtype=torch.int64)
+    for some in indices.sort().values.split(1024):
+        for count, channel in zip(counts, images[some].unbind(-1), strict=True):
+            count += torch.bincount(channel.flatten(), minlength=256)
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
-    for channel in images.unbind(-1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+    for count in counts:
+        share = count.double() / count.sum()
         mean = (share * values).sum()
         means.append(mean.item())
         stds.append(max(((share * (values - mean) ** 2).sum() ** 0.5).item(), 1e-3))

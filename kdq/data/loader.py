@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.source import Source
+from kdq.errors import KdqError
 
 
 class TrainLoader:
@@ -44,6 +45,11 @@ class TrainLoader:
         self.portion, self.portions = self.local * world_size, portions
         self.preprocess, self.augment = preprocess, augment
         self.seed, self.epoch, self.rank = seed, epoch, rank
+        if len(indices) and not len(self):
+            raise KdqError(
+                f"{len(indices)} training images are too few for {world_size} devices x {portions} portions: lower "
+                "recipe.accumulate or trainer.devices"
+            )
 
     def __len__(self) -> int:
         return len(self.indices) // (self.portion * self.portions) * self.portions

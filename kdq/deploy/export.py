@@ -126,6 +126,7 @@ def _cell(source: Source, network: nn.Module, name: str, overrides: Sequence[str
     card, own = getattr(network, "kdq_preprocess", None), ["deploy=onnx", f"deploy.formats=[{name}]", "logger=none"]
     own += [] if given else [f"data={data}"]
     own += [f"paths.output_dir={source.output}"] if source.output else []
+    own += [f"seed={source.row.seed}"] if source.row else []
     if card:
         own += [f"data.mean={card['mean']}".replace(" ", ""), f"data.std={card['std']}".replace(" ", "")]
     cell = Cell(compose([*own, *overrides]))

@@ -98,7 +98,10 @@ def _card(network: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
     preprocess: Mapping[str, Any] = getattr(network, "kdq_preprocess", None) or {}
     card = {"kdq.version": kdq.__version__, "kdq.input": json.dumps(["batch", *shape])}
     if preprocess:
-        steps = "resize to size, scale pixels to 0..1, subtract mean, divide by std; channels first, RGB or gray"
+        steps = (
+            "scale the shorter side to size (bilinear), crop the centre, scale pixels to 0..1, subtract mean, divide "
+            "by std; channels first, RGB or gray"
+        )
         card |= {"kdq.preprocess": json.dumps(dict(preprocess)), "kdq.preprocess_steps": steps}
     if classes := getattr(network, "kdq_classes", None):
         card["kdq.classes"] = json.dumps(list(classes))

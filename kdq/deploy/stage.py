@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from kdq.cell import Cell, plain
 from kdq.cores import usable_cores
 from kdq.deploy import latency
 from kdq.deploy.extra import needs
-from kdq.deploy.onnx_files import FORMATS, onnx_models
+from kdq.deploy.onnx_files import CLOSEST, FORMATS, onnx_models
 from kdq.deploy.runtime import session, top1
 from kdq.errors import KdqError
 from kdq.files import replacing
 from kdq.models import build, is_trusted
 from kdq.progress import progress
+from kdq.quant.activations import RANGES
 from kdq.quant.packing import load_packed
 from kdq.results import ROW_FORMAT, Row, write_row
+from kdq.store import key_of
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +32,35 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.1
 
 
-def asked_columns(cell: Cell) -> list[str]:
-    """The columns of a row that the ``deploy`` config fills.
+def asked_columns(cell: Cell) -> dict[str, Any]:
+    """The columns of a row that the ``deploy`` config fills: those it measures, each with None, and ``deploy_hash``,
+    with what it will be: cells that were deployed with other settings are deployed again.
 
     Raises:
-        KdqError: it names an unknown format, or packages are missing.
+        KdqError: it names an unknown format or rule, or packages are missing.
     """
-    formats = cell.cfg.deploy.formats
-    if formats:
-        needs("onnx", "onnxruntime", "onnxscript")
-    if unknown := [name for name in formats if name not in FORMATS]:
+    config = plain(cell.cfg.deploy)
+    if not config["formats"]:
+        return {}
+    needs("onnx", "onnxruntime", "onnxscript")
+    if unknown := [name for name in config["formats"] if name not in FORMATS]:
         raise KdqError(f"deploy.formats={unknown} is unknown: use one of {', '.join(FORMATS)}")
+    if config["act_range"] not in (*RANGES, CLOSEST):
+        choices = ", ".join((*RANGES, CLOSEST))
+        raise KdqError(f"deploy.act_range={config['act_range']!r} is unknown: use one of {choices}")
+    return {**_measured(config["formats"]), "deploy_hash": _settings(cell)}
+
+
+def _settings(cell: Cell) -> str:
+    """Identifies what the columns depend on beyond the row itself, but for the machine."""
+    config = plain(cell.cfg.deploy)
+    return key_of({name: value for name, value in config.items() if name != "formats"} | {"seed": cell.cfg.quant.seed})
+
+
+def _measured(formats: Sequence[str]) -> dict[str, None]:
+    """The columns of these formats, still empty."""
     measured = ("top1_onnx_{}", "onnx_{}_bytes", "latency_ms_onnx_{}", "latency_p95_ms_onnx_{}", "throughput_onnx_{}")
-    return [column.format(name) for name in formats for column in measured]
+    return {column.format(name): None for name in formats for column in measured}
 
 
 def deploy(cell: Cell, row: Row) -> Row:
@@ -60,7 +78,9 @@ def deploy(cell: Cell, row: Row) -> Row:
     with progress(f"exporting {path.stem}", 4, "step") as bar:
         models = onnx_models(network, cell.shape, list(config.formats), calibration(cell), config.act_range)
         bar.update()
-        values: dict[str, Any] = {"row_format": ROW_FORMAT}
+        values: dict[str, Any] = {"row_format": ROW_FORMAT, "deploy_hash": _settings(cell)}
+        if row.deploy_hash != values["deploy_hash"]:  # what other settings measured does not stand beside it
+            values |= _measured(FORMATS)
         for name, model in models.items():
             target = path.with_suffix(f".{name}.onnx")
             with replacing(target) as temporary:

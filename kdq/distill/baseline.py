@@ -67,7 +67,7 @@ class Baseline(L.LightningModule):
         """The sum of one learner's ``terms``; what is logged of the step is kept, without waiting for the device."""
         loss = torch.stack(list(terms.values())).sum()
         learner, suffix = self.learners[name], self.suffix(name)
-        learner.train_top1(logits.detach(), labels)
+        learner.train_top1.update(logits.detach(), labels)
         self.latest |= {f"{term}{suffix}": value.detach() for term, value in {"loss": loss, **terms}.items()}
         return loss
 
@@ -90,8 +90,8 @@ class Baseline(L.LightningModule):
         images, labels = batch
         for name, learner in self.learners.items():
             logits, suffix = learner.product(images), self.suffix(name)
-            learner.val_top1(logits, labels)
-            learner.val_loss(soft_cross_entropy(logits, labels), weight=len(labels))
+            learner.val_top1.update(logits, labels)
+            learner.val_loss.update(soft_cross_entropy(logits, labels), weight=len(labels))
             self.log(f"val/top1{suffix}", learner.val_top1, prog_bar=True)
             self.log(f"val/loss{suffix}", learner.val_loss)
 

@@ -17,7 +17,7 @@ class Frozen:
 
     It is deliberately no ``nn.Module``: a module assigned to a LightningModule is registered, and then its weights
     land in every checkpoint, its parameters in DDP's buckets, and ``module.train()`` puts its BatchNorm into training
-    mode. Here it stays in eval mode, its device follows the inputs, and it runs under the caller's autocast.
+    mode. Here it stays in eval mode, its device and dtype follow the inputs, and it runs under the caller's autocast.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -25,8 +25,9 @@ class Frozen:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` for ``images``, without gradient."""
-        if next(self.network.parameters()).device != images.device:
-            self.network.to(images.device)
+        first = next(self.network.parameters())
+        if (first.device, first.dtype) != (images.device, images.dtype):
+            self.network.to(images.device, images.dtype)
         with torch.inference_mode():
             logits = self.network(images)
         return logits.clone()  # an inference tensor may not take part in the student's backward pass

@@ -16,7 +16,8 @@ class Mixup(VKD):
     """The loss of vkd on ``lam x_i + (1 - lam) x_j`` with the target ``lam y_i + (1 - lam) y_j``, lam ~ Beta(a, a).
 
     Student and teacher see the same mixed image. The batch is in random order already, so that neighbours make a
-    random pair; and pairs of neighbours stay together when several processes divide the batch.
+    random pair; pairs of neighbours stay together when several processes divide the batch into even parts. Every
+    portion of an accumulated batch draws its own lam.
 
     Args:
         mixup_alpha: a of the Beta distribution: 1 is uniform, 0 mixes nothing.
@@ -28,7 +29,10 @@ class Mixup(VKD):
         self.mixup_alpha, self.per_sample = within("method.mixup_alpha", mixup_alpha, 0), per_sample
 
     def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
-        lam = self.draw(len(images), moment).to(images.device)
+        lam = self.draw(len(images), moment)
+        if images.device.type == "cuda":  # from pageable memory the host would wait for the copy
+            lam = lam.contiguous().pin_memory()
+        lam = lam.to(images.device, non_blocking=True)
         probabilities = (torch.arange(self.num_classes, device=labels.device) == labels[:, None]).float()
         return super().losses(mix(images, lam), mix(probabilities, lam), moment)
 
@@ -47,4 +51,4 @@ def mix(batch: Tensor, lam: Tensor) -> Tensor:
     an odd number is mixed with the first."""
     neighbour = torch.arange(len(batch), device=batch.device) ^ 1
     neighbour = neighbour.where(neighbour < len(batch), 0)
-    return torch.lerp(batch[neighbour], batch, lam.view(-1, *[1] * (batch.ndim - 1)))
+    return torch.lerp(batch[neighbour], batch, lam.view(-1, *[1] * (batch.ndim - 1)).to(batch.dtype))

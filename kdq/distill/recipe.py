@@ -34,7 +34,7 @@ class Recipe:
     Attributes:
         batch_size: images an optimizer step, over all processes and portions together.
         accumulate: portions in which the images of a step are processed, one after the other, where they do not fit
-            the memory together. Without BatchNorm the step is the same for any number.
+            the memory together. Without BatchNorm and Mixup the step is the same for any number.
         lr: the peak learning rate.
         schedule: ``one_cycle`` (linear up over ``warmup`` of all steps, linear down to zero: Smith & Topin 2017),
             ``cosine`` (half a cosine after the same warm-up), ``multistep`` (times 0.1 at 5/8, 6/8 and 7/8 of the
@@ -68,8 +68,9 @@ class Recipe:
                 )
         if self.schedule not in SCHEDULES:
             raise KdqError(f"recipe.schedule={self.schedule!r} is unknown: use one of {', '.join(SCHEDULES)}")
-        if self.epochs < 1 or self.batch_size < 1:
-            raise KdqError(f"recipe.epochs={self.epochs} and recipe.batch_size={self.batch_size} must be at least 1")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise KdqError(f"recipe.{name}={getattr(self, name)} must be at least 1")
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise KdqError(f"recipe.accumulate={self.accumulate} must divide recipe.batch_size={self.batch_size}")
         for name, high in {"lr": math.inf, "weight_decay": math.inf, "clip_grad": math.inf, "warmup": 1}.items():

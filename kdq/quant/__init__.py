@@ -1,1 +1,2 @@
-"""Post-training quantization: tensors in, tensors out; nothing here knows of Hydra, Lightning or W&B."""
+"""Post-training quantization: tensors in, tensors out; nothing here but callback.py knows of
+Lightning, and nothing of Hydra or W&B."""

@@ -70,5 +70,5 @@ def check_bits(bits: object) -> int:
         KdqError: it is not a whole number from 2 to 32.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise KdqError(f"bits={bits!r} is not a whole number from {MIN_BITS} to {MAX_BITS}")
+        raise KdqError(f"bits={bits!r} must be a whole number from {MIN_BITS} to {MAX_BITS}")
     return bits

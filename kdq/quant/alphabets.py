@@ -90,7 +90,7 @@ ALPHABETS: dict[str, AlphabetChoice] = {
 
 def rescale(weight: Tensor, gram: Tensor, alphabet: Alphabet) -> Alphabet:
     """The alphabet with the scales that round ``weight`` ``(..., N, d)`` with the least error of the layer's outputs,
-    ``sum (W - Q) G (W - Q)'`` for ``gram = G`` ``(..., d, d)``, tried from half to one and a half times the given
+    ``sum (W - Q) G (W - Q)'`` for ``gram = G`` ``(..., d, d)``, tried from half to 1.4 times the given
     ones."""
 
     def error(candidate: Alphabet) -> Tensor:

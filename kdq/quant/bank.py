@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from kdq.errors import KdqError
 from kdq.quant.network import quantizable_layers, quantize_widths
 from kdq.quant.packing import save_packed, stored_bytes
-from kdq.quant.search import Assignment, Budget, Costs, cost_of, widest
-from kdq.quant.stitch import bit_operations, weight_costs
+from kdq.quant.search import Assignment, Budget, Costs, cost_of
+from kdq.quant.stitch import bit_operations
 from kdq.quant.weights import QuantizedWeight
 
 
@@ -40,8 +40,7 @@ class Bank:
     @property
     def count(self) -> float:
         """Weights of all layers together."""
-        most = widest(self.bits)
-        return cost_of(self.bits, most) / max(most.values())
+        return float(sum(next(iter(choices.values())).codes.numel() for choices in self.weights.values()))
 
     def avg_bits(self, assignment: Assignment) -> float:
         return cost_of(self.bits, assignment) / self.count
@@ -57,7 +56,7 @@ class Bank:
             image: one input of ``model`` ``(1, ...)``.
         """
         if cost == "bops":
-            return bit_operations(model, list(self.weights), list(next(iter(self.bits.values()))), image)
+            return bit_operations(model, self.bits, image)
         return {"weight_bits": self.bits, "bytes": self.bytes}[cost]
 
     def budget(self, avg_bits: float | None, size_bytes: float | None, max_drop: float | None, top1: float) -> Budget:
@@ -98,8 +97,10 @@ def fill_bank(model: nn.Module, batches: Iterable[Any], widths: Sequence[int], *
     by_width: list[Any] = [version.quantized_weights for version in versions]
     weights = {name: {bits: by_width[i][name] for i, bits in enumerate(widths)} for name in layers}
     size = {name: {bits: float(stored_bytes(weight)) for bits, weight in weights[name].items()} for name in layers}
+    # By what is stored: an alphabet may take more bits than the width says, and the ends may have widths of their own.
+    bits = {n: {b: float(weight.bits * weight.codes.numel()) for b, weight in weights[n].items()} for n in layers}
     other = packed_size(versions[-1]) - round(math.fsum(size[name][widths[-1]] for name in layers))
-    return Bank(weights, weight_costs(model, layers, widths), size, other, time.perf_counter() - start)
+    return Bank(weights, bits, size, other, time.perf_counter() - start)
 
 
 def packed_size(network: nn.Module) -> int:

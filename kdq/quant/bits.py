@@ -1,4 +1,4 @@
-"""Codes packed at exactly their width: b bits take b bits, from 1 to 32.
+"""Codes packed at exactly their width: b bits take b bits, from 1 to 33.
 
 Bits beyond eight are split off as planes of eight, so that 12 bits are a plane of 8 and one of 4. In a plane of b bits,
 eight codes make b bytes, the first code in the lowest bits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from kdq.errors import KdqError
-from kdq.quant.mixed import MixedPrecision, first_batches, search_bits
+from kdq.quant.mixed import MixedPrecision, check_search, first_batches, search_bits
+from kdq.quant.network import quantize_widths
+from kdq.quant.recipe import Recipe
 
 
 class GreedyBitSearch(Callback):
@@ -45,6 +48,19 @@ class GreedyBitSearch(Callback):
         self.network, self.options = network, options
         self.calibration_images, self.validation_images = calibration_images, validation_images
         self.result: MixedPrecision | None = None
+        search = inspect.signature(search_bits).bind(None, (), (), **options)
+        search.apply_defaults()
+        asked = search.arguments
+        check_search(**{name: asked[name] for name in inspect.signature(check_search).parameters})
+        known = {*inspect.signature(quantize_widths).parameters, *inspect.signature(Recipe).parameters}
+        if unknown := asked["options"].keys() - known:
+            raise KdqError(f"GreedyBitSearch has no option {', '.join(sorted(unknown))}")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        try:
+            pl_module.get_submodule(self.network)
+        except AttributeError as error:
+            raise KdqError(f"GreedyBitSearch(network={self.network!r}): the module has no such network") from error
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         model = self._best_copy(trainer, pl_module)

@@ -101,9 +101,10 @@ def search_bits(
         calibration: batches for the quantizer.
         validation: ``(images, labels)`` that choose; neither calibration nor test images.
         candidates: the widths a layer may have.
-        avg_bits: most bits per weight on average.
+        avg_bits: most bits per quantized weight on average.
         size_bytes: largest packed file.
-        max_drop: most points of validation accuracy to lose. At least one of these three; all given ones hold.
+        max_drop: most points of validation accuracy that the stitched network may lose, before the chosen assignment is
+            quantized anew. At least one of these three; all given ones hold.
         cost: what a step is priced by: ``weight_bits``, packed ``bytes``, or ``bops`` (bits times multiply-adds).
         method: ``greedy``, or ``exact`` or ``sensitivity_once`` on the table of single changes.
         context: where ``greedy`` measures prices, one of :data:`kdq.quant.search.CONTEXTS`.
@@ -126,23 +127,37 @@ def search_bits(
         max_drop=max_drop,
     )
     batches = list(calibration)
-    bank = bank or fill_bank(model, batches, check_candidates(candidates), **options)
+    widths = check_candidates(candidates)
+    bank = bank or fill_bank(model, batches, widths, **options)
+    if widths != sorted(next(iter(bank.weights.values()))):
+        raise KdqError(f"the bank has other candidates than {widths}: fill it with the same")
     stitched = Stitched(model, bank.weights, validation)
     prices = bank.prices(cost, model, stitched.batches[0][0][:1])
     measure, spare = Trace(stitched, trace, key), 0
     while True:
         room = None if size_bytes is None else size_bytes - spare
-        budget = bank.budget(avg_bits, room, max_drop, stitched.accuracy())
+        try:
+            budget = bank.budget(avg_bits, room, max_drop, stitched.accuracy())
+        except KdqError as error:
+            raise error if not spare else KdqError(_too_tight(size_bytes, max_drop)) from error
         if method == "greedy":
             found = greedy(prices, measure, budget, lambda point: _tell(point, bank, on_step), context)
         else:
             found = from_table(method, measure, budget)
+        if budget.limits and not budget.met(found.chosen.assignment):
+            raise KdqError(_too_tight(size_bytes, max_drop))
         network, report = quantize(model, batches, found.chosen.assignment, **options)
         excess = 0 if size_bytes is None else packed_size(network) - size_bytes
         if excess <= 0:
             stitched.forget()
             return MixedPrecision(network, report, found, bank, time.perf_counter() - start)
         spare += excess  # the header's length was an estimate; what was measured is remembered
+
+
+def _too_tight(size_bytes: int | None, max_drop: float | None) -> str:
+    size = "" if size_bytes is None else f"size_bytes={size_bytes}"
+    drop = "" if max_drop is None else f"max_drop={max_drop:g} is reached before the other limits are met"
+    return f"the bit search cannot meet its budget: {' '.join(filter(None, (size, drop)))}; allow more"
 
 
 def check_search(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
@@ -84,7 +85,8 @@ def quantize_widths(
         exclude: names of modules whose weights (and those of what is inside them) stay float.
         first_last_bits: width of the first and the last layer that run, whatever the others have.
         act_bits: round the inputs of every quantized layer too, one scale per tensor; None leaves them float.
-        act_range: ``"mse"`` or ``"percentile"``, see :meth:`kdq.quant.activations.Histogram.quantizer`.
+        act_range: ``"mse"``, ``"percentile"`` or ``"percentile_99.9"``, see
+            :meth:`kdq.quant.activations.Histogram.quantizer`.
         correct: after each layer, put the means of biased channels right (``"bias"``), or the means and variances of
             BatchNorms too (``"batchnorm"``), see :mod:`kdq.quant.correction`; None leaves both.
         isolated: solve every layer on the float network's inputs, as if it alone were quantized: its codes then do not
@@ -96,6 +98,10 @@ def quantize_widths(
         recipe: ``alphabet``, ``per_channel``, ``scale``, ``order``, ``refine``, see :class:`kdq.quant.recipe.Recipe`.
     """
     start = time.perf_counter()
+    if not widths:
+        raise KdqError("there is no width to quantize to")
+    if getattr(model, "quantized_activations", None):
+        raise KdqError("the network rounds its activations already: quantize the float network it was made of")
     layers, how = check_options(
         model,
         solver,
@@ -153,11 +159,11 @@ def check_options(
     if first_last_bits is not None:
         check_bits(first_last_bits)
     if act_bits is not None and (isinstance(act_bits, bool) or not isinstance(act_bits, int) or not 2 <= act_bits <= 8):
-        raise KdqError(f"act_bits={act_bits!r} is not a whole number from 2 to 8, or none")
+        raise KdqError(f"act_bits={act_bits!r} must be a whole number from 2 to 8, or None (null)")
     if act_range not in RANGES:
         raise KdqError(f"act_range={act_range!r} is unknown: use one of {', '.join(RANGES)}")
     if correct not in CORRECTIONS:
-        raise KdqError(f"correct={correct!r} is unknown: use bias, batchnorm or none")
+        raise KdqError(f"correct={correct!r} is unknown: use bias, batchnorm or None (null)")
     if float_dtype is not None:
         check_float_dtype(float_dtype)
     return quantizable_layers(model, exclude), Recipe(solver=solver, **recipe)
@@ -167,11 +173,17 @@ def quantizable_layers(model: nn.Module, exclude: Collection[str] = ()) -> list[
     """Names of the convolutions and linear layers, in registration order, without those inside ``exclude``.
 
     Raises:
-        KdqError: another module holds a weight of two or more dimensions, or ``exclude`` names no module.
+        KdqError: another module holds a weight of two or more dimensions, a layer's weight is not its own and only
+            its own, or ``exclude`` names no module.
     """
     modules = dict(model.named_modules())
+    if isinstance(exclude, str):
+        raise KdqError(f"exclude={exclude!r}: give a list of names, [{exclude}]")
     if unknown := [name for name in exclude if name not in modules]:
-        raise KdqError(f"exclude names no module of the network: {', '.join(unknown)}")
+        near = difflib.get_close_matches(unknown[0], modules, 3, 0.4) or [name for name in modules if name][:4]
+        raise KdqError(
+            f"the network has no {', '.join(unknown)} to leave float (exclude, keep_float): there is {', '.join(near)}"
+        )
 
     def excluded(name: str) -> bool:
         return any(name == outer or name.startswith(f"{outer}.") for outer in exclude)
@@ -181,6 +193,7 @@ def quantizable_layers(model: nn.Module, exclude: Collection[str] = ()) -> list[
         if excluded(name):
             continue
         if isinstance(module, QUANTIZABLE):
+            _check_layer(name, module)
             layers.append(name)
             continue
         for parameter, value in module.named_parameters(recurse=False):
@@ -191,7 +204,26 @@ def quantizable_layers(model: nn.Module, exclude: Collection[str] = ()) -> list[
                 )
     if not layers:
         raise KdqError("the network has no convolution or linear layer to quantize")
+    owners: dict[int, str] = {}
+    for name in layers:
+        other = owners.setdefault(id(modules[name].weight), name)
+        if other != name:
+            raise KdqError(f"{other} and {name} share a weight: give each its own, or name both in exclude")
     return layers
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight cannot be exchanged for a quantized one."""
+    if not name:
+        raise KdqError("the network is a single layer, without a name to store it under: wrap it, nn.Sequential(layer)")
+    weight = layer._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
+        raise KdqError(
+            f"the weight of {name} is computed, by pruning, weight_norm, another parametrization or decode='layer': "
+            "make it permanent first (prune.remove, parametrize.remove_parametrizations, decode='once'), or exclude it"
+        )
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise KdqError(f"the weight of {name} is {weight.dtype}: quantize model.float()")
 
 
 def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> list[str]:

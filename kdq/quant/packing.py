@@ -59,7 +59,7 @@ def save_packed(
         classes: names of the outputs. By default what the network was loaded with.
 
     Raises:
-        KdqError: values of a network rounded by ``float_dtype`` were changed since.
+        KdqError: quantized weights, or values of a network rounded by ``float_dtype``, were changed since.
     """
     weights: dict[str, QuantizedWeight | PackedWeight] = getattr(network, "quantized_weights", {})
     tensors = _floats(network, weights)
@@ -67,6 +67,9 @@ def save_packed(
     near: list[Tensor] = []
     for name, weight in weights.items():
         packed = weight if isinstance(weight, PackedWeight) else PackedWeight.of(**vars(weight))
+        value = network.get_submodule(name)._parameters.get("weight")  # none where it is decoded as the layer runs
+        if value is not None and not torch.equal(weight.decode().to(value), value):
+            raise KdqError(f"{name}.weight was changed since it was quantized: quantize again")
         layers[name] = {"shape": list(packed.shape), "levels": weight.levels}
         tensors[f"{name}.codes"] = packed.packed
         tensors[f"{name}.scale"] = weight.scale
@@ -99,9 +102,11 @@ def save_packed(
 
 def _floats(network: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries of the state dict that are not quantized, in the dtype they are stored in."""
-    ours = tuple(f"{name}.{stored}" for name in weights for stored in ("weight", "parametrizations.weight."))
+    ours = {f"{name}.weight" for name in weights}
+    decoding = tuple(f"{name}.parametrizations.weight." for name in weights)
     rounded: str | None = getattr(network, "kdq_float_dtype", None)
-    found = {name: value for name, value in network.state_dict().items() if not name.startswith(ours)}
+    state = network.state_dict()
+    found = {name: value for name, value in state.items() if name not in ours and not name.startswith(decoding)}
     for name, value in found.items():
         if rounded is not None and value.is_floating_point():
             found[name] = value.to(FLOAT_DTYPES[rounded])
@@ -116,8 +121,8 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     Its ``kdq_preprocess`` and ``kdq_classes`` say what the file says about its inputs and outputs.
 
     Args:
-        network: an instance of the architecture, needed when it is not one of kdq's or torchvision's; it is not
-            modified.
+        network: an instance of the architecture, needed unless the file names one: networks that
+            :func:`kdq.models.build` made, kdq's or torchvision's, say what they are. It is not modified.
         decode: ``"once"``: weights are decoded now, for speed; ``"layer"``: each layer's whenever it runs, so that
             memory holds the packed codes and one layer's weights.
 
@@ -131,7 +136,7 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     try:
         if network is None:
             if header["net"] is None:
-                raise KdqError(f"{path} does not say its architecture: build it and pass load(path, network=...)")
+                raise KdqError(f"{path} does not say its architecture: build it and pass kdq.load(path, network=...)")
             network = _skeleton(header["net"])
         else:
             network = copy.deepcopy(network).cpu()
@@ -145,7 +150,7 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
         network.kdq_preprocess = header["preprocess"]
         network.kdq_classes = header.get("classes")  # type: ignore[assignment]
     except KdqError as error:
-        raise KdqError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        raise KdqError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise KdqError(f"{path} does not fit the network: {' '.join(str(error).split())}") from error
     return network.eval()
@@ -200,7 +205,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except FileNotFoundError as error:
         raise KdqError(f"no file {path}") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError) as error:
-        raise KdqError(f"{path} is not a packed kdq network: {' '.join(str(error).split())}") from error
+        raise KdqError(
+            f"{path} is not a packed kdq network, or not all of one: {' '.join(str(error).split())}"
+        ) from error
     if version > FORMAT:
         raise KdqError(f"{path} has format {version}, this kdq reads up to {FORMAT}: update kdq")
     if metadata.get("sha256") != _checksum(text, tensors):
@@ -210,10 +217,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -> PackedWeight:
     shape, levels = torch.Size(layer["shape"]), int(layer["levels"])
-    if not 2 <= levels <= 2**MAX_BITS:
+    if not 2 <= levels <= 2**MAX_BITS + 1:  # the paper alphabet has 2^b + 1
         raise KdqError(f"layer {name} has {levels} levels")
     scale = tensors[f"{name}.scale"]
-    zero = torch.full_like(scale, layer["zero"]) if "zero" in layer else tensors[f"{name}.zero"]
+    # Above 24 bits a zero point may need more digits than float32 has.
+    exact = torch.float64 if levels > 2**24 else scale.dtype
+    zero = torch.full_like(scale, layer["zero"], dtype=exact) if "zero" in layer else tensors[f"{name}.zero"]
     weight = PackedWeight(tensors[f"{name}.codes"], shape, scale, zero, levels)
     size = packed_bytes(shape.numel(), weight.bits)
     if weight.packed.shape != (size,) or weight.packed.dtype != torch.uint8:

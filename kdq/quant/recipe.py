@@ -58,6 +58,8 @@ class Recipe:
             raise KdqError(f"refine={self.refine!r} is not a number of sweeps: use 0 or more")
         if self.refine and not self.per_channel:
             raise KdqError("refine fits a scale to every output channel: use per_channel=true, or refine=0")
+        if self.scale == "gram" and not self.per_channel:
+            raise KdqError("scale=gram fits a scale to every output channel: use per_channel=true, or scale=weight")
 
     def solve(self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int) -> tuple[Tensor, Alphabet]:
         """Quantize ``weight`` ``(groups, N, d)`` given ``gram`` and ``cross`` ``(groups, d, d)``.

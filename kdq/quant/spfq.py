@@ -1,10 +1,14 @@
 """SPFQ: GPFQ with stochastic rounding (Zhang & Saab 2023, arXiv 2309.10975).
 
 Q rounds up or down at random with the probabilities that make it unbiased, ``E Q(v) = v`` within the alphabet's range.
-The error of a layer then is bounded with high probability without assumptions on its weights.
+The error of a layer then is bounded with high probability without assumptions on its weights. (The paper's bound is for
+its two-phase form, which first aligns the data; the rounding here is on GPFQ's own path.) Every layer draws its own
+noise: from the seed, and from the weights themselves.
 """
 
 from __future__ import annotations
+
+import zlib
 
 import torch
 from torch import Tensor
@@ -15,7 +19,8 @@ from kdq.quant.columns import solve_columns
 
 def spfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, seed: int = 0) -> Tensor:
     """:func:`kdq.quant.gpfq.gpfq` with unbiased rounding; the same ``seed`` gives the same codes on one device."""
-    generator = torch.Generator(weight.device).manual_seed(seed)
+    own = zlib.crc32(weight.detach().cpu().contiguous().numpy().tobytes(), seed)
+    generator = torch.Generator(weight.device).manual_seed(own)
 
     def unbiased(value: Tensor) -> Tensor:
         return torch.floor(value + torch.rand(value.shape, dtype=value.dtype, device=value.device, generator=generator))

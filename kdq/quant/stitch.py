@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdq.errors import KdqError
 from kdq.quant.distributed import summed
-from kdq.quant.layer import weight_matrix
+from kdq.quant.layer import channel_axis
 from kdq.quant.network import QuantizedWeight
 from kdq.quant.search import Assignment, Costs, Measure
 
@@ -66,14 +66,14 @@ class Stitched:
         self._assigned = dict(assignment)
         # Outputs are valid up to the first call of a changed layer.
         self._valid = next((i for i, name in enumerate(self._calls) if name in changed), len(self._calls))
-        loss = right = count = 0.0
+        sums = self._sums()
         for index, (images, labels) in enumerate(self.batches):
             self._batch, self._next = index, 0
             log_p = self.network(images).float().log_softmax(1)
-            loss += float(F.kl_div(log_p, self.reference[index], reduction="sum", log_target=True))
-            right += float((log_p.argmax(1) == labels).sum())
-            count += len(labels)
-        loss, right, count = summed(torch.tensor([loss, right, count], dtype=torch.float64)).tolist()
+            sums[0] += F.kl_div(log_p, self.reference[index], reduction="sum", log_target=True)
+            sums[1] += (log_p.argmax(1) == labels).sum()
+            sums[2] += len(labels)
+        loss, right, count = summed(sums).tolist()
         return Measure(loss / count, 100 * right / count)
 
     def forget(self) -> None:
@@ -84,11 +84,16 @@ class Stitched:
 
     def accuracy(self) -> float:
         """Top-1 of the float network on the same images, in percent."""
-        pairs = zip(self.reference, self.batches, strict=True)
-        right = sum(float((log_p.argmax(1) == labels).sum()) for log_p, (_, labels) in pairs)
-        count = sum(len(labels) for _, labels in self.batches)
-        right, count = summed(torch.tensor([right, count], dtype=torch.float64)).tolist()
+        sums = self._sums()
+        for log_p, (_, labels) in zip(self.reference, self.batches, strict=True):
+            sums[1] += (log_p.argmax(1) == labels).sum()
+            sums[2] += len(labels)
+        _, right, count = summed(sums).tolist()
         return 100 * right / count
+
+    def _sums(self) -> Tensor:
+        """Loss, right answers and images, on the device: process groups of GPUs add up nothing that is elsewhere."""
+        return torch.zeros(3, dtype=torch.float64, device=self.batches[0][0].device)
 
     def _reroute(self, name: str, layer: nn.Module) -> None:
         own = layer.forward
@@ -111,30 +116,21 @@ class Stitched:
         layer.forward = forward
 
 
-def weight_costs(model: nn.Module, layers: Sequence[str], widths: Sequence[int]) -> Costs:
-    """Bits of each layer's weights at each width."""
-    sizes = {name: weight_matrix(model.get_submodule(name)).numel() for name in layers}
-    return {name: {bits: float(bits * size) for bits in widths} for name, size in sizes.items()}
+def bit_operations(model: nn.Module, bits: Costs, image: Tensor) -> Costs:
+    """BOPs of each layer at each width: the ``bits`` of its weights times their uses for one ``image`` ``(1, ...)``."""
+    uses = dict.fromkeys(bits, 0)
 
+    def count(name: str, output: Tensor) -> None:
+        uses[name] += output.numel() // output.shape[channel_axis(model.get_submodule(name))]
 
-def bit_operations(model: nn.Module, layers: Sequence[str], widths: Sequence[int], image: Tensor) -> Costs:
-    """BOPs of each layer at each width: weight bits times multiply-adds for one ``image`` ``(1, ...)``."""
-    counts = dict.fromkeys(layers, 0)
-
-    def count(name: str, weight: Tensor, output: Tensor) -> None:
-        counts[name] += weight.numel() * (output.numel() // weight.shape[0])  # one use of the weights per position
-
-    handles = []
-    for name in layers:
-        module = model.get_submodule(name)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        hook = lambda _, __, output, name=name, weight=weight: count(name, weight, output)  # noqa: E731
-        handles.append(module.register_forward_hook(hook))
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: count(name, output))
+        for name in bits
+    ]
     try:
         with torch.no_grad():
             model(image)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: {bits: float(bits * counts[name]) for bits in widths} for name in layers}
+    return {name: {width: cost * uses[name] for width, cost in costs.items()} for name, costs in bits.items()}

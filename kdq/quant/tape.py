@@ -24,8 +24,10 @@ from kdq.quant.lanes import Lanes, lanes_in, replace_lanes
 #: Images pushed through a layer at a time, whatever batches the caller has, so that sums, and hence codes, do not
 #: depend on those.
 CHUNK = 64
-#: Bytes of waiting chunks that stay in memory.
+#: Bytes of waiting chunks that stay in memory; on a GPU, where a way to the disk and back is long, its share of what is
+#: free.
 IN_MEMORY = 128 * 2**20
+GPU_SHARE = 0.25
 
 #: The values of one chunk, by the keys a tape knows them under.
 Values = dict[int, Lanes]
@@ -86,10 +88,12 @@ class Tape:
 
 
 class Chunks:
-    """The values of the chunks that wait, in memory up to :data:`IN_MEMORY` bytes, else in a temporary folder."""
+    """The values of the chunks that wait, in memory up to :data:`IN_MEMORY` bytes (a GPU's up to :data:`GPU_SHARE`),
+    else in a temporary folder."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._room = int(GPU_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else IN_MEMORY
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._stored: dict[int, dict[int, list[Tensor]] | Path] = {}
         self._bytes: dict[int, int] = {}
@@ -100,7 +104,7 @@ class Chunks:
     def put(self, index: int, values: Values) -> None:
         tensors = {key: value.lanes for key, value in values.items()}
         size = _bytes(tensors)
-        if size + sum(self._bytes.values()) <= IN_MEMORY:
+        if size + sum(self._bytes.values()) <= self._room:
             self._stored[index], self._bytes[index] = tensors, size
             return
         if self._folder is None:
@@ -130,12 +134,14 @@ def in_chunks(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Te
     waiting: list[Tensor] = []
     size = None
     for batch in batches:
-        images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
-        waiting.append(images)
-        while sum(map(len, waiting)) >= CHUNK:
-            together = torch.cat(waiting)
-            waiting, size = [together[CHUNK:]], CHUNK
-            yield together[:CHUNK].clone(), CHUNK
+        waiting.append((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+        if sum(map(len, waiting)) < CHUNK:
+            continue
+        together, size = torch.cat(waiting), CHUNK
+        whole = len(together) // CHUNK * CHUNK
+        waiting = [together[whole:].clone()]
+        for start in range(0, whole, CHUNK):
+            yield together[start : start + CHUNK].clone(), CHUNK
     if rest := sum(map(len, waiting)):
         images = torch.cat(waiting)
         padding = 0 if size is None else size - rest

@@ -99,7 +99,7 @@ class Walk:
         if first is None:
             raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")
         try:
-            with torch.no_grad(), _exact_kernels(), _rerouted(self._visitors()):
+            with torch.no_grad(), _exact_kernels(device), _rerouted(self._visitors()):
                 self.model(self.tape.watch(Lanes([first] * self.lanes)))
                 for _ in self._each_chunk(None):
                     pass
@@ -238,7 +238,12 @@ class Walk:
     def _solve(self, name: str, layer: nn.Module, inputs: Lanes) -> None:
         weight = weight_matrix(layer)
         for version, gram, cross in self._moments(name, layer, inputs):
-            values, alphabet = self.recipe.solve(weight, gram, cross, version.bits[name])
+            if not (gram.isfinite().all() and cross.isfinite().all()):
+                raise KdqError(f"the inputs of {name} are not finite: look at the calibration images and the network")
+            try:
+                values, alphabet = self.recipe.solve(weight, gram, cross, version.bits[name])
+            except KdqError as refused:
+                raise KdqError(f"{name}: {refused}") from refused
             assert isinstance(layer.weight, Tensor)
             scale, zero = (x.expand_as(weight[..., :1]).flatten() for x in (alphabet.scale, alphabet.zero))
             codes = alphabet.encode(values).view(layer.weight.shape)
@@ -247,7 +252,7 @@ class Walk:
             if version.lane == 0:  # its outputs are never computed, but G knows their error
                 wrong = alphabet.decode(alphabet.encode(values)) - weight
                 size = ((weight @ gram) * weight).sum()
-                error = float((((wrong @ gram) * wrong).sum().clamp_min(0) / size) ** 0.5) if size > 0 else 0.0
+                error = float((((wrong @ gram) * wrong).sum().clamp_min(0) / size) ** 0.5) if size != 0 else 0.0
             kind, shape = type(layer).__name__, tuple(layer.weight.shape)
             weights = version.weights[name]
             version.report.layers.append(LayerReport(name, kind, shape, weights.bits, weights.levels, error))
@@ -295,7 +300,7 @@ class Walk:
                 continue
             for index, layer in enumerate(version.report.layers):
                 sums = summed(self.errors[layer.name].clone())
-                error = float((sums[version.lane] / sums[0]) ** 0.5) if sums[0] > 0 else 0.0
+                error = float((sums[version.lane] / sums[0]) ** 0.5) if sums[0] != 0 else 0.0
                 version.report.layers[index] = LayerReport(**(vars(layer) | {"error": error}))
 
 
@@ -323,10 +328,19 @@ def _rerouted(visitors: Sequence[tuple[nn.Module, Callable[[Lanes], Lanes]]]) ->
 
 
 @contextmanager
-def _exact_kernels() -> Iterator[None]:
-    """Float32 sums in float32, the same every time: no TF32, no kernel that adds in a random order."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+def _exact_kernels(device: torch.device) -> Iterator[None]:
+    """Float32 sums in float32, the same every time: no TF32, no kernel that adds in a random order, whatever the caller
+    set for its own training."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _same(made: list[Tensor], of: list[Tensor]) -> list[Tensor]:

@@ -24,9 +24,9 @@ _LONGEST_NAME = 60
 def named(rows: Sequence[Row]) -> pd.DataFrame:
     """The rows with printable names and two changes for people.
 
-    ``quantizer`` also tells what its name alone does not: rounded activations (``gpfq A8``), and the alphabet or the
-    search where rows of one name differ in them. ``width`` is ``bits``, or for a ``searched`` row its average width
-    rounded up to a quarter, since budgets are upper bounds.
+    ``quantizer`` also tells what its name alone does not: rounded activations (``gpfq A8``), the alphabet or the search
+    where rows of one name differ in them, and the calibration images where rows of one cell do. ``width`` is ``bits``,
+    or for a ``searched`` row its average width rounded up to a quarter, since budgets are upper bounds.
     """
     frame = table(rows)
     for column in SERIES:
@@ -40,9 +40,17 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
     rounded = frame["act_bits"] < 32
     frame.loc[rounded, "quantizer"] += " A" + frame.loc[rounded, "act_bits"].astype(str)
     frame["searched"] = frame["search"] != ""
-    quarters = np.ceil(frame["avg_bits"].to_numpy(float) * 4 - 1e-6) / 4
-    frame["width"] = np.where(frame["searched"], quarters, frame["bits"].to_numpy(float))
+    frame["width"] = widths(frame)
+    several = frame.groupby([*CELL, "seed"])["calibration_images"].transform("nunique") > 1
+    counted = frame["quantizer"].isin(frame.loc[several, "quantizer"])
+    frame.loc[counted, "quantizer"] += " " + frame.loc[counted, "calibration_images"].astype(str) + " images"
     return frame
+
+
+def widths(frame: pd.DataFrame) -> Any:
+    """The widths of rows: ``bits``, or of a searched row the average rounded up to a quarter."""
+    quarters = np.ceil(frame["avg_bits"].to_numpy(float) * 4 - 1e-6) / 4
+    return np.where(frame["search"] != "", quarters, frame["bits"].to_numpy(float))
 
 
 def latency_columns(frame: pd.DataFrame) -> list[str]:

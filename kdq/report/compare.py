@@ -9,14 +9,15 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
-from kdq.report.cells import printable, width_name
+from kdq.report.cells import printable, width_name, widths
 from kdq.results import AXES, Row, table
 
 #: Accuracies closer than this, in points, are the same: rows of earlier versions carry float32's rounding.
 SAME_POINTS = 1e-3
 #: The terminal shows so many changed cells, the largest changes first.
 SHOWN = 40
-_KEYS = [*AXES, "search", "which"]
+_CELL = [*AXES, "search", "width"]
+_KEYS = [*_CELL, "which"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ def compare(a: Sequence[Row], b: Sequence[Row]) -> Comparison:
 def _keyed(rows: Sequence[Row], others: Sequence[Row]) -> pd.DataFrame:
     """The rows with a number ``which`` that tells those of equal axes apart, known hashes of the other sweep first."""
     known = {row.config_hash for row in others}
-    frame = table(rows).assign(alone=[row.config_hash not in known for row in rows])
-    frame = frame.sort_values([*AXES, "search", "alone", "config_hash"])
-    frame["which"] = frame.groupby([*AXES, "search"]).cumcount()
+    frame = table(rows)
+    frame = frame.assign(alone=[row.config_hash not in known for row in rows], width=widths(frame))
+    frame = frame.sort_values([*_CELL, "alone", "config_hash"])
+    frame["which"] = frame.groupby(_CELL).cumcount()
     return frame[[*_KEYS, "top1", "size_bytes"]]
 
 
@@ -84,7 +86,7 @@ def comparison_table(found: Comparison, a: str, b: str) -> Table:
 def _name(line: pd.Series) -> str:
     quantizer = line["quantizer"] + (f" A{line['act_bits']}" if line["act_bits"] < 32 else "")
     again = f" ({line['which'] + 1}.)" if line["which"] else ""
-    width = width_name(line["bits"], bool(line["search"]))
+    width = width_name(line["width"], bool(line["search"]))
     return escape(
         printable(f"{line['data']} {line['method']} {line['arch']} {quantizer} {width} seed {line['seed']}{again}")
     )

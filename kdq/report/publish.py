@@ -24,6 +24,8 @@ def publish(output: Path, written: Sequence[Path], folder: Path) -> None:
     lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
     write_text(folder / "rows" / "rows.jsonl", "".join(lines))
     write_csv(folder / "results.csv", rows)
+    for old in (folder / "report").glob("*.[ps][nv]g"):  # of an earlier publication
+        old.unlink()
     for path in written:
         if path.suffix in (".md", ".png", ".svg"):
             target = folder / path.relative_to(output)

@@ -52,7 +52,7 @@ def statements(frame: pd.DataFrame) -> list[Statement]:
     pairs = answer.curve_pairs(frame)
     tables = {
         "bits": answer.at_equal_bits(frame),
-        "bytes": answer.at_equal_bytes(pairs),
+        "bytes": _distinct(answer.at_equal_bytes(pairs)),
         "extents": answer.extents(pairs),
         "crossovers": answer.crossovers(pairs),
         "degradation": answer.degradation(frame),
@@ -65,6 +65,20 @@ def statements(frame: pd.DataFrame) -> list[Statement]:
         for method, topic, text in _about(group, here):
             spoken.append(Statement(str(data), str(quantizer), method, topic, text))
     return spoken
+
+
+def _distinct(found: pd.DataFrame) -> pd.DataFrame:
+    """Without sizes within a hundredth of the one before, such as a float file beside one of 32 bits."""
+    kept = []
+    for _, group in found.groupby(answer.PAIR, sort=False):
+        last = 0.0
+        for index, size in sorted(
+            zip(group.index, group["bytes"].astype(float), strict=True), key=lambda pair: pair[1]
+        ):
+            if size > 1.01 * last:
+                kept.append(index)
+                last = size
+    return found[found.index.isin(kept)]
 
 
 def without_repeats(said: Iterable[Statement]) -> list[Statement]:
@@ -90,7 +104,7 @@ def _about(group: pd.DataFrame, here: dict[str, pd.DataFrame]) -> Iterable[tuple
 
 
 def _headline(group: pd.DataFrame, here: dict[str, pd.DataFrame]) -> str:
-    """The question, answered for the best distilled student at each width and size of the teacher."""
+    """The question, answered for the best distilled student at each width, and at each size that all have."""
     roles, methods = set(group["role"]), set(group["method"])
     question = "Does quantizing a distilled student beat quantizing the teacher?"
     if "teacher" not in roles:
@@ -101,7 +115,7 @@ def _headline(group: pd.DataFrame, here: dict[str, pd.DataFrame]) -> str:
     bits = bits[~bits["width"].map(math.isinf)]
     said = [question, f"At equal bits: {_best(bits, 'width') if len(bits) else 'no width is there for both'}."]
     if len(sizes):
-        said.append(f"At equal bytes: {_best(_at_teachers_sizes(sizes, here), 'bytes')}.")
+        said.append(f"At equal bytes: {_best(_at_shared_sizes(sizes, here), 'bytes')}.")
     else:
         said.append("At equal bytes: no size is there for both.")
     crossovers = here["crossovers"][here["crossovers"]["method"] != "baseline"]
@@ -129,7 +143,7 @@ def _headline(group: pd.DataFrame, here: dict[str, pd.DataFrame]) -> str:
     return "\n".join(said)
 
 
-def _at_teachers_sizes(sizes: pd.DataFrame, here: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def _at_shared_sizes(sizes: pd.DataFrame, here: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The lines at sizes where every student is compared, and where there is none, all lines."""
     counts = sizes.groupby("bytes")["method"].transform("size")
     shared = sizes[counts == len(here["extents"][here["extents"]["method"] != "baseline"])]
@@ -157,7 +171,7 @@ def _rank(line: Any) -> tuple[bool, bool, float]:
 def _verdict(line: Any) -> str:
     if line.p >= LEVEL:
         return "undecided within seed noise"
-    if abs(line.difference) < 5e-7:
+    if abs(line.difference) < 0.005:  # printed as 0.00
         return "equal"
     if math.isnan(line.p):
         return "the student leads, untested," if line.difference > 0 else "the teacher leads, untested,"
@@ -217,12 +231,13 @@ def _drop(found: pd.DataFrame) -> str:
 def _least(found: pd.DataFrame) -> str:
     """The two models that lose least at the narrowest width, and whether that is a difference."""
     group = records(found[found["width"] == found["width"].min()].sort_values("rank"))
-    first = group[0]
-    text = f"at {width_name(first.width, bool(first.searched))}: {first.method} with {_points(first)}"
+    first, methods = group[0], [line.method for line in group]
+    who = {line: line.method if methods.count(line.method) == 1 else f"{line.method} ({line.arch})" for line in group}
+    text = f"at {width_name(first.width, bool(first.searched))}: {who[first]} with {_points(first)}"
     if len(group) == 1:
         return text + " (the only model)"
     second = group[1]
-    text += f", then {second.method} with {_points(second)}"
+    text += f", then {who[second]} with {_points(second)}"
     if not math.isnan(second.p):
         noise = "more than" if second.p < LEVEL else "not more than"
         return text + f" (p = {second.p:.2g}: {noise} seed noise)"

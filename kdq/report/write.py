@@ -80,6 +80,7 @@ class Material:
         said = [f"A damaged row was left out: {line}" for line in self.skipped]
         failed = list(read_failures(self.output).values())
         said += [f"Failed: {failure.name}: {failure.cause}" for failure in failed[:_FAILURES]]
+        said += ["What is no longer wanted of these: delete its file in failed/."] if failed else []
         said += [f"{len(failed) - _FAILURES} more failed: see failed/."] if len(failed) > _FAILURES else []
         mixed = self.cells[self.cells["rows"] > self.cells["n"]]
         if len(mixed):

@@ -34,6 +34,9 @@ def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[J
         jobs: at most so many at once; None: one for each GPU, or for each core where there is none.
         jobs_per_gpu: so many jobs share one GPU.
     """
+    for name, value in (("jobs", jobs), ("jobs_per_gpu", jobs_per_gpu)):
+        if value is not None and value < 1:
+            raise KdqError(f"hydra.launcher.{name}={value} must be 1 or more")
     configs = [task.job_config() for task in tasks]
     gpus = usable_gpus() if any(cfg.trainer.accelerator != "cpu" for cfg in configs) else []
     devices = max(_devices(cfg.trainer.devices, len(gpus)) for cfg in configs)
@@ -108,7 +111,7 @@ def _devices(asked: Any, gpus: int) -> int:
 
     if asked in ALL_DEVICES:
         return max(1, gpus)
-    if not isinstance(asked, int):
+    if not isinstance(asked, int) or asked < 1:
         raise KdqError(f"hydra/launcher=local chooses the GPUs itself: give trainer.devices a number, not {asked}")
     return asked
 

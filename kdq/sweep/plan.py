@@ -10,9 +10,10 @@ what a wave leaves in the store is what the next one finds there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -21,6 +22,7 @@ from omegaconf import DictConfig
 from kdq.cell import Cell
 from kdq.complaint import describe
 from kdq.deploy.stage import asked_columns
+from kdq.errors import KdqError
 from kdq.quantize_options import Width
 from kdq.quantize_stage import row_keys
 from kdq.results import has, read_rows
@@ -46,7 +48,7 @@ class Job:
         makes: what will be there afterwards, a model or rows: key to name.
         needs: keys of the models that other jobs make before.
         work: multiply-accumulate operations, roughly.
-        columns: optional columns that its rows will have.
+        columns: optional columns that its rows will have, and what some of them will say.
     """
 
     name: str
@@ -56,7 +58,7 @@ class Job:
     makes: dict[str, str]
     needs: frozenset[str]
     work: float
-    columns: tuple[str, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,8 +106,15 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
             columns = asked_columns(cell)
             there = {row.config_hash for row in read_rows(output / "rows", set(new.values())) if has(row, columns)}
             missing = {width: key for width, key in new.items() if key not in there}
-            if missing:
-                jobs.append(_rows_job(cell, overrides, missing, models.missing(cell, model, overrides)))
+            if not missing:
+                continue
+            try:
+                needs = models.missing(cell, model, overrides)
+            except KdqError as error:  # a damaged model takes only its own rows with it
+                plan.impossible.append((overrides, describe(error)))
+                plan.rows = {key: name for key, name in plan.rows.items() if key not in missing.values()}
+                continue
+            jobs.append(_rows_job(cell, overrides, missing, needs))
     plan.waves = [wave for wave in (*models.waves(), jobs) if wave]
     plan.models_there, plan.speed = len(models.there), models.speed()
     return plan
@@ -151,8 +160,8 @@ def _rows_job(cell: Cell, overrides: Overrides, missing: dict[Width, str], needs
     names = {width: "-".join(map(str, width)) if isinstance(width, tuple) else str(width) for width in missing}
     makes = {key: f"{cell.name}-b{names[width]}" for width, key in missing.items()}
     what = f"{len(missing)} row{'s' * (len(missing) > 1)} at {' '.join(names.values())} bits"
-    columns = tuple(asked_columns(cell))
-    return Job(cell.name, "rows", what, overrides, makes, needs, row_work(cell, len(missing)), columns)
+    work = row_work(cell, len(missing))
+    return Job(cell.name, "rows", what, overrides, makes, needs, work, asked_columns(cell))
 
 
 class _Models:

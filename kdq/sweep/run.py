@@ -9,10 +9,9 @@ from typing import Any
 
 from kdq.complaint import describe
 from kdq.failures import Failure, forget, read_failures, record
-from kdq.results import has, read_rows
 from kdq.store import key_of
 from kdq.sweep.plan import Job, Plan
-from kdq.sweep.status import Status
+from kdq.sweep.status import Status, present
 
 #: Runs jobs, given the overrides of each and the number of the first, and says how each ended.
 Launch = Callable[[list[list[str]], int], Sequence[Any]]
@@ -99,10 +98,3 @@ def _record(output: Path, job: Job, cause: str, log: str, keys: Sequence[str] | 
     for failure in failures.values():
         record(output, failure)
     return failures
-
-
-def present(output: Path, keys: Sequence[str] | dict[str, str], columns: Sequence[str] = ()) -> set[str]:
-    """Which of ``keys`` have a model, or a readable row with ``columns``, below ``output``."""
-    models = {path.name.rpartition("-")[2] for path in (output / "store").glob("[!.]*-*")}
-    rows = {row.config_hash for row in read_rows(output / "rows", set(keys)) if has(row, columns)}
-    return rows | (models & set(keys))

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
+from kdq.complaint import describe
 from kdq.errors import KdqError
 from kdq.sweep.task import Task, failed, folder
 
@@ -26,14 +27,20 @@ def launch(tasks: Sequence[Task]) -> list[JobReturn]:
     Before a job's time is up, or when it is preempted, Slurm sends USR2; submitit, the one owner of the requeue, then
     puts the job back into the queue, and it goes on from its last epoch.
     """
-    jobs = [_submit(task) for task in tasks]
+    jobs: dict[int, Any] = {}  # by number of the task
+    refused: dict[int, JobReturn] = {}
     try:
-        _wait(jobs)
+        for number, task in enumerate(tasks):
+            try:
+                jobs[number] = _submit(task)
+            except Exception as error:  # a limit of the queue, say: those that were submitted go on
+                refused[number] = failed(task, KdqError(describe(error)))
+        _wait(list(jobs.values()))
     except KeyboardInterrupt:
-        left = " ".join(job.job_id for job in jobs if not job.done())
+        left = " ".join(job.job_id for job in jobs.values() if not job.done())
         log.warning("the Slurm jobs go on and the same command finds what they make; to end them: scancel %s", left)
         raise
-    return [_returned(task, job) for task, job in zip(tasks, jobs, strict=True)]
+    return [refused.get(n) or _returned(task, jobs[n]) for n, task in enumerate(tasks)]
 
 
 def _submit(task: Task) -> Any:

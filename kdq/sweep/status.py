@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -22,6 +24,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from kdq.failures import read_failures
+from kdq.results import has, read_rows
 from kdq.sweep.plan import Job, Plan
 from kdq.sweep.show import duration
 
@@ -50,6 +53,7 @@ class Status:
     def __init__(self, console: Console, plan: Plan, live: bool) -> None:
         self.console, self.plan = console, plan
         self.live = live and console.is_terminal
+        self._stderr = sys.stderr  # as it is now: a job of this process may silence a noisy library
         self._start, self._wave = time.monotonic(), 0
         self._watched: list[_Watched] = []  # of this wave
         self._before: list[_Watched] = []  # of the waves before
@@ -91,7 +95,10 @@ class Status:
             if one.state == "waiting" and (one.folder / ".hydra").is_dir():
                 one.state, one.since = "running", now
             took = duration(now - one.since)
-            if there.issuperset(one.job.makes):
+            made = there.issuperset(one.job.makes)
+            if made and one.job.columns:  # of rows that were there before
+                made = present(output, one.job.makes, one.job.columns).issuperset(one.job.makes)
+            if made:
                 one.state = "done"
                 self._say(f"{self._count()} {one.job.name}: {one.job.kind} done in {took}{self._left()}")
             elif causes := [failures[key].cause for key in one.job.makes if key in failures]:
@@ -118,7 +125,7 @@ class Status:
         if self.live:
             self.console.print(line, highlight=False, markup=False)
         else:
-            tqdm.write(line, file=sys.stderr)  # beside the bar of a job of this process
+            tqdm.write(line, file=self._stderr)  # beside the bar of a job of this process
 
     def _screen(self) -> RenderableType:
         states = [one.state for one in self._watched]
@@ -131,6 +138,14 @@ class Status:
         for one in [one for one in self._watched if one.state == "running"][:SHOWN]:
             running.add_row("", one.job.name, one.job.what, duration(time.monotonic() - one.since))
         return Group(line, running)
+
+
+def present(output: Path, keys: Iterable[str], columns: Mapping[str, Any] = MappingProxyType({})) -> set[str]:
+    """Which of ``keys`` have a model, or a readable row with ``columns``, below ``output``."""
+    asked = set(keys)
+    models = {path.name.rpartition("-")[2] for path in (output / "store").glob("[!.]*-*")}
+    rows = {row.config_hash for row in read_rows(output / "rows", asked) if has(row, columns)}
+    return rows | (models & asked)
 
 
 def _kinds(jobs: list[Job]) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from kdq.dashboard.sweep import pareto
 from kdq.results import Row, read_rows
 from tests.conftest import TINY
 from tests.offline_runs import OfflineRun, offline_runs
@@ -205,11 +204,6 @@ def test_the_run_of_the_sweep_has_all_rows_and_the_front(sweep: Any) -> None:
 
 def _unbeaten(row: Row, rows: list[Row]) -> bool:
     return not any(r.size_bytes <= row.size_bytes and r.top1 >= row.top1 and r is not row for r in rows)
-
-
-def test_a_point_is_on_the_front_if_nothing_smaller_is_as_good() -> None:
-    assert pareto([(3, 90), (1, 80), (2, 80), (2, 85), (4, 90), (5, 95)]) == [(1, 80), (2, 85), (3, 90), (5, 95)]
-    assert pareto([]) == []
 
 
 def test_a_killed_training_goes_on_in_its_run(tmp_path: Path, cli: Any) -> None:

@@ -51,11 +51,13 @@ def test_a_limited_test_set_has_images_of_every_class() -> None:
         assert (torch.bincount(labels) / count - 0.1).abs().max() < 0.05
 
 
-@pytest.mark.parametrize(("pad", "flip", "cutout"), [(2, True, 3), (0, True, 0), (4, False, 0), (0, False, 4)])
-def test_augmentation_is_the_per_image_loop(pad: int, flip: bool, cutout: int) -> None:
+@pytest.mark.parametrize(
+    ("pad", "flip", "cutout", "fill"), [(2, True, 3, (9, 8, 7)), (0, True, 0, ()), (4, False, 0, ()), (0, False, 4, ())]
+)
+def test_augmentation_is_the_per_image_loop(pad: int, flip: bool, cutout: int, fill: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(1, 256, (40, 9, 7, 3), dtype=torch.uint8, generator=generator)
-    augment = Augment(pad, flip, cutout)
+    augment = Augment(pad, flip, cutout, fill)
     draws = augment.draw(40, 9, 7, generator)
     result = augment(images, draws)
     for image, draw, found in zip(images, draws.tolist(), result, strict=True):
@@ -67,7 +69,7 @@ def test_augmentation_is_the_per_image_loop(pad: int, flip: bool, cutout: int) -
             expected = expected.flip(1)
         if cutout:
             row, column = cut_row - cutout // 2, cut_column - cutout // 2
-            expected[max(0, row) : row + cutout, max(0, column) : column + cutout] = 0
+            expected[max(0, row) : row + cutout, max(0, column) : column + cutout] = torch.tensor(fill or (0, 0, 0))
         assert torch.equal(found, expected)
     assert len({tuple(draw) for draw in draws.tolist()}) > 20  # every image its own draw
 
@@ -157,3 +159,13 @@ def test_disagreeing_channels_and_classes_are_refused() -> None:
         Images(digits(), data_config(in_channels=3))
     with pytest.raises(KdqError, match="need 1 values"):
         Images(digits(), data_config(mean=[0.1, 0.2], std=[0.1, 0.2]))
+
+
+def test_what_is_cut_out_is_what_normalisation_makes_zero() -> None:
+    images = Images(digits(), data_config(augment={"pad": 0, "flip": False, "cutout": 4}))
+    draws = torch.tensor([[0, 0, 0, 4, 4]])
+    cut = images.preprocess(images.augment(images.set.train_images[:1], draws))[0, :, 2:6, 2:6]
+    assert cut.abs().max() < 0.5 / 255 / images.preprocess.std[0] + 1e-6
+    assert images.spec() != Images(digits(), data_config(augment={"pad": 0, "flip": False, "cutout": 0})).spec()
+    with pytest.raises(KdqError, match=r"data.augment.pad=-1 must be 0 or more"):
+        Images(digits(), data_config(augment={"pad": -1, "flip": False, "cutout": 0}))

@@ -35,6 +35,8 @@ def test_images_and_labels_are_those_of_the_files(root: Path, tmp_path: Path) ->
 
 def test_second_reading_takes_the_cache(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    (decoded,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert decoded.stat().st_mode & 0o777 == 0o755  # for others, too
     monkeypatch.setattr("kdq.data.folder._decode", lambda *_: pytest.fail("decoded again"))
     assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).digest == first.digest
 
@@ -74,3 +76,11 @@ def test_missing_and_surplus_folders_are_refused(root: Path, tmp_path: Path) -> 
     shutil.rmtree(root / "test" / "dog")
     with pytest.raises(KdqError, match="dog holds no image"):
         image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+
+
+def test_what_a_killed_process_left_is_removed(root: Path, tmp_path: Path) -> None:
+    image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    (decoded,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    decoded.rename(decoded.with_name(f".decode-{decoded.name}-x"))
+    image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [decoded]

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import kdq
+from kdq.data.folder import _decode
 from kdq.data.images import Images
 from kdq.data.sets import digits
 from kdq.deploy.export import main
@@ -25,6 +26,9 @@ from tests.conftest import TINY, data_config
 ROOT = Path(__file__).parent.parent.parent
 
 
+QUICK = ["deploy.runs=5", "deploy.batch=8", "deploy.threads=1", "deploy.images=64"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Two cells, first without ``deploy`` and then with it, as a grid: the folder, the rows before and after."""
@@ -32,8 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     command, cell = [sys.executable, "-m", "kdq"], [*TINY, "method=baseline", f"paths.output_dir={output}"]
     subprocess.run([*command, *cell, "quant.bits=[3,8]"], check=True, capture_output=True, timeout=200)
     before = read_rows(output / "rows")
-    quick = ["deploy.runs=5", "deploy.batch=8", "deploy.threads=1", "deploy.images=64"]
-    grid = ["-m", *cell, "quant.bits=3,8", "deploy=onnx", *quick]
+    grid = ["-m", *cell, "quant.bits=3,8", "deploy=onnx", *QUICK]
     done = subprocess.run([*command, *grid], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return output, before, read_rows(output / "rows")
@@ -86,10 +89,24 @@ def test_ones_own_network_is_deployed_by_its_config(cli: Any, tmp_path: Path) ->
 def test_a_cell_that_has_everything_is_not_measured_again(run: Any, cli: Any) -> None:
     output, _, rows = run
     code, _, error = cli(
-        *TINY, "method=baseline", "quant.bits=[3,8]", "deploy=onnx", "deploy.runs=7", f"paths.output_dir={output}"
+        *TINY, "method=baseline", "quant.bits=[3,8]", "deploy=onnx", *QUICK, f"paths.output_dir={output}"
     )
     assert code == 0, error
     assert read_rows(output / "rows") == rows
+
+
+def test_other_settings_are_measured_again_and_alone(run: Any, cli: Any, tmp_path: Path) -> None:
+    output, _, rows = run
+    shutil.copytree(output, tmp_path / "copy")
+    cell = [*TINY, "method=baseline", "quant.bits=8", "deploy=onnx", *QUICK, f"paths.output_dir={tmp_path / 'copy'}"]
+    code, _, error = cli(*cell, "deploy.act_range=mes")
+    assert code == 1
+    assert "deploy.act_range='mes' is unknown: use one of mse, percentile, percentile_99.9, closest" in error
+    code, _, error = cli(*cell, "deploy.batch=4", "deploy.formats=[fp32]")
+    assert code == 0, error
+    (again,) = [row for row in read_rows(tmp_path / "copy" / "rows") if row.bits == 8]
+    assert (again.throughput_batch, again.top1_onnx_int8, again.latency_ms_onnx_int8) == (4, None, None)
+    assert again.top1_onnx_fp32 == next(row.top1_onnx_fp32 for row in rows if row.bits == 8)
 
 
 def test_a_grid_knows_that_columns_are_missing_when_deploying_failed(run: Any, cli: Any) -> None:
@@ -101,7 +118,7 @@ def test_a_grid_knows_that_columns_are_missing_when_deploying_failed(run: Any, c
         path.write_text(json.dumps(json.loads(row) | {"top1_onnx_int8": None}))
         packed.unlink()
         code, _, error = cli(
-            "-m", *TINY, "method=baseline", "quant.bits=3,8", "deploy=onnx", f"paths.output_dir={output}"
+            "-m", *TINY, "method=baseline", "quant.bits=3,8", "deploy=onnx", *QUICK, f"paths.output_dir={output}"
         )
         assert code == 1
         assert "is gone" in error
@@ -208,6 +225,25 @@ def test_the_readmes_script_classifies_an_image_file(run: Any, tmp_path: Path) -
         assert done.stdout.strip() == str(found), (done.stderr, labels[index])
     about = json.loads(kdq_metadata(tmp_path / "model.int8.onnx")["kdq.preprocess"])
     assert about["size"] == [8, 8]
+
+
+def test_the_readmes_script_sees_the_pixels_that_the_network_was_measured_on(tmp_path: Path) -> None:
+    """Of images of any shape: scaled and cropped as an image folder is read."""
+    text = (ROOT / "README.md").read_text().split("<!-- serve -->\n```python\n")[1].split("```")[0]
+    lines = [line for line in text.splitlines() if line.startswith("image = ")]
+    random = np.random.default_rng(0)
+    for number, shape in enumerate([(48, 160), (90, 64), (32, 32), (256, 256)]):
+        smooth = random.integers(0, 256, (6, 6, 3), np.uint8)
+        file = tmp_path / f"{number}.png"
+        Image.fromarray(smooth).resize(shape[::-1], Image.Resampling.BICUBIC).save(file)
+        known: dict[str, Any] = {
+            "sys": type("sys", (), {"argv": ["", str(file)]}),
+            "Image": Image,
+            "ImageOps": ImageOps,
+        }
+        exec("\n".join(lines), known | {"card": {"mean": [0] * 3}, "width": 32, "height": 32}, found := {})
+        difference = np.asarray(found["image"]).astype(int) - _decode(file, 32, 3)
+        assert np.abs(difference).mean() < 4, shape  # of 255: no more than a shift by half a pixel
 
 
 def kdq_metadata(path: Path) -> dict[str, str]:

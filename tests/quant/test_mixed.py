@@ -25,6 +25,7 @@ import kdq
 from kdq.data.images import Images
 from kdq.errors import KdqError
 from kdq.models import CifarResNet
+from kdq.quant.bank import fill_bank
 from kdq.quant.callback import GreedyBitSearch
 from kdq.quant.mixed import search_bits
 from kdq.quant.network import quantizable_layers, quantize, quantize_widths, with_quantized_weights
@@ -92,7 +93,8 @@ def test_bit_operations_are_bits_times_multiply_adds(trained: nn.Module) -> None
     from kdq.evaluate import multiply_adds
 
     image = torch.zeros(1, 1, 8, 8)
-    table = bit_operations(trained, quantizable_layers(trained), [2, 8], image)
+    sizes = {name: trained.get_submodule(name).weight.numel() for name in quantizable_layers(trained)}
+    table = bit_operations(trained, {name: {2: 2.0 * size, 8: 8.0 * size} for name, size in sizes.items()}, image)
     assert sum(row[8] for row in table.values()) == 8 * multiply_adds(trained, image)
     assert all(row[8] == 4 * row[2] for row in table.values())
 
@@ -281,3 +283,38 @@ def _search_rank(rank: int, folder: str) -> None:
     losses = [point.measure.loss for point in found.points if point.measure is not None]
     torch.save(([point.assignment for point in found.points], losses), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{"alphabet": "paper"}, {"first_last_bits": 8}, {"alphabet": "ternary"}])
+def test_a_budget_of_bits_counts_what_is_stored(trained: nn.Module, data: Any, options: dict[str, Any]) -> None:
+    calibration, validation = data
+    found = search_bits(trained, calibration, validation, avg_bits=5.0, candidates=(2, 4, 8), **options)
+    assert found.avg_bits[-1] == pytest.approx(found.report.avg_bits)
+    assert found.report.avg_bits <= 5
+
+
+@pytest.mark.parametrize("budget", [{"avg_bits": 2.2}, {"size_bytes": 15_000}])
+def test_budgets_that_exclude_each_other_are_refused(trained: nn.Module, data: Any, budget: dict[str, Any]) -> None:
+    calibration, validation = data
+    with pytest.raises(KdqError, match="max_drop=0 is reached before the other limits are met"):
+        search_bits(trained, calibration, validation, candidates=(2, 8), max_drop=0.0, **budget)
+
+
+def test_a_bank_of_other_candidates_is_refused(trained: nn.Module, data: Any) -> None:
+    calibration, validation = data
+    bank = fill_bank(trained, calibration, [2, 4])
+    with pytest.raises(KdqError, match=r"the bank has other candidates than \[4, 8\]"):
+        search_bits(trained, calibration, validation, avg_bits=4.0, candidates=(4, 8), bank=bank)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "has no budget"),
+        ({"avg_bits": 3, "solvr": "rtn"}, "no option solvr"),
+        ({"avg_bits": 3, "cost": "joules"}, "cost='joules' is unknown"),
+    ],
+)
+def test_the_callback_refuses_mistakes_before_the_training(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(KdqError, match=says):
+        GreedyBitSearch(**options)

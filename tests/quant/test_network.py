@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 import kdq
 from kdq import KdqError
 from kdq.bench import literal
-from kdq.quant.network import quantize_widths
+from kdq.quant.network import quantize, quantize_widths
+from kdq.quant.tape import in_chunks
 
 Conv = Callable[..., nn.Module]
 
@@ -257,3 +259,73 @@ def test_isolated_layers_get_the_codes_of_a_network_where_they_alone_are_quantiz
             others = [other for other in layers if other != name]
             alone, _ = kdq.quantize(relu_net, [images], bits=bits, exclude=others, act_bits=act_bits)
             assert torch.equal(codes(quantized)[name], codes(alone)[name]), (bits, name)
+
+
+def _conv() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
+
+
+def _tied() -> nn.Sequential:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    return nn.Sequential(first, second)
+
+
+def _normed() -> nn.Sequential:
+    network = _conv()
+    nn.utils.parametrizations.weight_norm(network[0])
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "options", "says"),
+    [
+        (_conv().half(), (3, 6, 6), {}, r"0 is torch.float16: quantize model.float\(\)"),
+        (_normed(), (3, 6, 6), {}, r"the weight of 0 is computed.*remove_parametrizations"),
+        (_tied(), (4,), {}, r"0 and 1 share a weight"),
+        (nn.Linear(4, 4), (4,), {}, r"wrap it, nn.Sequential\(layer\)"),
+        (_conv(), (3, 6, 6), {"exclude": "3"}, r"give a list of names, \[3\]"),
+        (_conv(), (3, 6, 6), {"exclude": ["4"]}, r"no 4 to leave float.*there is 0, 1, 2, 3"),
+        (_conv(), (3, 6, 6), {"scale": "gram", "per_channel": False}, r"use per_channel=true, or scale=weight"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(network: Any, shape: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(KdqError, match=says):
+        quantize(network, [torch.randn(8, *shape)], bits=4, **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
+    images = torch.randn(8, 3, 6, 6)
+    images[3, 1, 2, 2] = value
+    with pytest.raises(KdqError, match="the inputs of 0 are not finite"):
+        quantize(_conv(), [images], bits=4)
+
+
+def test_a_network_whose_inputs_are_rounded_is_not_quantized_again() -> None:
+    once, _ = quantize(_conv(), [torch.randn(8, 3, 6, 6)], bits=4, act_bits=8)
+    with pytest.raises(KdqError, match="the float network it was made of"):
+        quantize(once, [torch.randn(8, 3, 6, 6)], bits=4)
+
+
+def test_what_the_caller_set_for_training_changes_nothing() -> None:
+    """Neither autocast nor a lower precision of matrix products."""
+    images = [torch.randn(32, 3, 6, 6)]
+    expected, _ = quantize(_conv(), images, bits=12)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = quantize(_conv(), images, bits=12)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
+def test_one_large_batch_is_the_chunks_of_small_ones() -> None:
+    images = torch.arange(1000.0).view(250, 4)
+    whole = [(chunk.clone(), count) for chunk, count in in_chunks([images], torch.device("cpu"))]
+    small = list(in_chunks(images.split(9), torch.device("cpu")))
+    assert [count for _, count in whole] == [64, 64, 64, 58]
+    assert all(torch.equal(a, b) and n == m for (a, n), (b, m) in zip(whole, small, strict=True))

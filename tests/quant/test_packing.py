@@ -14,7 +14,7 @@ from kdq.models import build
 from kdq.quant.bits import pack_bits, packed_bytes, unpack_bits
 
 
-@pytest.mark.parametrize("bits", range(1, 33))
+@pytest.mark.parametrize("bits", range(1, 34))
 def test_every_width_round_trips(bits: int) -> None:
     for count in (0, 1, 7, 8, 9, 1000):
         codes = torch.randint(0, 2**bits, (count,))
@@ -219,3 +219,31 @@ def test_layers_that_decode_when_they_run_give_the_same_logits(tmp_path: Path, b
 def test_decode_is_once_or_layer(tmp_path: Path) -> None:
     with pytest.raises(KdqError, match="once, layer"):
         kdq.load(tmp_path / "net.kdq", decode="never")
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"), [(32, {"alphabet": "paper"}), (26, {"alphabet": "asymmetric", "per_channel": False})]
+)
+def test_more_levels_than_float32_counts_load_back(tmp_path: Path, bits: int, options: dict[str, Any]) -> None:
+    net = build({"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 10, "width": 0.25})
+    images = torch.randn(20, 3, 8, 8)
+    quantized, _ = kdq.quantize(net, [images], bits=bits, **options)
+    kdq.save(quantized, tmp_path / "net.kdq")
+    with torch.no_grad():
+        assert torch.equal(kdq.load(tmp_path / "net.kdq")(images), quantized(images))
+
+
+def test_changed_weights_are_not_saved_as_what_they_were(tmp_path: Path, relu_net: nn.Module) -> None:
+    quantized, _ = kdq.quantize(relu_net, [torch.randn(8, 3, 8, 8)], bits=4)
+    name = next(iter(quantized.quantized_weights))
+    quantized.get_submodule(name).weight.data += 1
+    with pytest.raises(KdqError, match=f"{name}.weight was changed since it was quantized"):
+        kdq.save(quantized, tmp_path / "net.kdq")
+
+
+def test_names_that_begin_like_a_weights_are_kept(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    net[1].register_buffer("weight_scale", torch.tensor(3.0))
+    quantized, _ = kdq.quantize(net, [torch.randn(8, 3, 2, 2)], bits=4)
+    kdq.save(quantized, tmp_path / "net.kdq")
+    assert kdq.load(tmp_path / "net.kdq", network=net).state_dict()["1.weight_scale"] == 3

@@ -81,3 +81,10 @@ def test_names_are_printable() -> None:
         "1.89 MB",
         "4 GB",
     ]
+
+
+def test_quantizers_tell_their_calibration_images_where_a_cell_has_several(row: Callable[..., Row]) -> None:
+    rows = [row(calibration_images=64), row(calibration_images=256), row(quantizer="rtn"), row(seed=1)]
+    assert named(rows)["quantizer"].tolist() == ["gpfq 64 images", "gpfq 256 images", "rtn", "gpfq 64 images"]
+    elsewhere = [row(calibration_images=64), row(calibration_images=256, data="pets")]
+    assert set(named(elsewhere)["quantizer"]) == {"gpfq"}

@@ -56,3 +56,10 @@ def test_the_command(
     assert "2 cells are the same, 0 changed" in out
     assert len(err.splitlines()) == 2
     assert not (a / "report").exists()
+
+
+def test_searches_are_matched_by_their_budgets(row: Callable[..., Row]) -> None:
+    """Whatever their hashes: both budgets have rows of 3 bits at most."""
+    a = [row(search="greedy", bits=3, avg_bits=b, top1=90 + b, config_hash=h) for b, h in ((2.5, "x"), (3.0, "a"))]
+    b = [row(search="greedy", bits=3, avg_bits=b, top1=90 + b, config_hash=h) for b, h in ((2.5, "b"), (3.0, "y"))]
+    assert compare(a, b).same

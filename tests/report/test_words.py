@@ -127,3 +127,21 @@ def test_different_widths_are_not_compared(row: Callable[..., Row]) -> None:
 
 def test_nothing_from_nothing() -> None:
     assert _said([]) == []
+
+
+def test_a_size_is_compared_once(row: Callable[..., Row]) -> None:
+    """A float file and one of 32 bits, half a percent apart."""
+    sizes = {2: 100_000, 32: 400_000}
+    rows = [
+        row(method=m, arch=m, bits=b, size_bytes=s, float_bytes=398_000)
+        for m in ("vkd", "teacher")
+        for b, s in sizes.items()
+    ]
+    text = _text(_said(rows), "bytes", "vkd")
+    assert text.count("398 kB") == 1
+    assert "400 kB" not in text
+
+
+def test_models_of_one_method_are_told_apart(row: Callable[..., Row]) -> None:
+    rows = [row(method="baseline", arch=arch, top1_float=95.0, top1=top1) for arch, top1 in (("a", 94.0), ("b", 93.0))]
+    assert "baseline (a) with 1.00, then baseline (b) with 2.00" in _text(_said(rows), "drop")

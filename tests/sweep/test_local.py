@@ -44,6 +44,12 @@ def test_with_gpus_every_job_has_its_own_unless_they_are_to_be_shared() -> None:
         shares(gpus, 16, None, 1, 5)
 
 
+@pytest.mark.parametrize(("jobs", "per_gpu"), [(0, 1), (-1, 1), (None, 0)])
+def test_impossible_numbers_are_refused(jobs: int | None, per_gpu: int) -> None:
+    with pytest.raises(KdqError, match="must be 1 or more"):
+        launch([], jobs, per_gpu)
+
+
 def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)

@@ -119,7 +119,7 @@ def test_lists_of_bits_join_and_candidates_of_a_search_do_not(tmp_path: Path) ->
 
 def test_a_cell_that_cannot_be_planned_is_one_failure_and_a_mistyped_command_is_none_at_all(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, grid(method=("baseline",), quant__bits=(1, 4)))
-    assert [cause for _, cause in plan.impossible] == ["bits=1 is not a whole number from 2 to 32"]
+    assert [cause for _, cause in plan.impossible] == ["bits=1 must be a whole number from 2 to 32"]
     assert len(plan.rows) == 1
     with pytest.raises(HydraException):
         plan_of(tmp_path, [("method=baseline",), ("method=bseline",)])
@@ -152,3 +152,17 @@ def test_costs_and_times_are_readable() -> None:
     assert cost(5e8, 5e8) == "0.5 GMAC, 1 s"
     assert cost(0, 1) == "?"
     assert [duration(s) for s in (42, 600, 9000, 400000)] == ["42 s", "10 min", "2.5 h", "4.6 days"]
+
+
+def test_a_damaged_model_takes_only_its_own_rows_with_it(tmp_path: Path) -> None:
+    cells = grid(method=("teacher", "baseline"), quant__bits=(2,))
+    made = {}
+    for job in plan_of(tmp_path, cells).waves[0]:
+        (made[job.kind],) = job.makes
+        train(config(tmp_path)(job.overrides), made[job.kind])
+    (weights,) = (tmp_path / "store").glob(f"*-{made['student']}/weights.safetensors")
+    weights.write_bytes(weights.read_bytes() + b"x")
+    plan = plan_of(tmp_path, cells)
+    damaged = [cause for _, cause in plan.impossible if "does not match its checksum: delete the folder" in cause]
+    assert len(damaged) == 1
+    assert len(plan.rows) == len(plan.jobs) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from rich.console import Console
 from kdq.complaint import compose
 from kdq.failures import Failure, read_failures, record
 from kdq.pipeline import run, train
+from kdq.results import write_row
 from kdq.sweep.plan import Plan, make_plan
 from kdq.sweep.run import run_plan
 from kdq.sweep.show import failure_lines
-from kdq.sweep.status import Status
+from kdq.sweep.status import Status, present
 from tests.conftest import TINY
+from tests.rows import ROW
 
 
 class Launcher:
@@ -129,3 +132,31 @@ def test_the_screen_tells_waiting_jobs_from_running_ones(tmp_path: Path) -> None
     assert "0 done, 1 running, 0 failed, 1 waiting" in text
     assert jobs[1].name in text
     assert jobs[0].name not in text
+
+
+def test_a_refused_submission_takes_no_submitted_job_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdq.sweep import slurm
+
+    ends = {"a": "done a", "c": "done c"}
+
+    def submit(name: str) -> Any:
+        if name == "b":
+            raise RuntimeError("QOSMaxSubmitJobPerUserLimit")
+        return type("Job", (), {"done": lambda self: True, "results": lambda self: [ends[name]]})()
+
+    monkeypatch.setattr(slurm, "_submit", submit)
+    monkeypatch.setattr(slurm, "failed", lambda task, error: f"{task}: {error}")
+    assert slurm.launch(["a", "b", "c"]) == [  # type: ignore[list-item]
+        "done a",
+        "b: RuntimeError: QOSMaxSubmitJobPerUserLimit (kdq.debug=true shows where)",
+        "done c",
+    ]
+
+
+def test_rows_are_done_when_they_have_the_columns_asked_for(tmp_path: Path) -> None:
+    write_row(tmp_path / "rows", ROW)
+    assert present(tmp_path, [ROW.config_hash]) == {ROW.config_hash}
+    assert not present(tmp_path, [ROW.config_hash], {"top1_onnx_int8": None})
+    write_row(tmp_path / "rows", dataclasses.replace(ROW, top1_onnx_int8=97.0, deploy_hash="a"))
+    assert present(tmp_path, [ROW.config_hash], {"top1_onnx_int8": None, "deploy_hash": "a"})
+    assert not present(tmp_path, [ROW.config_hash], {"top1_onnx_int8": None, "deploy_hash": "b"})

@@ -147,7 +147,8 @@ function showPublished(filter) {
   }
   $("published-table").replaceChildren(headRow(["method", "arch", "quantizer", "bits", "here (%)", "published (%)", "levels there"], 3), body);
   $("published-warnings").replaceChildren(...payload.published_warnings.map((text) => element("li", text)));
-  return found.filter((cell) => cell.levels !== null);
+  // On other images than the study's its numbers would only press the lines together.
+  return found.filter((cell) => cell.levels !== null && cell.data === cell.study_data);
 }
 
 let searches = [];
