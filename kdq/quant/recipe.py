@@ -22,6 +22,8 @@ from kdq.quant.spfq import spfq
 #: ``(weight, gram, cross, alphabet) -> quantized weight``; see :func:`kdq.quant.gpfq.gpfq` for the shapes.
 Solver = Callable[[Tensor, Tensor, Tensor, Alphabet], Tensor]
 SOLVERS: dict[str, Solver] = {"rtn": rtn, "gpfq": gpfq, "spfq": spfq, "gptq": gptq, "qronos": qronos}
+#: Alphabets whose values reach the largest weights, where there are levels enough.
+COVERING = ("uniform", "symmetric", "asymmetric")
 ORDERS = ("natural", "gram")
 SCALES = ("weight", "gram")
 
@@ -60,6 +62,11 @@ class Recipe:
             raise KdqError("refine fits a scale to every output channel: use per_channel=true, or refine=0")
         if self.scale == "gram" and not self.per_channel:
             raise KdqError("scale=gram fits a scale to every output channel: use per_channel=true, or scale=weight")
+
+    @property
+    def covers(self) -> bool:
+        """Whether the alphabet's range is known to grow to that of the weights as its levels do."""
+        return self.alphabet in COVERING
 
     def solve(self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int) -> tuple[Tensor, Alphabet]:
         """Quantize ``weight`` ``(groups, N, d)`` given ``gram`` and ``cross`` ``(groups, d, d)``.

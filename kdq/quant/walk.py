@@ -5,7 +5,8 @@ network's X~. At a layer, G and H are summed over all chunks of images, the weig
 through W, the others through their Q. No layer is evaluated twice: O(L) for L layers.
 
 From :data:`WIDE` bits up, X~ agrees with X to the precision of what is solved, so wide widths have no lane: they take
-``G = H = X'X`` from the float lane, whichever widths share the pass.
+``G = H = X'X`` from the float lane, whichever widths share the pass. (Where the alphabet has room for all weights: one
+that cuts the largest off, as the published study's does, leaves errors at any width.)
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Walk:
         self.versions: list[Version] = []
         lanes = 1
         for bits in widths:
-            shared = isolated or (act_bits is None and min(bits.values()) >= WIDE)
+            shared = isolated or (act_bits is None and recipe.covers and min(bits.values()) >= WIDE)
             self.versions.append(Version(bits, 0 if shared else lanes))
             lanes += not shared
         self.lanes = lanes

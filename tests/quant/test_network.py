@@ -329,3 +329,20 @@ def test_one_large_batch_is_the_chunks_of_small_ones() -> None:
     small = list(in_chunks(images.split(9), torch.device("cpu")))
     assert [count for _, count in whole] == [64, 64, 64, 58]
     assert all(torch.equal(a, b) and n == m for (a, n), (b, m) in zip(whole, small, strict=True))
+
+
+def test_an_alphabet_that_cuts_weights_off_is_answered_at_wide_widths_too() -> None:
+    """One large weight in each row is cut off by the paper alphabet's one radius; the next layer makes up for it, as at
+    narrow widths."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    with torch.no_grad():
+        network[0].weight[0] *= 8
+    images = [torch.randn(512, 16) @ torch.randn(16, 16)]
+    errors = {bits: quantize(network, images, bits, alphabet="paper")[1].layers[-1].error for bits in (6, 7, 8, 12)}
+    outputs = {bits: quantize(network, images, bits, alphabet="paper")[0](images[0]) for bits in errors}
+    for bits, found in outputs.items():
+        assert float(((found - network(images[0])).norm() / network(images[0]).norm()).detach()) == pytest.approx(
+            errors[bits], rel=1e-3
+        )
+    assert errors[12] <= errors[8] * 1.05 <= errors[6] * 1.1
