@@ -36,7 +36,9 @@ class GreedyBitSearch(Callback):
         network: name of the module's attribute that holds the network; empty: the module itself, called on images.
         calibration_images: taken from the training loader, by all ranks together.
         validation_images: taken from the first validation loader; both loaders give ``(images, labels)``.
-        options: budget, candidates, solver and whatever else :func:`kdq.quant.mixed.search_bits` takes.
+        options: budget, candidates, solver and whatever else :func:`kdq.quant.mixed.search_bits` takes. With
+            ``trace=Path("search.json")`` every evaluation is written there at once, and a search that was killed goes
+            on when the training is resumed.
 
     Attributes:
         result: the :class:`~kdq.quant.mixed.MixedPrecision` found; None before.
@@ -82,11 +84,12 @@ class GreedyBitSearch(Callback):
                 logger.log_metrics(metrics)
 
     def _best_copy(self, trainer: L.Trainer, module: L.LightningModule) -> nn.Module:
-        """The network with the weights of the best checkpoint, if a ModelCheckpoint monitored something."""
+        """The network with the best weights of the first ModelCheckpoint that monitors something, if there is one."""
         module = copy.deepcopy(module)
-        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
-        if checkpoint is not None and checkpoint.monitor and Path(checkpoint.best_model_path).is_file():
-            stored = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
+        monitors = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
+        best = next((c.best_model_path for c in monitors if Path(c.best_model_path).is_file()), None)
+        if best is not None:
+            stored = torch.load(best, map_location="cpu", weights_only=True)
             module.load_state_dict(stored["state_dict"])
         network = module.get_submodule(self.network)
         return network.eval()

@@ -1,6 +1,8 @@
-"""Sums over the processes that calibrate together."""
+"""What the processes that calibrate together have in common."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,3 +13,12 @@ def summed(value: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def gathered(value: Any) -> list[Any]:
+    """The ``value`` (anything that pickles) of every process where torch.distributed runs, by rank; else this one's."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found

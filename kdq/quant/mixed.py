@@ -109,7 +109,8 @@ def search_bits(
         method: ``greedy``, or ``exact`` or ``sensitivity_once`` on the table of single changes.
         context: where ``greedy`` measures prices, one of :data:`kdq.quant.search.CONTEXTS`.
         bank: what :func:`kdq.quant.bank.fill_bank` made of the same arguments, if it was called before.
-        trace: a file that remembers evaluations, so that a killed search goes on; ``key`` says what they depend on.
+        trace: a file that remembers evaluations, so that a killed search goes on. ``key`` says what they depend on;
+            without one it is a digest of the quantized layers and of the validation images.
         on_step: called with a line of text for every step.
         options: for :func:`kdq.quant.network.quantize_widths`.
 
@@ -133,7 +134,7 @@ def search_bits(
         raise KdqError(f"the bank has other candidates than {widths}: fill it with the same")
     stitched = Stitched(model, bank.weights, validation)
     prices = bank.prices(cost, model, stitched.batches[0][0][:1])
-    measure, spare = Trace(stitched, trace, key), 0
+    measure, spare = Trace(stitched, trace, key or (stitched.digest() if trace else "")), 0
     while True:
         room = None if size_bytes is None else size_bytes - spare
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.errors import KdqError
-from kdq.quant.distributed import summed
+from kdq.quant.distributed import gathered, summed
 from kdq.quant.layer import channel_axis
 from kdq.quant.network import QuantizedWeight
 from kdq.quant.search import Assignment, Costs, Measure
@@ -91,6 +92,20 @@ class Stitched:
         _, right, count = summed(sums).tolist()
         return 100 * right / count
 
+    def digest(self) -> str:
+        """SHA-256 of everything that the measures depend on; the same in every process."""
+        sha = hashlib.sha256()
+        for name, choices in self.bank.items():
+            for bits, weight in choices.items():
+                sha.update(f"{name} {bits} {tuple(weight.codes.shape)}".encode())
+                sha.update(_bytes(weight.decode()))
+        # The float network's answers stand for what is not quantized of it.
+        for (images, labels), log_p in zip(self.batches, self.reference, strict=True):
+            sha.update(f"{tuple(images.shape)}".encode())
+            for tensor in (images, labels, log_p):
+                sha.update(_bytes(tensor))
+        return hashlib.sha256(repr(gathered(sha.hexdigest())).encode()).hexdigest()
+
     def _sums(self) -> Tensor:
         """Loss, right answers and images, on the device: process groups of GPUs add up nothing that is elsewhere."""
         return torch.zeros(3, dtype=torch.float64, device=self.batches[0][0].device)
@@ -114,6 +129,10 @@ class Stitched:
             return output
 
         layer.forward = forward
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def bit_operations(model: nn.Module, bits: Costs, image: Tensor) -> Costs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -143,6 +144,23 @@ def test_a_trace_of_another_search_is_refused(trained: nn.Module, data: Any, tmp
         search_bits(trained, calibration, validation, key="b", **options)
 
 
+def test_a_trace_without_a_key_knows_its_network_and_its_images(trained: nn.Module, data: Any, tmp_path: Path) -> None:
+    calibration, validation = data
+    options = {"candidates": WIDTHS, "avg_bits": 4.0, "trace": tmp_path / "trace.json"}
+    first = search_bits(trained, calibration, validation, **options)
+    assert search_bits(trained, calibration, validation, **options).found == first.found
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        other.get_parameter("fc.bias")[0] += 1e-3  # no width changes it
+    for model, calibrated, measured in (
+        (other, calibration, validation),
+        (trained, [calibration[0][:200]], validation),
+        (trained, calibration, [(images[1:], labels[1:]) for images, labels in validation]),
+    ):
+        with pytest.raises(KdqError, match="belongs to another model"):
+            search_bits(model, calibrated, measured, **options)
+
+
 class _Foreign(L.LightningModule):
     """Somebody else's module."""
 
@@ -181,7 +199,12 @@ def test_the_callback_quantizes_a_copy_of_a_foreign_modules_best_weights(images:
         max_epochs=3,
         accelerator="cpu",
         logger=False,
-        callbacks=[search, Remember(), ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")],
+        callbacks=[
+            search,
+            Remember(),
+            ModelCheckpoint(tmp_path / "last"),  # monitors nothing
+            ModelCheckpoint(tmp_path / "best", monitor="val/acc", mode="max"),
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -279,7 +302,10 @@ def _search_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     model, calibration, images, labels = torch.load(f"{folder}/case.pt", weights_only=False)
     batches = [batch[rank::2] for batch in calibration]
-    found = search_bits(model, batches, [(images[rank::2], labels[rank::2])], candidates=WIDTHS, avg_bits=3.0).found
+    validation = [(images[rank::2], labels[rank::2])]
+    options = {"candidates": WIDTHS, "avg_bits": 3.0, "trace": Path(folder) / "trace.json"}
+    found = search_bits(model, batches, validation, **options).found
+    assert search_bits(model, batches, validation, **options).found == found
     losses = [point.measure.loss for point in found.points if point.measure is not None]
     torch.save(([point.assignment for point in found.points], losses), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
