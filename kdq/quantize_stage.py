@@ -37,14 +37,15 @@ log = logging.getLogger(__name__)
 def row_spec(cell: Cell, model: Model | Entry, width: Width) -> dict[str, Any]:
     """Everything that a row of ``model`` depends on; its hash is the row's ``config_hash``."""
     quant = {name: value for name, value in plain(cell.cfg.quant).items() if name != "bits"}
-    data = cell.images.spec() | {"test_limit": cell.cfg.data.test_limit}
+    images, config = cell.images, cell.cfg.data
+    test = {"test": images.set.test_digest, "test_limit": config.test_limit, "classes": list(images.set.classes)}
     method, seed = cell.cfg.method.name, cell.cfg[cell.role].seed
     return {
         "stage": "quantize",
         "model": model.key,
         "method": method,
         "seed": seed,
-        "data": data,
+        "data": images.spec() | test | {"name": config.name},
         "quant": quant,
         "bits": width if isinstance(width, int) else list(width),
     }

@@ -38,8 +38,8 @@ from kdq.weights import file_digest
 
 log = logging.getLogger(__name__)
 
-#: Raised when the meaning of a spec changes: older entries are then simply not found.
-FORMAT = 1
+#: Raised when the meaning of a spec changes, or what is made from it: older entries and rows are then not found.
+FORMAT = 2
 #: Seconds without a sign of life after which a lock holder on another host counts as dead.
 LEASE_SECONDS = 60.0
 _FILES = ("weights.safetensors", "config.yaml", "metrics.json")
@@ -81,8 +81,10 @@ class Store:
         self.root = root
 
     def path(self, spec: Mapping[str, Any], slug: str) -> Path:
-        """Where the entry made from ``spec`` is, once it is there."""
-        return self.root / f"{slug}-{key_of(spec)}"
+        """Where the entry made from ``spec`` is, once it is there: it may have been made under another slug."""
+        key = key_of(spec)
+        named = self.root / f"{slug}-{key}"
+        return named if named.is_dir() else next(self.root.glob(f"*-{key}"), named)
 
     def get(self, spec: Mapping[str, Any], slug: str) -> Entry | None:
         """The entry made from ``spec``, or None.
@@ -113,7 +115,7 @@ class Store:
 
         Args:
             spec: everything that affects the weights, as plain JSON values.
-            slug: a readable prefix for the folder's name, the same for equal specs.
+            slug: a readable prefix for the folder's name.
             make: gets a work folder that survives crashes (it resumes from what it finds there) and returns the
                 state dict and the metrics.
         """

@@ -43,7 +43,7 @@ class Model:
 
     Attributes:
         spec: everything that affects its weights.
-        slug: of its folder in the store, the same for equal specs.
+        slug: of its folder in the store, unless it was made under another name.
         name: for people, in plans, jobs and logs; says its role.
         role: ``teacher`` or ``student``.
         needs: the models that must be there first.

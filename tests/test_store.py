@@ -45,6 +45,14 @@ def test_made_once_and_then_found(tmp_path: Path) -> None:
     assert not list((tmp_path / ".work").iterdir())
 
 
+def test_equal_specs_are_one_entry_whatever_they_are_called(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made = store.get_or_make(SPEC, "net", _make)
+    assert store.get_or_make(SPEC, "other", lambda work: pytest.fail("made twice")) == made
+    assert store.path(SPEC, "other") == made.path
+    assert store.get(SPEC | {"seed": 1}, "net") is None
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "metrics.json", "config.yaml", "entry.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_entry_is_an_error_that_names_the_folder(tmp_path: Path, name: str, damage: str) -> None:

@@ -45,7 +45,7 @@ def image_folder(root: str, image_size: int, in_channels: int, cache: str) -> Im
     Images of another size are scaled so that the shorter side fits and cropped in the centre. The decoded arrays
     are kept below ``cache`` and memory-mapped from then on. The cache is found by the list of file names, sizes
     and modification times, so any change to the folder makes a new one; what a model's key remembers is the
-    digest of the decoded pixels (:attr:`ImageSet.digest`), which is the same wherever the folder lies.
+    digests of the decoded pixels (:attr:`ImageSet.train_digest`), which are the same wherever the folder lies.
 
     Raises:
         KdqError: a folder is missing or empty, train and test differ in their classes, or an image is corrupt.

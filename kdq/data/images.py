@@ -56,11 +56,11 @@ class Images:
         return Preprocess(tuple(mean), tuple(std))
 
     def spec(self) -> dict[str, Any]:
-        """What of the data a trained model depends on: part of its store key."""
-        keys = ("name", "val_fraction", "split_seed", "train_limit", "augment")
-        measured = {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std), "digest": self.set.digest}
+        """What of the data a trained model depends on: part of its store key. The test images are not."""
+        keys = ("val_fraction", "split_seed", "train_limit", "augment")
+        measured = {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
         filled = {"fill": list(self.augment.fill)} if self.augment.cutout else {}
-        return {key: self.config[key] for key in keys} | measured | filled
+        return {key: self.config[key] for key in keys} | measured | filled | {"train": self.set.train_digest}
 
     def card(self) -> dict[str, Any]:
         """What a network's user must do to an image, as packed files and exported models say it: scale its pixels to

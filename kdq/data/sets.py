@@ -38,13 +38,22 @@ class ImageSet:
     classes: tuple[str, ...]
 
     @cached_property
-    def digest(self) -> str:
-        """SHA-256 over all pixels and labels: what a stored model's key says about its data."""
-        sha = hashlib.sha256(repr(self.classes).encode())
-        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            sha.update(repr(tuple(tensor.shape)).encode())
-            sha.update(np.ascontiguousarray(tensor.numpy()).data)
-        return sha.hexdigest()
+    def train_digest(self) -> str:
+        """SHA-256 over the training pixels and labels: what a stored model's key says about its data."""
+        return _digest(self.train_images, self.train_labels)
+
+    @cached_property
+    def test_digest(self) -> str:
+        """SHA-256 over the test pixels and labels, which rows depend on, too."""
+        return _digest(self.test_images, self.test_labels)
+
+
+def _digest(*tensors: Tensor) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(repr(tuple(tensor.shape)).encode())
+        sha.update(np.ascontiguousarray(tensor.numpy()).data)
+    return sha.hexdigest()
 
 
 def digits() -> ImageSet:

@@ -25,7 +25,8 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
     """The rows with printable names and two changes for people.
 
     ``quantizer`` also tells what its name alone does not: rounded activations (``gpfq A8``), the alphabet or the search
-    where rows of one name differ in them, and the calibration images where rows of one cell do. ``width`` is ``bits``,
+    where rows of one name differ in them, the calibration images where rows of one cell do, and that the ``paper``
+    alphabet takes one bit more than it is asked for. ``width`` is ``bits``,
     or for a ``searched`` row its average width rounded up to a quarter, since budgets are upper bounds.
     """
     frame = table(rows)
@@ -33,6 +34,8 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
         frame[column] = frame[column].map(printable)
     for column in [name for name in (*SPREAD, *latency_columns(frame)) if name in frame]:
         frame[column] = pd.to_numeric(frame[column])  # None where it was not measured becomes NaN
+    # 2^b + 1 levels: what these rows have at 2 bits, others have at 3.
+    frame.loc[frame["alphabet"] == "paper", "quantizer"] += " (b+1 bits)"
     for column in ("alphabet", "search"):
         several = frame.groupby("quantizer")[column].transform("nunique") > 1
         differing = several & (frame[column] != "")

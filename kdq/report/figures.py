@@ -37,7 +37,14 @@ _MORE_COLORS = ["#cc79a7", "#6a3d9a", "#b15928", "#1b7f79", "#a6761d", "#e7298a"
 _MARKERS = "osD^vPX*<>"
 #: Panels, and names in the legend, that a figure has at most; more would be too small to read.
 MOST_SETS, MOST_QUANTIZERS, MOST_NAMES = 4, 3, 24
+_FLOAT, _FRONT = "float", "no other is better at its size or speed"
 _PUBLISHED = "published: $2^b+1$ levels"
+#: What a legend says beside the models, where it is drawn.
+_EXPLAINED: dict[str, dict[str, Any]] = {
+    _FLOAT: {"color": "0.4", "ls": ":"},
+    _FRONT: {"ls": "", "marker": "o", "ms": 9, "mfc": "none", "mec": "0.25", "mew": 0.8},
+    _PUBLISHED: {"color": "0.4", "ls": "--", "lw": 0.9, "marker": "x"},
+}
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -75,7 +82,7 @@ def write_figures(
             ("accuracy_vs_latency", _against_latency),
             ("drop_vs_bits", _drops),
         ):
-            written += _save(_panels(found, draw), folder / stem)
+            written += _save(_panels(_timed(found) if draw is _against_latency else found, draw), folder / stem)
         way = searched[searched["config_hash"].isin(set(searches))]
         if len(way):
             written += _save(_searches(way, searches), folder / "bit_search")
@@ -111,9 +118,9 @@ def _panels(found: pd.DataFrame, draw: Any) -> Figure:
     handles = [Line2D([], [], label=_text(f"{method} ({arch})"), **look) for (method, arch), look in style.items()]
     if len(handles) > MOST_NAMES:
         handles, cut = handles[:MOST_NAMES], [*cut, f"{MOST_NAMES} of {len(models)} models are named"]
-    handles.append(Line2D([], [], color="0.4", ls=":", label="float"))
-    if any(line.get_label() == _PUBLISHED for panel in panels.flat for line in panel.lines):
-        handles.append(Line2D([], [], color="0.4", ls="--", lw=0.9, marker="x", label=_PUBLISHED))
+    for label, look in _EXPLAINED.items():
+        if any(line.get_label() == label for panel in panels.flat for line in panel.lines):
+            handles.append(Line2D([], [], label=label, **look))
     figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure), frameon=False)
     if cut:
         figure.suptitle(f"{' and '.join(cut)}; all are in report.html", fontsize=8)
@@ -126,7 +133,7 @@ def _lines(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any], x: str, y:
         spread = group[f"{y}_std"].fillna(0)
         panel.errorbar(group[x], group[y], spread, capsize=2, elinewidth=0.8, **style[model])
         if y == "top1":
-            panel.axhline(group["top1_float"].mean(), color=style[model]["color"], lw=0.7, ls=":")
+            panel.axhline(group["top1_float"].mean(), color=style[model]["color"], lw=0.7, ls=":", label=_FLOAT)
     panel.set_ylabel("top-1 (%)" if y == "top1" else "drop from float (points)")
 
 
@@ -158,7 +165,7 @@ def _published(panel: Axes, known: pd.DataFrame, style: Mapping[Any, Any], weigh
     """The study's lines for models of so many weights; 2^b + 1 levels are log2(2^b + 1) bits."""
     for model, group in known[known["width"] < math.inf].groupby(["method", "arch"], sort=True):
         bits = [weights * math.log2(levels) for levels in group["levels"]]
-        look = {"color": style[model]["color"], "ls": "--", "lw": 0.9, "marker": "x"}
+        look = _EXPLAINED[_PUBLISHED] | {"color": style[model]["color"]}
         panel.plot(bits, group["published"], label=_PUBLISHED, **look)
 
 
@@ -186,28 +193,34 @@ def _against_bytes(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) ->
 
 def _against_latency(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
     shown = shown_latency(part)
-    measured = part[part[[shown.column, shown.top1]].notna().all(axis=1)]
-    for model, group in measured.groupby(["method", "arch"], sort=True):
+    x, y = shown.column, shown.top1
+    if y == "top1_float":  # of the network, whatever its widths
+        part = part.groupby(["method", "arch"], sort=True)[[x, y, f"{y}_std"]].mean().reset_index()
+    for model, group in part.groupby(["method", "arch"], sort=True):
         panel.errorbar(
-            group[shown.column],
-            group[shown.top1],
-            group[f"{shown.top1}_std"].fillna(0),
-            ls="",
-            capsize=2,
-            elinewidth=0.8,
-            **style[model],
+            group[x], group[y], group[f"{y}_std"].fillna(0), ls="", capsize=2, elinewidth=0.8, **style[model]
         )
-    _front(panel, measured, shown.column, shown.top1)
-    panel.set(
-        xlabel=shown.label, ylabel="top-1 (%)", xlim=(0, 1.15 * measured[shown.column].max() if len(measured) else 1)
-    )
+        for cell in records(group) if "width" in group else []:
+            place = (getattr(cell, x), getattr(cell, y))
+            panel.annotate(f"{cell.width:g}", place, (5, 3), textcoords="offset points", fontsize=6, color="0.3")
+    _front(panel, part, x, y)
+    panel.set(xlabel=shown.label, ylabel="top-1 (%)", xlim=(0, 1.15 * part[x].max() if len(part) else 1))
+
+
+def _timed(found: pd.DataFrame) -> pd.DataFrame:
+    """The cells whose latency is shown: of each data set, those with what :func:`shown_latency` says."""
+    parts = []
+    for _, part in found.groupby("data", sort=True):
+        shown = shown_latency(part)
+        parts.append(part[part[[shown.column, shown.top1]].notna().all(axis=1)])
+    return pd.concat(parts)
 
 
 def _front(panel: Axes, part: pd.DataFrame, x: str, y: str = "top1") -> None:
     """Rings around the points that no other beats in both."""
     points = part[[x, y]].to_numpy()
     front = points[pareto(list(points[:, 0]), list(points[:, 1]))] if len(points) else points
-    panel.plot(front[:, 0], front[:, 1], ls="", marker="o", ms=9, mfc="none", mec="0.25", mew=0.8)
+    panel.plot(front[:, 0], front[:, 1], label=_FRONT, **_EXPLAINED[_FRONT])
 
 
 def _size_axis(panel: Axes, label: str, unit: str) -> None:

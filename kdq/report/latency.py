@@ -33,10 +33,10 @@ _KINDS = (
     ),
     Latency(
         "latency_ms_torch",
-        "top1",
+        "top1_float",
         "latency (ms, PyTorch float32, batch 1)",
-        "Latency is PyTorch's of the float network: weights are packed on disk and computed with as floats, so all "
-        "widths of a model share it.",
+        "Latency and top-1 of the float networks in PyTorch, which computes with packed weights as floats, at no other "
+        "speed. deploy=onnx measures integer arithmetic.",
     ),
 )
 

@@ -12,6 +12,7 @@ import pandas as pd
 from kdq.report import answer
 from kdq.report.cells import records, size_name, width_name
 from kdq.report.difference import LEVEL
+from kdq.report.latency import shown_latency
 
 #: How the numbers are to be read; said once, below the answer.
 NOTES = (
@@ -134,6 +135,7 @@ def _headline(group: pd.DataFrame, here: dict[str, pd.DataFrame]) -> str:
         adds = [f"{line.method} ({_signed(line.difference)}{_interval(line)}{_noise(line)})" for line in control]
         place = width_name(control[0].width, control[0].searched)
         said.append(f"What distillation adds at {place}, over the same network without it: {', '.join(adds)}.")
+    said += _speed(group)
     if "baseline" not in methods:
         said.append("Without baseline rows, how much of a student's result is distillation cannot be said.")
     if len(bits) or len(sizes):
@@ -141,6 +143,17 @@ def _headline(group: pd.DataFrame, here: dict[str, pd.DataFrame]) -> str:
         intervals = ", with 95 % intervals" if compared["p"].notna().any() else ""
         said.append(f"In brackets: student minus teacher in points of top-1{intervals}. {_seeds(compared)}")
     return "\n".join(said)
+
+
+def _speed(group: pd.DataFrame) -> list[str]:
+    """The latency of each model, where all were timed alike."""
+    shown = shown_latency(group)
+    timed = group[group[shown.column].notna()] if shown.column in group else group.iloc[:0]
+    means = timed.groupby(["role", "method", "arch"])[shown.column].mean().sort_index(ascending=[False, True, True])
+    if len(means) < 2:
+        return []
+    told = [f"{method} ({arch}) {time:.3g}" for (_, method, arch), time in means.items()]
+    return [f"{shown.label[0].upper()}{shown.label[1:]}: {', '.join(told)}."]
 
 
 def _at_shared_sizes(sizes: pd.DataFrame, here: dict[str, pd.DataFrame]) -> pd.DataFrame:

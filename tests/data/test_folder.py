@@ -38,15 +38,15 @@ def test_second_reading_takes_the_cache(root: Path, tmp_path: Path, monkeypatch:
     (decoded,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert decoded.stat().st_mode & 0o777 == 0o755  # for others, too
     monkeypatch.setattr("kdq.data.folder._decode", lambda *_: pytest.fail("decoded again"))
-    assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).digest == first.digest
+    assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).train_digest == first.digest
 
 
 def test_a_changed_file_is_decoded_anew_and_a_moved_folder_has_the_same_digest(root: Path, tmp_path: Path) -> None:
-    first = image_folder(str(root), 6, 3, str(tmp_path / "cache")).digest
+    first = image_folder(str(root), 6, 3, str(tmp_path / "cache")).train_digest
     shutil.copytree(root, tmp_path / "elsewhere", copy_function=shutil.copyfile)
-    assert image_folder(str(tmp_path / "elsewhere"), 6, 3, str(tmp_path / "cache2")).digest == first
+    assert image_folder(str(tmp_path / "elsewhere"), 6, 3, str(tmp_path / "cache2")).train_digest == first
     Image.fromarray(np.zeros((6, 6, 3), np.uint8)).save(root / "train/cat/0.png")
-    assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).digest != first
+    assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).train_digest != first
 
 
 def test_other_sizes_are_scaled_and_cropped_and_grey_is_one_channel(root: Path, tmp_path: Path) -> None:

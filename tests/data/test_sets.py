@@ -37,8 +37,9 @@ def test_digest_changes_with_one_pixel() -> None:
     found = digits()
     pixels = found.train_images.clone()
     pixels[0, 0, 0, 0] += 1
-    assert found.digest == digits().digest
-    assert replace(found, train_images=pixels).digest != found.digest
+    other = replace(found, train_images=pixels)
+    assert found.train_digest == digits().train_digest != other.train_digest
+    assert found.test_digest == digits().test_digest == other.test_digest
 
 
 def _idx(array: np.ndarray) -> bytes:

@@ -7,7 +7,7 @@ import pytest
 
 from kdq.report.latency import shown_latency
 
-_TORCH = {"latency_ms_torch": [1.0, 2.0], "top1": [90.0, 91.0]}
+_TORCH = {"latency_ms_torch": [1.0, 2.0], "top1_float": [90.0, 91.0]}
 _FLOAT = {"latency_ms_onnx_fp32": [1.0, None], "top1_onnx_fp32": [90.0, None]}
 _INT8 = {"latency_ms_onnx_int8": [None, 0.5], "top1_onnx_int8": [None, 89.0]}
 
