@@ -46,6 +46,8 @@ def _job(cfg: DictConfig) -> list[Row] | float:
     keep_freed_memory()
     alone = HydraConfig.get().mode == RunMode.RUN
     try:
+        if alone and HydraConfig.get().sweeper.get("dry_run"):
+            raise KdqError("hydra.sweeper.dry_run=true shows the plan of several runs: add -m")
         if cfg.kdq.train is not None:
             pipeline.train(cfg, cfg.kdq.train, _place())
             return []

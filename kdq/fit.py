@@ -207,6 +207,7 @@ def fit(
         "train_seconds": best.seconds,
         "images_per_second": trained_images / max(best.seconds, 1e-9),
         "precision": str(lightning.precision),
+        "processes": lightning.world_size,  # of which each has BatchNorm statistics of its own images
         "torch": torch.__version__,
     }
     return best.best, metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -58,10 +59,18 @@ def quantize_options(cell: Cell) -> dict[str, Any]:
 
 def _options(quant: DictConfig) -> dict[str, Any]:
     options = {name: quant[name] for name in OPTIONS} | {"exclude": list(quant.keep_float)}
-    options["solver"] = quant.solver if isinstance(quant.solver, str) else hydra.utils.instantiate(quant.solver)
-    if quant.moments is not None:
-        options["moments"] = hydra.utils.instantiate(quant.moments)
+    for name in ("solver", "alphabet", "moments"):
+        if quant[name] is not None:
+            options[name] = quant[name] if isinstance(quant[name], str) else hydra.utils.instantiate(quant[name])
     return options
+
+
+def alphabet_name(quant: Mapping[str, Any]) -> str:
+    """Of the ``quant`` config: what rows say; a function's own name, and nothing where nothing is quantized."""
+    if quant["solver"] is None:
+        return ""
+    asked = quant["alphabet"]
+    return asked if isinstance(asked, str) else str(asked["_target_"]).rpartition(".")[2]
 
 
 def check_quantizer(cell: Cell) -> None:

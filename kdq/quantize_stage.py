@@ -24,7 +24,7 @@ from kdq.quant.mixed import first_batches, search_bits
 from kdq.quant.network import Report, quantizable_layers, quantize_widths
 from kdq.quant.packing import save_packed
 from kdq.quant.weights import with_float_dtype
-from kdq.quantize_options import Width, asked_widths, check_quantizer, quantize_options
+from kdq.quantize_options import Width, alphabet_name, asked_widths, check_quantizer, quantize_options
 from kdq.quantize_track import spell, tell_axes, tell_layers, tell_row, tell_search
 from kdq.results import Row, write_row
 from kdq.store import Entry, key_of
@@ -82,7 +82,7 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[Width, str]
         "seed": role["seed"],
         "teacher": cfg.teacher.name,
         "quantizer": quant["name"],
-        "alphabet": quant["alphabet"],
+        "alphabet": alphabet_name(quant),
         "act_bits": act_bits,
         "bits": quant["bits"],
         "search": quant["search"]["method"] if quant.get("search") else "",
@@ -205,7 +205,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "role": cell.role,
         "seed": role.seed,
         "quantizer": cfg.quant.name,
-        "alphabet": "" if cfg.quant.solver is None else cfg.quant.alphabet,
+        "alphabet": alphabet_name(cfg.quant),
         "search": cfg.quant.search.method if cfg.quant.get("search") else "",
         "val_top1": float(entry.metrics["val_top1"]),
         "params": sum(parameter.numel() for parameter in network.parameters()),

@@ -137,11 +137,12 @@ def test_one_bad_cell_takes_no_other_with_it(cli: Any, tmp_path: Path) -> None:
     assert "baseline" in out
 
 
-def test_rtn_none_and_excluded_layers(cli: Any, tmp_path: Path) -> None:
+def test_rtn_none_excluded_layers_and_an_alphabet_of_ones_own(cli: Any, tmp_path: Path) -> None:
     for quant in (
         ["quant=none"],
         ["quant=rtn", "quant.bits=3"],
         ["quant=gpfq", "quant.bits=3", "quant.keep_float=[layer1]"],
+        ["quant.name=wide", "quant.alphabet={_target_: kdq.quant.alphabets.paper, _partial_: true, scalar: 1.5}"],
     ):
         code, _, err = cli("method=baseline", *TINY, *quant)
         assert code == 0, err
@@ -150,6 +151,7 @@ def test_rtn_none_and_excluded_layers(cli: Any, tmp_path: Path) -> None:
     assert rows["none"]["bits"] == 32
     assert rows["rtn"]["calibration_images"] == rows["gpfq"]["calibration_images"] == 64
     assert rows["gpfq"]["size_bytes"] > rows["rtn"]["size_bytes"]  # layer1 stays float
+    assert (rows["wide"]["alphabet"], rows["wide"]["bits"], rows["wide"]["avg_bits"]) == ("paper", 4, 5)
 
 
 MISTAKES = [
@@ -180,6 +182,11 @@ MISTAKES = [
     (["quant=greedy", "method=baseline", "quant.search.avg_bits=null"], r"has no budget: give avg_bits, size_bytes or"),
     (["quant.solver=best", "method=baseline"], r"solver='best' is unknown: use one of .*gpfq"),
     (["quant.alphabet=greek", "method=baseline"], r"alphabet='greek' is unknown"),
+    (
+        ["quant.alphabet={_target_: datetime.timedelta}", "method=baseline"],
+        r"alphabet=datetime.timedelta\(0\) is neither one of uniform, .* nor a function",
+    ),
+    (["hydra.sweeper.dry_run=true"], r"dry_run=true shows the plan of several runs: add -m"),
     (["data.name=a/b"], r"data.name='a/b' must be letters, digits"),
     (["seed=abc"], r"seed=abc must be a whole number from 0 up"),
     (["student.seed=-1"], r"student.seed=-1 must be a whole number"),

@@ -51,7 +51,7 @@ COLUMNS = 6
 
 def main(arguments: list[str]) -> None:
     """Run the parts asked for and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m kdq.bench quant", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m kdq.bench quant", add_help=False)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--memory-images", type=int, nargs="+", default=[256, 1024, 4096])

@@ -69,7 +69,7 @@ class Case:
 
 def main(arguments: list[str]) -> None:
     """Run the parts asked for and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m kdq.bench train", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m kdq.bench train", add_help=False)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")

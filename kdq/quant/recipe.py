@@ -99,4 +99,6 @@ def _named(known: Mapping[str, Any], value: Any, what: str) -> Any:
         if value not in known:
             raise KdqError(f"{what}={value!r} is unknown: use one of {', '.join(known)}, or pass a function")
         return known[value]
+    if not callable(value):
+        raise KdqError(f"{what}={value!r} is neither one of {', '.join(known)} nor a function")
     return value

@@ -149,10 +149,11 @@ def _speed(group: pd.DataFrame) -> list[str]:
     """The latency of each model, where all were timed alike."""
     shown = shown_latency(group)
     timed = group[group[shown.column].notna()] if shown.column in group else group.iloc[:0]
-    means = timed.groupby(["role", "method", "arch"])[shown.column].mean().sort_index(ascending=[False, True, True])
+    means = timed.groupby(["role", "method", "arch"])[[shown.column]].mean().reset_index()
     if len(means) < 2:
         return []
-    told = [f"{method} ({arch}) {time:.3g}" for (_, method, arch), time in means.items()]
+    means = means.sort_values(["role", "method", "arch"], ascending=[False, True, True])
+    told = [f"{line.method} ({line.arch}) {getattr(line, shown.column):.3g}" for line in records(means)]
     return [f"{shown.label[0].upper()}{shown.label[1:]}: {', '.join(told)}."]
 
 

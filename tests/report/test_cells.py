@@ -28,6 +28,7 @@ def test_rows_of_one_seed_are_one_value(row: Callable[..., Row]) -> None:
 def test_quantizers_tell_what_they_differ_in(row: Callable[..., Row]) -> None:
     rows = [row(), row(act_bits=8), row(alphabet="ternary", quantizer="rtn"), row(quantizer="rtn")]
     assert set(named(rows)["quantizer"]) == {"gpfq", "gpfq A8", "rtn ternary", "rtn uniform"}
+    assert set(named([row(alphabet="paper", quantizer="published")])["quantizer"]) == {"published (b+1 bits)"}
 
 
 def test_searched_rows_have_their_average_width(row: Callable[..., Row]) -> None:

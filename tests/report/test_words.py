@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from kdq.report.cells import by_seed, named
 from kdq.report.words import Statement, statements, without_repeats
@@ -145,3 +146,12 @@ def test_a_size_is_compared_once(row: Callable[..., Row]) -> None:
 def test_models_of_one_method_are_told_apart(row: Callable[..., Row]) -> None:
     rows = [row(method="baseline", arch=arch, top1_float=95.0, top1=top1) for arch, top1 in (("a", 94.0), ("b", 93.0))]
     assert "baseline (a) with 1.00, then baseline (b) with 2.00" in _text(_said(rows), "drop")
+
+
+def test_how_fast_the_models_are(row: Callable[..., Row]) -> None:
+    rows = _pair(row, [90.0, 90.2], [91.0, 91.2])
+    rows = [replace(r, latency_ms_torch=3.0 if r.role == "teacher" else 1.0) for r in rows]
+    assert "Latency (ms, PyTorch float32, batch 1): teacher (big) 3, vkd (resnet20) 1." in _text(_said(rows), "answer")
+    exported = [replace(r, latency_ms_onnx_int8=r.latency_ms_torch / 4, top1_onnx_int8=r.top1) for r in rows]
+    assert "ONNX Runtime INT8, batch 1): teacher (big) 0.75, vkd" in _text(_said(exported), "answer")
+    assert "Latency" not in _text(_said(exported[:2]), "answer")  # of one model only
