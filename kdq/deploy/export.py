@@ -19,7 +19,8 @@ from kdq.cell import Cell
 from kdq.complaint import CONFIG_PATH, compose, describe
 from kdq.deploy.graph import torch_program
 from kdq.deploy.onnx_files import onnx_models
-from kdq.deploy.stage import calibration, deploy
+from kdq.deploy.runtime import session, top1
+from kdq.deploy.stage import calibration, compare, packed_network
 from kdq.errors import KdqError
 from kdq.files import replacing
 from kdq.quant.packing import load_packed
@@ -78,10 +79,12 @@ def _of_row(row: Row, output: Path) -> Source:
 
 
 def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = ()) -> str:
-    """Write ``source`` to ``target`` in the format ``kind`` of :data:`SUFFIXES`; returns what to say about it.
+    """Write ``source`` to ``target`` in the format ``kind`` of :data:`SUFFIXES`; returns what to say about it. An ONNX
+    model that the row has measurements of is copied; another is measured now, and the row stays as it is.
 
     Args:
-        overrides: of ``kdq``'s config, to name the images that INT8 is calibrated and measured on.
+        overrides: of ``kdq``'s config: to name the images that INT8 is calibrated and measured on, and the architecture
+            if it is not of this library.
 
     Raises:
         KdqError: the network cannot be exported, or INT8 lacks images.
@@ -90,43 +93,73 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
         with replacing(target) as temporary:
             shutil.copyfile(source.packed, temporary)
         return ""
-    network = load_packed(source.packed)
+    row, name = source.row, kind.removeprefix("onnx-")
+    measured = source.packed.with_suffix(f".{name}.onnx")
+    if row and not overrides and getattr(row, f"top1_onnx_{name}", None) is not None and measured.is_file():
+        with replacing(target) as temporary:
+            shutil.copyfile(measured, temporary)
+        return (
+            f"top-1 {getattr(row, f'top1_onnx_{name}'):.2f} on the test set, {row.top1:.2f} as evaluated; "
+            f"{getattr(row, f'latency_ms_onnx_{name}'):.2f} ms an image on {row.latency_threads} threads"
+        )
+    network = _network(source, overrides)
     if kind == "torch":
         program = torch_program(network, _shape(network, None))
         with replacing(target) as temporary:
             torch.export.save(program, temporary)
         return ""
-    name = kind.removeprefix("onnx-")
-    cell, missing = _cell(source, network, name, overrides)
+    cell, missing = _cell(source, network, overrides)
     shape = _shape(network, cell)
-    if cell is not None and source.row is not None:
-        row = deploy(cell, source.row)
-        with replacing(target) as temporary:
-            shutil.copyfile(source.packed.with_suffix(f".{name}.onnx"), temporary)
-        return (
-            f"top-1 {getattr(row, f'top1_onnx_{name}'):.2f} on the test set, {row.top1:.2f} as evaluated; "
-            f"{getattr(row, f'latency_ms_onnx_{name}'):.2f} ms an image on {row.latency_threads} threads"
-        )
-    if cell is None and name == "int8":
-        raise KdqError(f"INT8 needs calibration images: {missing}")
-    batches = None if cell is None else calibration(cell)
-    model = onnx_models(network, shape, [name], batches)[name]
+    if cell is None:
+        if name == "int8":
+            raise KdqError(f"INT8 needs calibration images: {missing}")
+        model = onnx_models(network, shape, [name])[name]
+    else:
+        model = onnx_models(network, shape, [name], calibration(cell), cell.cfg.deploy.act_range)[name]
     with replacing(target) as temporary:
         temporary.write_bytes(model)
-    return f"not measured: {missing}" if missing else ""
+    if cell is None:
+        return f"not measured: {missing}"
+    found = top1(session(model, cell.cfg.deploy.threads), cell.images.evaluation("test", torch.device("cpu")))
+    if row is None:
+        return f"top-1 {found:.2f} on the test set"
+    compare(row, name, found, source.packed)
+    return f"top-1 {found:.2f} on the test set, {row.top1:.2f} as evaluated"
 
 
-def _cell(source: Source, network: nn.Module, name: str, overrides: Sequence[str]) -> tuple[Cell | None, str]:
+def _network(source: Source, overrides: Sequence[str]) -> nn.Module:
+    """The packed network, built as the overrides say where they name a model."""
+    if any(override.startswith(("model@", "teacher.net", "student.net")) for override in overrides):
+        return packed_network(Cell(compose([*_own(source, overrides), *overrides])), source.packed)
+    try:
+        return load_packed(source.packed)
+    except KdqError as error:
+        if "network=" not in str(error):
+            raise
+        raise KdqError(
+            f"{source.packed} does not say an architecture that kdq builds by itself: add the model's overrides, such "
+            "as model@student=custom student.net._target_=PACKAGE.FUNCTION"
+        ) from error
+
+
+def _own(source: Source, overrides: Sequence[str]) -> list[str]:
+    """What is known of the source's config."""
+    row, own = source.row, ["deploy=onnx", "logger=none"]
+    own += [f"paths.output_dir={source.output}"] if source.output else []
+    if row is not None:
+        own += [f"seed={row.seed}"] + ["method=teacher"] * (row.role == "teacher")
+        given = any(override.startswith("data=") for override in overrides)
+        own += [f"data={row.data}"] if not given and _known_data(row.data) else []
+    return own
+
+
+def _cell(source: Source, network: nn.Module, overrides: Sequence[str]) -> tuple[Cell | None, str]:
     """The config and the images of the source's data set; or None, and what is missing."""
-    data = source.row.data if source.row else None
-    given = any(override.startswith("data=") for override in overrides)
-    if not given and (data is None or not _known_data(data)):
+    data, own = source.row.data if source.row else None, _own(source, overrides)
+    if not any(override.startswith("data=") for override in [*own, *overrides]):
         what = "the packed file does not say its data set" if data is None else f"{data} is not a data set of conf/data"
         return None, f"{what}: add overrides such as data=image_folder data.name={data or 'NAME'} data.root=FOLDER"
-    card, own = getattr(network, "kdq_preprocess", None), ["deploy=onnx", f"deploy.formats=[{name}]", "logger=none"]
-    own += [] if given else [f"data={data}"]
-    own += [f"paths.output_dir={source.output}"] if source.output else []
-    own += [f"seed={source.row.seed}"] if source.row else []
+    card = getattr(network, "kdq_preprocess", None)
     if card:
         own += [f"data.mean={card['mean']}".replace(" ", ""), f"data.std={card['std']}".replace(" ", "")]
     cell = Cell(compose([*own, *overrides]))

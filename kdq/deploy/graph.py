@@ -105,13 +105,15 @@ def _exported(network: nn.Module, shape: tuple[int, ...]) -> torch.export.Export
 
 def _fold(program: torch.export.ExportedProgram, network: nn.Module) -> dict[str, Tensor]:
     """Fold every BatchNorm that alone reads a layer's output; its bias becomes the layer's."""
-    names = dict(program.graph_signature.inputs_to_parameters)
+    names = dict(program.graph_signature.inputs_to_parameters)  # not what a layer computes in its forward pass
     factors = {}
     for node in list(program.graph.nodes):
         if node.target not in _LAYERS or len(node.users) != 1:
             continue
         norm, weight = next(iter(node.users)), node.args[1]
         if norm.target != _aten.batch_norm.default or norm.args[0] is not node or not _own(norm.args[2], weight):
+            continue
+        if weight.name not in names or norm.args[2].name not in names:
             continue
         layer, module = names[weight.name].removesuffix(".weight"), names[norm.args[2].name].removesuffix(".bias")
         factor, shift = batchnorm_affine(network.get_submodule(module))  # type: ignore[arg-type]

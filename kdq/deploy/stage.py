@@ -74,7 +74,7 @@ def deploy(cell: Cell, row: Row) -> Row:
         raise KdqError(
             f"the packed file {path} of a finished row is gone: delete {row.file_name} in rows and run again"
         )
-    config, network = cell.cfg.deploy, _packed(cell, path)
+    config, network = cell.cfg.deploy, packed_network(cell, path)
     with progress(f"exporting {path.stem}", 4, "step") as bar:
         models = onnx_models(network, cell.shape, list(config.formats), calibration(cell), config.act_range)
         bar.update()
@@ -89,7 +89,7 @@ def deploy(cell: Cell, row: Row) -> Row:
         sessions = {name: session(model, config.threads) for name, model in models.items()}
         for name, runner in sessions.items():
             values[f"top1_onnx_{name}"] = top1(runner, cell.images.evaluation("test", torch.device("cpu")))
-            _compare(row, name, values[f"top1_onnx_{name}"], path)
+            compare(row, name, values[f"top1_onnx_{name}"], path)
         bar.update()
         single = latency.of_sessions(sessions, cell.shape, 1, config.runs)
         bar.update()
@@ -105,7 +105,7 @@ def deploy(cell: Cell, row: Row) -> Row:
     return deployed
 
 
-def _packed(cell: Cell, path: Path) -> nn.Module:
+def packed_network(cell: Cell, path: Path) -> nn.Module:
     """The packed network. One that is not of this library's own architectures is built as the config says."""
     net = plain(cell.cfg[cell.role].net)
     return load_packed(path, None if is_trusted(net) else build(net))
@@ -117,7 +117,8 @@ def calibration(cell: Cell) -> Iterator[Tensor]:
     return (images for images, _ in batches)
 
 
-def _compare(row: Row, name: str, found: float, path: Path) -> None:
+def compare(row: Row, name: str, found: float, path: Path) -> None:
+    """Warn if the top-1 ``found`` of the exported model is not the row's."""
     # The float graph leaves activations float, so with rounded ones only INT8 computes what was evaluated.
     if name == "fp32" and row.act_bits < 32:
         return

@@ -20,6 +20,7 @@ from kdq.data.folder import _decode
 from kdq.data.images import Images
 from kdq.data.sets import digits
 from kdq.deploy.export import main
+from kdq.deploy.runtime import session, top1
 from kdq.results import read_rows
 from tests.conftest import TINY, data_config
 
@@ -72,7 +73,7 @@ def test_a_finished_row_gets_the_columns_it_lacks(run: Any) -> None:
         assert old.bops == row.bops < 32 * 32 * row.macs
 
 
-def test_ones_own_network_is_deployed_by_its_config(cli: Any, tmp_path: Path) -> None:
+def test_ones_own_network_is_deployed_by_its_config(cli: Any, export: Any, tmp_path: Path) -> None:
     """Its packed file alone is not trusted to name what is called."""
     own = ["model@student=custom", "student.name=small", "student.net._target_=tests.networks.small"]
     quick = ["deploy=onnx", "deploy.runs=3", "deploy.batch=8", "deploy.threads=1", "deploy.images=64"]
@@ -84,6 +85,14 @@ def test_ones_own_network_is_deployed_by_its_config(cli: Any, tmp_path: Path) ->
     assert row.top1_onnx_int8 == pytest.approx(row.top1, abs=1.5)
     with pytest.raises(kdq.KdqError, match=r"names the architecture 'tests.networks.small'"):
         kdq.load(tmp_path / row.artifact)
+    cell = (row.config_hash, "--output-dir", tmp_path, "--to", tmp_path)
+    for kind in ("torch", "onnx-fp32"):  # the second is there
+        alone = tmp_path / Path(row.artifact).with_suffix(".fp32.onnx")
+        alone.unlink(missing_ok=True)
+        said = export(*cell, "--format", kind)
+        assert "does not say an architecture that kdq builds by itself: add the model's overrides" in said
+        assert "bytes" in export(*cell, "--format", kind, *own)
+    assert read_rows(tmp_path / "rows") == [row]
 
 
 def test_a_cell_that_has_everything_is_not_measured_again(run: Any, cli: Any) -> None:
@@ -155,6 +164,15 @@ def test_every_format_of_a_cell(run: Any, export: Any, tmp_path: Path) -> None:
     said = export(output / row.artifact, "--format", "onnx-int8", "--to", tmp_path / "model.int8.onnx")
     assert f"{row.top1:.2f} as evaluated" in said
     assert (tmp_path / "model.int8.onnx").stat().st_size == row.onnx_int8_bytes
+
+    # Settings of its own are measured and said; the row is of the grid.
+    said = export(output / row.artifact, "--format", "onnx-int8", "--to", tmp_path / "other.onnx", "deploy.images=32")
+    found = float(re.search(r"top-1 ([\d.]+) on the test set, .* as evaluated", said).group(1))  # type: ignore[union-attr]
+    models = (tmp_path / "other.onnx").read_bytes(), (tmp_path / "model.int8.onnx").read_bytes()
+    assert models[0] != models[1]
+    batches = Images(digits(), data_config()).evaluation("test", torch.device("cpu"))
+    assert found == pytest.approx(top1(session(models[0]), batches), abs=0.005)
+    assert read_rows(output / "rows") == rows
 
 
 def test_a_packed_file_alone(run: Any, export: Any, tmp_path: Path) -> None:
