@@ -28,6 +28,7 @@ from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
 from kdq.distill.losses import mutual_loss
 from kdq.distill.mixup import Mixup
+from kdq.distill.moment import Moment
 from kdq.distill.recipe import Recipe
 from kdq.distill.vkd import VKD
 from kdq.errors import KdqError
@@ -240,6 +241,26 @@ def test_fit_equals_a_loop_by_hand(tmp_path: Path) -> None:
             average.update(net)
     assert found["student"].epoch == 1
     torch.testing.assert_close(found["student"].weights, dict(average.network.state_dict()))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dml"])  # dml's terms are baseline's and vkd's
+def test_bf16_has_the_losses_and_gradients_of_float32(method: str) -> None:
+    """To 1 % of the loss, and 5 % of the gradient's length: bf16 has 8 binary digits."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
+    found = []
+    for enabled in (False, True):
+        trained = module(method).eval()  # without dropout
+        torch.manual_seed(1)  # of Mixup
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            loss = torch.stack(list(trained.losses(images, labels, Moment(step=1, steps=2))[0].values())).sum()
+        loss.backward()
+        gradients = [p.grad.flatten() for p in trained.student.network.parameters() if p.grad is not None]
+        found.append((loss.detach(), torch.cat(gradients)))
+    (loss, gradient), (other_loss, other_gradient) = found
+    assert loss != other_loss
+    torch.testing.assert_close(other_loss, loss, rtol=0.01, atol=0)
+    assert (other_gradient - gradient).norm() < 0.05 * gradient.norm()
 
 
 def test_dml_equals_a_loop_by_hand(tmp_path: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 #: Shells over the pure code: Lightning, Hydra, W&B.
@@ -73,6 +77,13 @@ def test_pure_code_knows_no_framework() -> None:
         f"{module} -> {name}" for module in pure for name in reached(module) if name.partition(".")[0] in FRAMEWORKS
     }
     assert not found
+
+
+@pytest.mark.parametrize("name", sorted(name for name, file in MODULES.items() if ">>>" in file.read_text()))
+def test_examples_in_docstrings_print_what_they_say(name: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried > 0
+    assert failed == 0
 
 
 def test_imports_make_no_circle() -> None:

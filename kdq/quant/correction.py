@@ -13,7 +13,7 @@ there, the quantized network's has ``m~`` and ``v~``.
 
   Statistics taken afresh from the calibration images forget what the running ones know of the whole training set: on
   a ResNet-20 (CIFAR-10, 256 images, 2 to 4 bits) they cost 0.4 to 0.7 points of validation accuracy. The relative ones
-  gained 0.5 points for GPFQ at 2 bits and changed nothing beyond noise elsewhere.
+  gained 0.5 points for GPFQ at 2 bits and changed nothing beyond noise elsewhere (measured once).
 
 Neither adds a byte to the stored network.
 """

@@ -101,7 +101,7 @@ def search_bits(
         calibration: batches for the quantizer.
         validation: ``(images, labels)`` that choose; neither calibration nor test images.
         candidates: the widths a layer may have.
-        avg_bits: most bits per quantized weight on average.
+        avg_bits: most bits per weight on average, those of layers left float included.
         size_bytes: largest packed file.
         max_drop: most points of validation accuracy that the stitched network may lose, before the chosen assignment is
             quantized anew. At least one of these three; all given ones hold.

@@ -52,6 +52,22 @@ def test_the_float_graph_is_the_network_for_any_batch(images: Tensor) -> None:
         _run(model, images[:, :, 1:])
 
 
+class _Standardized(nn.Conv2d):
+    """A convolution that makes its weight when it runs: what BatchNorm would be folded into is not there."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(input, weight, self.bias)
+
+
+def test_a_layer_that_computes_its_weight_is_not_folded(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = trained_norms(nn.Sequential(_Standardized(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()))
+    model = onnx_models(network, SHAPE, ["fp32"])["fp32"]
+    with torch.no_grad():
+        torch.testing.assert_close(_run(model, images), network(images), rtol=1e-4, atol=1e-5)
+
+
 class _TwoReaders(nn.Module):
     """A layer whose output its BatchNorm reads, and a sum: it cannot be folded."""
 

@@ -311,7 +311,15 @@ def _search_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{"alphabet": "paper"}, {"first_last_bits": 8}, {"alphabet": "ternary"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alphabet": "paper"},
+        {"first_last_bits": 8},
+        {"alphabet": "ternary"},
+        {"exclude": ["conv1"], "float_dtype": "bf16"},
+    ],
+)
 def test_a_budget_of_bits_counts_what_is_stored(trained: nn.Module, data: Any, options: dict[str, Any]) -> None:
     calibration, validation = data
     found = search_bits(trained, calibration, validation, avg_bits=5.0, candidates=(2, 4, 8), **options)
@@ -324,6 +332,12 @@ def test_budgets_that_exclude_each_other_are_refused(trained: nn.Module, data: A
     calibration, validation = data
     with pytest.raises(KdqError, match="max_drop=0 is reached before the other limits are met"):
         search_bits(trained, calibration, validation, candidates=(2, 8), max_drop=0.0, **budget)
+
+
+def test_layers_left_float_are_part_of_the_budget(trained: nn.Module, data: Any) -> None:
+    calibration, validation = data
+    with pytest.raises(KdqError, match=r"budget of 3 bits on average: the least with .* is \d.*left float included"):
+        search_bits(trained, calibration, validation, candidates=(2, 8), avg_bits=3.0, exclude=["layer3"])
 
 
 def test_a_bank_of_other_candidates_is_refused(trained: nn.Module, data: Any) -> None:
