@@ -38,7 +38,7 @@ def test_second_reading_takes_the_cache(root: Path, tmp_path: Path, monkeypatch:
     (decoded,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert decoded.stat().st_mode & 0o777 == 0o755  # for others, too
     monkeypatch.setattr("kdq.data.folder._decode", lambda *_: pytest.fail("decoded again"))
-    assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).train_digest == first.digest
+    assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).train_digest == first.train_digest
 
 
 def test_a_changed_file_is_decoded_anew_and_a_moved_folder_has_the_same_digest(root: Path, tmp_path: Path) -> None:
