@@ -15,6 +15,7 @@ from kdq.cell import Cell, plain
 from kdq.errors import KdqError
 from kdq.models import build
 from kdq.quant.alphabet import check_bits
+from kdq.quant.bank import check_average
 from kdq.quant.mixed import check_search
 from kdq.quant.network import check_options
 
@@ -91,10 +92,14 @@ def _check(net: str, quant: str) -> None:
         raise KdqError(f"quant.images={asked.images} must be at least 1")
     options = _options(asked)
     options.pop("moments", None)
-    check_options(_untrained(net), **options)
+    network = _untrained(net)
+    layers, _ = check_options(network, **options)
     if asked.get("search"):
         search = {name: value for name, value in asked.search.items() if name != "images"}
         check_search(list(asked.bits), **search)
+        if search["avg_bits"] is not None:
+            narrowest = min(*asked.bits, asked.first_last_bits or 32)
+            check_average(network, layers, narrowest, search["avg_bits"], asked.float_dtype)
 
 
 @lru_cache(maxsize=4)

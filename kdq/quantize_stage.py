@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.cell import Cell, plain
-from kdq.dashboard.names import reference, series
+from kdq.dashboard.names import series
 from kdq.data.loader import EvalLoader
 from kdq.deploy.latency import of_networks
 from kdq.evaluate import bit_operations, evaluate, multiply_adds
@@ -29,7 +29,7 @@ from kdq.quantize_track import spell, tell_axes, tell_layers, tell_row, tell_sea
 from kdq.results import Row, write_row
 from kdq.store import Entry, key_of
 from kdq.tracking import Track
-from kdq.train_stage import Model
+from kdq.train_stage import Model, artifact
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[Width, str]
         key_of({"rows": sorted(asked.values())}),
         axes,
         settings,
-        inputs=[reference(model.slug, model.key)],
+        inputs=[artifact(cell.store, model)],
         tags=[f"{width}bit" for width in widths],
     )
 
@@ -161,9 +161,9 @@ def _searched(
     assert isinstance(width, tuple)
     search = plain(cell.cfg.quant.search)
     images, budgets = search.pop("images"), ("avg_bits", "size_bytes", "max_drop", "cost", "method", "context")
-    spec = row_spec(cell, entry, width)
-    spec["quant"]["search"] = {name: value for name, value in search.items() if name not in budgets}
-    measured = key_of(spec | {"images": images})
+    quant = {**plain(cell.cfg.quant), "search": {name: v for name, v in search.items() if name not in budgets}}
+    spec = {"model": entry.key, "data": cell.images.spec(), "quant": quant, "images": images}
+    measured = key_of({"stage": "search", **spec})
     folder = cell.output / "store" / "search"
     with progress("searching bits", None, "step") as bar:
 

@@ -8,7 +8,7 @@ it. A sweep plans its waves, and a cell alone makes what it needs, from the same
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,8 @@ def planned(cell: Cell) -> Model:
     others: dict[str, _Start] = {}
     if "teacher" in takes:
         model = _teacher(cell)
-        spec = NetworkSpec(cell.cfg.teacher.name, plain(cell.cfg.teacher.net), 0, _file(cell, model))
-        others["teacher"] = _Start(spec, model.key, (model,))
+        spec = NetworkSpec(cell.cfg.teacher.name, plain(cell.cfg.teacher.net), 0, None)
+        others["teacher"] = _Start(spec, model.key, model)
     if "peer" in takes:
         seed = role["seed"] + 1 if peer["seed"] is None else peer["seed"]
         others["peer"] = _start(cell, {**peer, "seed": seed, "recipe": role["recipe"]})
@@ -135,11 +135,18 @@ def _teacher(cell: Cell) -> Model:
 @dataclass(frozen=True)
 class _Start:
     """A network as it enters a training, what identifies its weights (None: random ones, which the seed identifies),
-    and the models that they come from."""
+    and the model that they come from, if it is one of the store."""
 
     network: NetworkSpec
     identity: str | None
-    needs: tuple[Model, ...] = ()
+    model: Model | None = None
+
+    def stored(self, store: Store) -> NetworkSpec:
+        """The network with the file of its weights, once :attr:`model` is there: only then is the name known under
+        which it was made."""
+        if self.model is None:
+            return self.network
+        return replace(self.network, weights=str(_path(store, self.model).absolute() / "weights.safetensors"))
 
 
 def _trained(
@@ -175,17 +182,20 @@ def _trained(
     label, job_type = ("teacher", "teacher") if role_name == "teacher" else (method_name, "distill")
     # A teacher is a baseline, too: the store has one entry for both.
     slug, name = (f"{cell.cfg.data.name}-{how}-{role['name']}-s{role['seed']}" for how in (method_name, label))
-    networks = {"student": start.network} | {name: other.network for name, other in others.items()}
-    needs = [model for one in (start, *others.values()) for model in one.needs]
-    inputs = [reference(model.slug, model.key) for model in needs]
-    training = TrainingSpec(label, job_type, method, role["recipe"], networks, slug, name, key_of(spec), inputs)
-    return Model(spec, slug, name, role_name, tuple(needs), _train(cell, training, spec, slug), training)
+    starts = {"student": start, **others}
+    networks = {name: one.network for name, one in starts.items()}
+    training = TrainingSpec(label, job_type, method, role["recipe"], networks, slug, name, key_of(spec))
+    needs = tuple(one.model for one in starts.values() if one.model is not None)
+    return Model(spec, slug, name, role_name, needs, _train(cell, training, starts, spec), training)
 
 
-def _train(cell: Cell, training: TrainingSpec, spec: Mapping[str, Any], slug: str) -> Make:
+def _train(cell: Cell, plan: TrainingSpec, starts: Mapping[str, _Start], spec: Mapping[str, Any]) -> Make:
     """Runs the training and publishes its better learner; the others lie beside it under keys of their own."""
 
     def make(work: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        networks = {name: one.stored(cell.store) for name, one in starts.items()}
+        inputs = [artifact(cell.store, one.model) for one in starts.values() if one.model is not None]
+        training = replace(plan, networks=networks, inputs=inputs)
         best, metrics = run_training(cell, training, work)
         results = {
             name: {"val_top1": 100 * one.top1, "best_epoch": one.epoch, "learner": name} | metrics
@@ -196,7 +206,7 @@ def _train(cell: Cell, training: TrainingSpec, spec: Mapping[str, Any], slug: st
 
         def keep(name: str) -> str:
             return cell.store.get_or_make(
-                {**spec, "learner": name}, f"{slug}-{name}", lambda _: (best[name].weights, results[name])
+                {**spec, "learner": name}, f"{plan.slug}-{name}", lambda _: (best[name].weights, results[name])
             ).key
 
         winner, *losers = ranked(best)
@@ -209,17 +219,22 @@ def _train(cell: Cell, training: TrainingSpec, spec: Mapping[str, Any], slug: st
 
 def _start(cell: Cell, role: Mapping[str, Any]) -> _Start:
     """The network of ``role`` and where its training starts."""
-    source, needs = role["weights"], tuple[Model, ...]()
+    source, model = role["weights"], None
     if source is None or source == IMAGENET:
         weights, identity = source, source
     elif source == BASELINE:
         model = _trained(cell, "student", "baseline", {**role, "weights": None}, CROSS_ENTROPY, {})
-        weights, identity, needs = _file(cell, model), model.key, (model,)
+        weights, identity = None, model.key
     else:
         path = locate(source)
         weights, identity = str(path), file_digest(path)
-    return _Start(NetworkSpec(role["name"], role["net"], role["seed"], weights), identity, needs)
+    return _Start(NetworkSpec(role["name"], role["net"], role["seed"], weights), identity, model)
 
 
-def _file(cell: Cell, model: Model) -> str:
-    return str((cell.store.path(model.spec, model.slug) / "weights.safetensors").absolute())
+def artifact(store: Store, model: Model) -> str:
+    """The reference to ``model``, which is in the store, for the log of what is made from it."""
+    return reference(_path(store, model).name.removesuffix(f"-{model.key}"), model.key)
+
+
+def _path(store: Store, model: Model) -> Path:
+    return store.path(model.spec, model.slug)

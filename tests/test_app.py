@@ -221,6 +221,13 @@ def test_a_mistake_is_answered_in_one_line(cli: Any, tmp_path: Path, arguments: 
     assert not list(tmp_path.glob("rows/*"))
 
 
+def test_a_budget_that_layers_left_float_break_is_refused_before_the_training(cli: Any, tmp_path: Path) -> None:
+    code, _, err = cli(*TINY, "quant=greedy", "method=baseline", "quant.keep_float=[layer3]")
+    assert code == 1
+    assert re.search(r"budget of 3 bits on average: the least with .* is \d\d.*, layers left float included", err)
+    assert not (tmp_path / "store").exists()
+
+
 def test_the_options_named_are_those_of_the_choice_made(cli: Any) -> None:
     _, _, error = cli("model@student=resnet18", "student.net.deepth=3")
     assert "unknown option student.net.deepth; valid here: _target_, stem, num_classes" in error

@@ -68,6 +68,17 @@ def test_a_teacher_is_trained_once_for_all_methods(tmp_path: Path, specs: list[T
     assert len(entries(tmp_path)) == 6
 
 
+def test_one_model_under_two_names_is_made_once(tmp_path: Path, specs: list[TrainingSpec]) -> None:
+    """The folder has the name that was there first; who needs the model finds it all the same."""
+    same = ["teacher.net.depth=8", "teacher.net.width=0.25", "teacher.name=big", "student.name=small"]
+    float_model(cell(tmp_path, "method=vkd", *same, "student.weights=baseline"))
+    assert [spec.slug for spec in specs] == ["digits-baseline-small-s0", "digits-vkd-small-s0"]
+    (entry,) = (tmp_path / "store").glob("digits-baseline-*")
+    student, teacher = (specs[1].networks[name].weights for name in ("student", "teacher"))
+    assert student == teacher == str(entry / "weights.safetensors")
+    assert specs[1].inputs == [f"digits-baseline-small-s0:{entry.name[-16:]}"] * 2
+
+
 def test_function_matching_is_a_preset(tmp_path: Path, specs: list[TrainingSpec]) -> None:
     float_model(cell(tmp_path, "method=mixup_fm", "student.recipe.epochs=1"))
     assert specs[-1].label == "mixup_fm"

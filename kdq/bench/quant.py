@@ -1,13 +1,13 @@
 """How fast the quantizer is: against the published loop, brevitas, forward passes, itself at twelve widths; and its
 memory.
 
-    python -m kdq.bench quant [--images 256] [--bits 4] [--json FILE] [--only kdq literal ...]
-        [--weights FILE --root FOLDER]
+    python -m kdq.bench quant [--images 256] [--bits 4] [--only kdq literal brevitas widths memory]
+        [--memory-images 256 1024 4096] [--weights FILE --root FOLDER] [--json FILE]
 
 The network is a ResNet-18 for 32 x 32 pixels with random weights and BatchNorm statistics of its inputs: times do not
-depend on what it has learnt. With trained ``--weights`` and the image folder ``--root`` calibration images are real
-ones, and accuracies on 2 000 test images are compared, too. Every ratio is of times taken in one process, one after the
-other; memory is that of processes of their own.
+depend on what it has learnt. With the ``--weights`` of a trained one, of ten classes, and the image folder ``--root``
+calibration images are real ones, and accuracies on 2 000 test images are compared, too. Every ratio is of times taken
+in one process, one after the other; memory is that of processes of their own.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--memory-images", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--weights", type=Path, help="of a trained ResNet-18 with ten classes")
-    parser.add_argument("--root", type=Path, help="the image folder it was trained on")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--json", type=Path)
     # What the memory part runs in processes of its own.
-    parser.add_argument("--peak", nargs=2, metavar=("WHOSE", "IMAGES"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, metavar=("WHOSE", "IMAGES"))
     options = parser.parse_args(arguments)
     if options.peak:
         whose, count = options.peak

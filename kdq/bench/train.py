@@ -4,9 +4,9 @@
 
 ``kdq`` is the real command, in a process of its own: Lightning, augmentation, metrics, logging to CSV files; its rate
 is the median of ``train/images_per_second`` within its second epoch. ``bare`` and ``plain`` are the loops of
-:mod:`kdq.bench.loops`, each in a process of its own, too. The part ``data`` is the loader alone, against what the
-fastest network consumes. The roofline is the share of the device's measured rate of matrix products, in the case's
-precision, that the networks' own operations make up: a forward pass counts once, a backward pass twice.
+:mod:`kdq.bench.loops`, each in a process of its own for ``--seconds``, too. The part ``data`` is the loader alone,
+against what the fastest network consumes. The roofline is the share of the device's measured rate of matrix products,
+in the case's precision, that the networks' own operations make up: a forward pass counts once, a backward pass twice.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def main(arguments: list[str]) -> None:
     """Run the parts asked for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m kdq.bench train", add_help=False)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # what a loop's process runs
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--case")  # what a loop's process runs
     options = parser.parse_args(arguments)
     if options.case:
         print(json.dumps(_loop(Case(**json.loads(options.case)))))

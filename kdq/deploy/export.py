@@ -129,16 +129,17 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
 
 def _network(source: Source, overrides: Sequence[str]) -> nn.Module:
     """The packed network, built as the overrides say where they name a model."""
-    if any(override.startswith(("model@", "teacher.net", "student.net")) for override in overrides):
+    if any(override.lstrip("+").startswith(("model@", "teacher.net", "student.net")) for override in overrides):
         return packed_network(Cell(compose([*_own(source, overrides), *overrides])), source.packed)
     try:
         return load_packed(source.packed)
     except KdqError as error:
         if "network=" not in str(error):
             raise
+        role = source.row.role if source.row else "student"
         raise KdqError(
             f"{source.packed} does not say an architecture that kdq builds by itself: add the model's overrides, such "
-            "as model@student=custom student.net._target_=PACKAGE.FUNCTION"
+            f"as model@{role}=custom {role}.name=NAME {role}.net._target_=PACKAGE.FUNCTION"
         ) from error
 
 

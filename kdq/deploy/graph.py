@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -104,8 +104,9 @@ def _exported(network: nn.Module, shape: tuple[int, ...]) -> torch.export.Export
 
 
 def _fold(program: torch.export.ExportedProgram, network: nn.Module) -> dict[str, Tensor]:
-    """Fold every BatchNorm that alone reads a layer's output; its bias becomes the layer's."""
-    names = dict(program.graph_signature.inputs_to_parameters)  # not what a layer computes in its forward pass
+    """Fold every BatchNorm that alone reads a layer's output; its bias becomes the layer's. Only where both take what
+    their modules hold: what a forward pass computes (a weight, a bias, statistics) is not what folding would change."""
+    held = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     factors = {}
     for node in list(program.graph.nodes):
         if node.target not in _LAYERS or len(node.users) != 1:
@@ -113,13 +114,16 @@ def _fold(program: torch.export.ExportedProgram, network: nn.Module) -> dict[str
         norm, weight = next(iter(node.users)), node.args[1]
         if norm.target != _aten.batch_norm.default or norm.args[0] is not node or not _own(norm.args[2], weight):
             continue
-        if weight.name not in names or norm.args[2].name not in names:
+        layer, module = (held.get(one.name, "").rpartition(".")[0] for one in (weight, norm.args[2]))
+        bias_of_layer = node.args[2] if len(node.args) > 2 else None
+        taken = {"weight": weight} | ({} if bias_of_layer is None else {"bias": bias_of_layer})
+        affine = dict(zip(("weight", "bias", "running_mean", "running_var"), norm.args[1:5], strict=True))
+        if not (_held(held, layer, taken) and _held(held, module, affine)):
             continue
-        layer, module = names[weight.name].removesuffix(".weight"), names[norm.args[2].name].removesuffix(".bias")
         factor, shift = batchnorm_affine(network.get_submodule(module))  # type: ignore[arg-type]
         owner = network.get_submodule(layer)
-        bias = owner.bias if isinstance(owner.bias, Tensor) else None
-        new_weight, new_bias = folded(owner.weight.detach(), bias, factor, shift)  # type: ignore[operator]
+        bias = None if bias_of_layer is None else owner.bias
+        new_weight, new_bias = folded(owner.weight.detach(), bias, factor, shift)  # type: ignore[operator,arg-type]
         program.state_dict[f"{layer}.weight"] = nn.Parameter(new_weight)
         program.state_dict[f"{module}.bias"] = nn.Parameter(new_bias)
         node.args = (*node.args[:2], norm.args[2], *node.args[3:])
@@ -146,6 +150,12 @@ def _pool(graph: Any) -> None:
     read = {name for node in graph.node for name in node.input}
     for item in [item for item in graph.initializer if item.name not in read]:  # the axes
         graph.initializer.remove(item)
+
+
+def _held(held: Mapping[str, str], module: str, taken: Mapping[str, Node | None]) -> bool:
+    """Every one of the inputs taken is the module's own of that name."""
+    own = {name: f"{module}.{name}".removeprefix(".") for name in taken}
+    return all(one is not None and held.get(one.name) == own[name] for name, one in taken.items())
 
 
 def _own(*parameters: Node | None) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdq.errors import KdqError
-from kdq.quant.network import quantizable_layers, quantize_widths
+from kdq.quant.network import float_weights, quantizable_layers, quantize_widths
 from kdq.quant.packing import save_packed, stored_bytes
 from kdq.quant.search import Assignment, Budget, Costs, cost_of
 from kdq.quant.stitch import bit_operations
@@ -79,12 +79,7 @@ class Bank:
             )
         if avg_bits is not None:
             least = (sum(min(costs.values()) for costs in self.bits.values()) + self.float_bits) / self.count
-            if avg_bits < least:
-                with_float = ", layers left float included" if self.float_weights else ""
-                raise KdqError(
-                    f"the bit search cannot meet its budget of {avg_bits:g} bits on average: the least with these "
-                    f"candidates is {least:.4g}{with_float}"
-                )
+            _check_average(avg_bits, least, self.float_weights)
             limits.append((self.bits, avg_bits * self.count - self.float_bits))
         if size_bytes is not None:
             limits.append((self.bytes, size_bytes - self.other_bytes))
@@ -114,6 +109,31 @@ def fill_bank(model: nn.Module, batches: Iterable[Any], widths: Sequence[int], *
     other = packed_size(versions[-1]) - round(math.fsum(size[name][widths[-1]] for name in layers))
     left = reports[-1].float_weights
     return Bank(weights, bits, size, other, left, left * reports[-1].float_bits, time.perf_counter() - start)
+
+
+def check_average(
+    model: nn.Module, layers: Sequence[str], narrowest: int, avg_bits: float, float_dtype: str | None
+) -> None:
+    """Refuse, before anything is quantized, an average that the layers left float put out of reach.
+
+    Args:
+        layers: those to quantize; ``narrowest``: what they may have at least.
+
+    Raises:
+        KdqError: it is.
+    """
+    left, bits = float_weights(model, layers), 32 if float_dtype is None else 16
+    others = sum(weight.numel() for name in layers if isinstance(weight := model.get_submodule(name).weight, Tensor))
+    _check_average(avg_bits, (left * bits + others * narrowest) / (left + others), left)
+
+
+def _check_average(avg_bits: float, least: float, left: int) -> None:
+    if avg_bits < least:
+        with_float = ", layers left float included" if left else ""
+        raise KdqError(
+            f"the bit search cannot meet its budget of {avg_bits:g} bits on average: the least with these "
+            f"candidates is {least:.4g}{with_float}"
+        )
 
 
 def packed_size(network: nn.Module) -> int:

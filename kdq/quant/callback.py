@@ -37,8 +37,8 @@ class GreedyBitSearch(Callback):
         calibration_images: taken from the training loader, by all ranks together.
         validation_images: taken from the first validation loader; both loaders give ``(images, labels)``.
         options: budget, candidates, solver and whatever else :func:`kdq.quant.mixed.search_bits` takes. With
-            ``trace=Path("search.json")`` every evaluation is written there at once, and a search that was killed goes
-            on when the training is resumed.
+            ``trace=Path("search.json")`` every evaluation is written there at once, and a later search of the same
+            weights takes what it finds there if it gets the same images: a training loader that shuffles gives others.
 
     Attributes:
         result: the :class:`~kdq.quant.mixed.MixedPrecision` found; None before.

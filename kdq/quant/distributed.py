@@ -15,6 +15,11 @@ def summed(value: Tensor) -> Tensor:
     return value
 
 
+def rank() -> int:
+    """Of this process where torch.distributed runs; else 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def gathered(value: Any) -> list[Any]:
     """The ``value`` (anything that pickles) of every process where torch.distributed runs, by rank; else this one's."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -109,13 +109,14 @@ def search_bits(
         method: ``greedy``, or ``exact`` or ``sensitivity_once`` on the table of single changes.
         context: where ``greedy`` measures prices, one of :data:`kdq.quant.search.CONTEXTS`.
         bank: what :func:`kdq.quant.bank.fill_bank` made of the same arguments, if it was called before.
-        trace: a file that remembers evaluations, so that a killed search goes on. ``key`` says what they depend on;
-            without one it is a digest of the quantized layers and of the validation images.
+        trace: a file that remembers evaluations, so that a killed search goes on; every process names one, or none
+            does. ``key`` says what they depend on, and a file of another key is refused. Without a key it is a digest
+            of the quantized layers and of the validation images, and a file of others is begun anew.
         on_step: called with a line of text for every step.
         options: for :func:`kdq.quant.network.quantize_widths`.
 
     Raises:
-        KdqError: the budget cannot be met, or the trace belongs to another search.
+        KdqError: the budget cannot be met, or the trace is damaged or belongs to another key.
     """
     start = time.perf_counter()
     check_search(
@@ -134,7 +135,7 @@ def search_bits(
         raise KdqError(f"the bank has other candidates than {widths}: fill it with the same")
     stitched = Stitched(model, bank.weights, validation)
     prices = bank.prices(cost, model, stitched.batches[0][0][:1])
-    measure, spare = Trace(stitched, trace, key or (stitched.digest() if trace else "")), 0
+    measure, spare = Trace(stitched, trace, key or (stitched.digest() if trace else ""), anew=not key), 0
     while True:
         room = None if size_bytes is None else size_bytes - spare
         try:

@@ -130,7 +130,7 @@ def quantize_widths(
     results = []
     for version in walk.versions:
         version.report.seconds = time.perf_counter() - start
-        version.report.float_weights = _float_weights(model, layers)
+        version.report.float_weights = float_weights(model, layers)
         network = with_quantized_weights(model, version.weights, version.activations, version.state)
         if float_dtype is not None:
             network, version.report.float_bits = with_float_dtype(network, float_dtype), 16
@@ -250,9 +250,11 @@ def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> 
     return list(order) or list(layers)
 
 
-def _float_weights(model: nn.Module, layers: Collection[str]) -> int:
+def float_weights(model: nn.Module, layers: Collection[str]) -> int:
+    """Weights of all layers but the ``layers``; one that several layers share counts once."""
     kept = (m for name, m in model.named_modules() if name not in layers)
-    return sum(p.numel() for module in kept for p in module.parameters(recurse=False) if p.ndim >= 2)
+    weights = {id(p): p for module in kept for p in module.parameters(recurse=False) if p.ndim >= 2}
+    return sum(weight.numel() for weight in weights.values())
 
 
 def _bits_of(width: Bits, name: str) -> int:

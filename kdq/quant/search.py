@@ -29,6 +29,7 @@ from pathlib import Path
 from kdq.errors import KdqError
 from kdq.files import parse_json, write_text
 from kdq.quant.alphabet import check_bits
+from kdq.quant.distributed import gathered, rank
 
 Assignment = dict[str, int]
 #: ``costs[layer][bits]``; its keys are the layers and their candidate widths.
@@ -75,24 +76,29 @@ class Found:
 class Trace:
     """Remembers every evaluation, on disk if there is a path, so that a killed search goes on where it stopped.
 
-    A search is a deterministic function of its evaluations: run again, it meets the remembered ones first.
+    A search is a deterministic function of its evaluations: run again, it meets the remembered ones first. Where
+    torch.distributed runs, the file is the first process's and all remember the same: a process that remembered more
+    would leave the others alone with their sums.
 
     Args:
         evaluate: the measurement.
         path: a JSON file, rewritten after every evaluation.
         key: identifies everything the measurements depend on.
+        anew: whether a file of another key is begun anew.
 
     Raises:
-        KdqError: the file belongs to another key, or is damaged.
+        KdqError: the file is damaged, or belongs to another key.
     """
 
-    def __init__(self, evaluate: Callable[[Assignment], Measure], path: Path | None = None, key: str = "") -> None:
+    def __init__(
+        self, evaluate: Callable[[Assignment], Measure], path: Path | None = None, key: str = "", anew: bool = False
+    ) -> None:
         self._evaluate, self.path, self.key = evaluate, path, key
         self.entries: dict[tuple[tuple[str, int], ...], Measure] = {}
         #: What was asked for since it was opened, remembered or not.
         self.asked: set[tuple[tuple[str, int], ...]] = set()
-        if path is not None and path.exists():
-            self._read(path)
+        if path is not None:
+            self._remember(path, anew)
 
     def __call__(self, assignment: Assignment) -> Measure:
         name = tuple(sorted(assignment.items()))
@@ -106,12 +112,33 @@ class Trace:
         return self.entries[name]
 
     def _write(self) -> None:
-        if self.path is None:
+        if self.path is None or rank() > 0:
             return
         rows = [{"bits": dict(name), "loss": m.loss, "top1": m.top1} for name, m in self.entries.items()]
         write_text(self.path, json.dumps({"key": self.key, "evaluations": rows}))
 
-    def _read(self, path: Path) -> None:
+    def _remember(self, path: Path, anew: bool) -> None:
+        found: dict[tuple[tuple[str, int], ...], Measure] | KdqError = {}
+        try:
+            if path.exists():
+                key, entries = self._read(path)
+                if key == self.key:
+                    found = entries
+                elif not anew:
+                    raise KdqError(
+                        f"the search trace {path} belongs to another model or setting: delete it, or search in another "
+                        "folder"
+                    )
+        except KdqError as error:
+            found = error
+        first = gathered(found)[0]
+        if isinstance(first, KdqError):
+            raise first
+        self.entries = first
+
+    @staticmethod
+    def _read(path: Path) -> tuple[str, dict[tuple[tuple[str, int], ...], Measure]]:
+        entries = {}
         try:
             stored = parse_json(path.read_text())
             key = stored["key"]
@@ -120,13 +147,10 @@ class Trace:
                 measure = Measure(float(row["loss"]), float(row["top1"]))
                 if not (math.isfinite(measure.loss) and 0 <= measure.top1 <= 100):
                     raise ValueError(f"{measure} is no measurement")
-                self.entries[name] = measure
+                entries[name] = measure
         except (KdqError, OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
             raise KdqError(f"the search trace {path} is damaged ({error}): delete it to search anew") from error
-        if key != self.key:
-            raise KdqError(
-                f"the search trace {path} belongs to another model or setting: delete it, or search in another folder"
-            )
+        return key, entries
 
 
 @dataclass(frozen=True)

@@ -82,14 +82,24 @@ def write_figures(
             ("accuracy_vs_latency", _against_latency),
             ("drop_vs_bits", _drops),
         ):
-            written += _save(_panels(_timed(found) if draw is _against_latency else found, draw), folder / stem)
+            shown = _timed(found) if draw is _against_latency else found
+            written += _save(_panels(shown, draw, _looks(found)), folder / stem)
         way = searched[searched["config_hash"].isin(set(searches))]
         if len(way):
             written += _save(_searches(way, searches), folder / "bit_search")
     return written
 
 
-def _panels(found: pd.DataFrame, draw: Any) -> Figure:
+def _looks(found: pd.DataFrame) -> dict[Any, dict[str, Any]]:
+    """Colour and marker of every model ``(method, arch)``, the same in all figures."""
+    colors, archs = method_colors(sorted(found["method"].unique())), sorted(found["arch"].unique())
+    return {
+        (method, arch): {"color": colors[method], "marker": _MARKERS[archs.index(arch) % len(_MARKERS)]}
+        for method, arch in sorted(records(found[["method", "arch"]].drop_duplicates()))
+    }
+
+
+def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]]) -> Figure:
     """A grid of panels, each drawn by ``draw(panel, cells, style)``, and one legend below."""
     from matplotlib.lines import Line2D
 
@@ -99,12 +109,8 @@ def _panels(found: pd.DataFrame, draw: Any) -> Figure:
     sets, quantizers = sets[:MOST_SETS], quantizers[:MOST_QUANTIZERS]
     figure = _figure(max(4.8, 0.6 + 3.3 * len(sets)), 0.9 + 2.5 * len(quantizers))
     panels = figure.subplots(len(quantizers), len(sets), squeeze=False)
-    models = sorted(records(found[["method", "arch"]].drop_duplicates()))
-    colors, archs = method_colors(sorted(found["method"].unique())), sorted(found["arch"].unique())
-    style: dict[Any, dict[str, Any]] = {
-        (method, arch): {"color": colors[method], "marker": _MARKERS[archs.index(arch) % len(_MARKERS)]}
-        for method, arch in models
-    }
+    models = set(records(found[["method", "arch"]].drop_duplicates()))
+    style = {model: look for model, look in looks.items() if model in models}
     for row, quantizer in zip(panels, quantizers, strict=True):
         for panel, data in zip(row, sets, strict=True):
             part = found[(found["data"] == data) & (found["quantizer"] == quantizer)]
@@ -171,7 +177,7 @@ def _published(panel: Axes, known: pd.DataFrame, style: Mapping[Any, Any], weigh
 
 def _drops(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
     _lines(panel, part, style, "avg_bits", "drop")
-    panel.axhline(0, color="0.4", lw=0.7, ls=":")
+    panel.axhline(0, color="0.4", lw=0.7, ls=":", label=_FLOAT)
     _bits_axis(panel, part)
 
 

@@ -153,8 +153,12 @@ def _speed(group: pd.DataFrame) -> list[str]:
     if len(means) < 2:
         return []
     means = means.sort_values(["role", "method", "arch"], ascending=[False, True, True])
-    told = [f"{line.method} ({line.arch}) {getattr(line, shown.column):.3g}" for line in records(means)]
+    told = [f"{line.method} ({line.arch}) {_milliseconds(getattr(line, shown.column))}" for line in records(means)]
     return [f"{shown.label[0].upper()}{shown.label[1:]}: {', '.join(told)}."]
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _at_shared_sizes(sizes: pd.DataFrame, here: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -91,6 +91,7 @@ def test_ones_own_network_is_deployed_by_its_config(cli: Any, export: Any, tmp_p
         alone.unlink(missing_ok=True)
         said = export(*cell, "--format", kind)
         assert "does not say an architecture that kdq builds by itself: add the model's overrides" in said
+        assert "model@student=custom student.name=NAME student.net._target_=PACKAGE.FUNCTION" in said
         assert "bytes" in export(*cell, "--format", kind, *own)
     assert read_rows(tmp_path / "rows") == [row]
 

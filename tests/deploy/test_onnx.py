@@ -53,16 +53,44 @@ def test_the_float_graph_is_the_network_for_any_batch(images: Tensor) -> None:
 
 
 class _Standardized(nn.Conv2d):
-    """A convolution that makes its weight when it runs: what BatchNorm would be folded into is not there."""
+    """Layers that compute their parameters when they run: what BatchNorm would be folded into is not there."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         return nn.functional.conv2d(input, weight, self.bias)
 
 
-def test_a_layer_that_computes_its_weight_is_not_folded(images: Tensor) -> None:
+class _LargeBias(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.bias is not None
+        return nn.functional.conv2d(input, self.weight, self.bias * 9)
+
+
+class _NoBias(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.conv2d(input, self.weight)
+
+
+class _Kernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.conv2d(input, self.kernel)
+
+
+class _AroundOne(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.batch_norm(input, self.running_mean, self.running_var, 1 + self.weight, self.bias)
+
+
+@pytest.mark.parametrize("layer", [_Standardized, _LargeBias, _NoBias, _Kernel, nn.Conv2d])
+def test_what_a_layer_or_a_norm_computes_is_not_folded(images: Tensor, layer: Any) -> None:
     torch.manual_seed(0)
-    network = trained_norms(nn.Sequential(_Standardized(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()))
+    made = layer() if layer is _Kernel else layer(3, 4, 3)
+    norm = (_AroundOne if layer is nn.Conv2d else nn.BatchNorm2d)(4)
+    network = trained_norms(nn.Sequential(made, norm, nn.ReLU(), nn.Flatten()))
     model = onnx_models(network, SHAPE, ["fp32"])["fp32"]
     with torch.no_grad():
         torch.testing.assert_close(_run(model, images), network(images), rtol=1e-4, atol=1e-5)
