@@ -35,6 +35,9 @@ class Cell:
     def __post_init__(self) -> None:
         """Raises KdqError for a seed that is none, and for a name that no file can have."""
         cfg = self.cfg
+        for part in ("teacher", "student"):
+            if not OmegaConf.is_dict(cfg[part]):
+                raise KdqError(f"{part}={cfg[part]} is no choice: a network is chosen with model@{part}={cfg[part]}")
         for part in ("data", "method", "teacher", "student", "quant"):
             if not re.fullmatch(r"[\w.+-]+", str(cfg[part].name)):
                 raise KdqError(f"{part}.name={cfg[part].name!r} must be letters, digits, and any of _ . + -")

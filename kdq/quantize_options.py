@@ -59,6 +59,8 @@ def quantize_options(cell: Cell) -> dict[str, Any]:
 
 
 def _options(quant: DictConfig) -> dict[str, Any]:
+    if isinstance(quant.keep_float, str):
+        raise KdqError(f"quant.keep_float={quant.keep_float}: give a list of names, [{quant.keep_float}]")
     options = {name: quant[name] for name in OPTIONS} | {"exclude": list(quant.keep_float)}
     for name in ("solver", "alphabet", "moments"):
         if quant[name] is not None:

@@ -19,6 +19,7 @@ from kdq.data.loader import EvalLoader
 from kdq.deploy.latency import of_networks
 from kdq.evaluate import bit_operations, evaluate, multiply_adds
 from kdq.origin import git_sha
+from kdq.own_code import own_code
 from kdq.progress import progress
 from kdq.quant.mixed import first_batches, search_bits
 from kdq.quant.network import Report, quantizable_layers, quantize_widths
@@ -48,6 +49,7 @@ def row_spec(cell: Cell, model: Model | Entry, width: Width) -> dict[str, Any]:
         "data": images.spec() | test | {"name": config.name},
         "quant": quant,
         "bits": width if isinstance(width, int) else list(width),
+        **own_code(quant),
     }
 
 
@@ -163,7 +165,7 @@ def _searched(
     images, budgets = search.pop("images"), ("avg_bits", "size_bytes", "max_drop", "cost", "method", "context")
     quant = {**plain(cell.cfg.quant), "search": {name: v for name, v in search.items() if name not in budgets}}
     spec = {"model": entry.key, "data": cell.images.spec(), "quant": quant, "images": images}
-    measured = key_of({"stage": "search", **spec})
+    measured = key_of({"stage": "search", **spec, **own_code(quant)})
     folder = cell.output / "store" / "search"
     with progress("searching bits", None, "step") as bar:
 

@@ -22,6 +22,7 @@ from kdq.distill.recipe import Recipe
 from kdq.evaluate import evaluate
 from kdq.fit import ranked
 from kdq.models import build
+from kdq.own_code import own_code
 from kdq.pretrained import IMAGENET
 from kdq.processes import run_training
 from kdq.store import Entry, Store, key_of
@@ -112,6 +113,7 @@ def _teacher(cell: Cell) -> Model:
         return _trained(cell, "teacher", "baseline", role, CROSS_ENTROPY, {})
     path = locate(role["weights"])
     spec = {"stage": "load", "net": role["net"], "weights": file_digest(path), "data": cell.images.spec()}
+    spec |= own_code(role["net"])
     slug, name = (f"{cell.cfg.data.name}-{what}-{role['name']}" for what in ("loaded", "teacher"))
 
     def read(work: object) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
@@ -178,6 +180,7 @@ def _trained(
             name: {"net": other.network.net, "seed": other.network.seed, "weights": other.identity}
             for name, other in others.items()
         },
+        **own_code(role["net"], method, *(other.network.net for other in others.values())),
     }
     label, job_type = ("teacher", "teacher") if role_name == "teacher" else (method_name, "distill")
     # A teacher is a baseline, too: the store has one entry for both.

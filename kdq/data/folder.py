@@ -124,6 +124,8 @@ def _decode_into(
 def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
     try:
         with Image.open(file) as opened:
+            if opened.mode.startswith("I") or opened.mode == "F":
+                raise KdqError(f"{file} has more than 8 bits a channel (mode {opened.mode}): save it with 8")
             image = opened.convert("RGB" if in_channels == 3 else "L")
             if image.size != (size, size):
                 scale = size / min(image.size)

@@ -89,7 +89,8 @@ class GreedyBitSearch(Callback):
         monitors = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
         best = next((c.best_model_path for c in monitors if Path(c.best_model_path).is_file()), None)
         if best is not None:
-            stored = torch.load(best, map_location="cpu", weights_only=True)
+            # Written by this trainer, with whatever hyperparameters the module saves.
+            stored = torch.load(best, map_location="cpu", weights_only=False)
             module.load_state_dict(stored["state_dict"])
         network = module.get_submodule(self.network)
         return network.eval()

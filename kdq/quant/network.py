@@ -113,6 +113,9 @@ def quantize_widths(
         float_dtype=float_dtype,
         **recipe,
     )
+    for name in layers:
+        if not model.get_parameter(f"{name}.weight").isfinite().all():
+            raise KdqError(f"the weights of {name} are not finite: the training diverged")
     runner = copy.deepcopy(model).eval()
     by_layer = [{name: _bits_of(width, name) for name in layers} for width in widths]
     for width in widths:

@@ -75,6 +75,19 @@ class Material:
         return f"{said}. Measured on: {', '.join(sorted(set(frame['device'].map(printable)))) or 'nothing yet'}."
 
     @cached_property
+    def averaged(self) -> list[str]:
+        """That settings were averaged, if they were."""
+        mixed = self.cells[self.cells["rows"] > self.cells["n"]]
+        if not len(mixed):
+            return []
+        return [
+            f"{len(mixed)} of {len(self.cells)} cells hold several rows of one seed, whose settings differ in "
+            "something that has no column (epochs, say); their mean is shown. To tell them apart give each a name "
+            "(method.name, student.name, quant.name) or an output folder of its own. The first: "
+            f"{_cell(mixed.iloc[0])}."
+        ]
+
+    @cached_property
     def warnings(self) -> list[str]:
         """What a reader must know before the numbers."""
         said = [f"A damaged row was left out: {line}" for line in self.skipped]
@@ -82,13 +95,7 @@ class Material:
         said += [f"Failed: {failure.name}: {failure.cause}" for failure in failed[:_FAILURES]]
         said += ["What is no longer wanted of these: delete its file in failed/."] if failed else []
         said += [f"{len(failed) - _FAILURES} more failed: see failed/."] if len(failed) > _FAILURES else []
-        mixed = self.cells[self.cells["rows"] > self.cells["n"]]
-        if len(mixed):
-            first = mixed.iloc[0]
-            said.append(
-                f"{len(mixed)} of {len(self.cells)} cells hold several rows of one seed, whose settings differ in "
-                f"something that has no column (epochs, say); their mean is shown. The first: {_cell(first)}."
-            )
+        said += self.averaged
         gaps = missing(self.cells)
         if len(gaps):
             first = gaps.iloc[0]
@@ -123,6 +130,8 @@ def write_report(output: Path) -> Written:
             log.debug("", exc_info=True)
     if "statements" in vars(material):
         written.answer = without_repeats(found for found in material.statements if found.topic == "answer")
+        for line in material.averaged:
+            log.warning(line)
     return written
 
 

@@ -66,6 +66,13 @@ def test_a_corrupt_image_is_named_and_leaves_no_cache(root: Path, tmp_path: Path
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
+def test_images_of_16_bits_are_not_cut_off_at_8(root: Path, tmp_path: Path) -> None:
+    deep = root / "train/dog/2.png"
+    Image.fromarray(np.linspace(0, 65535, 36, dtype=np.uint16).reshape(6, 6)).save(deep)
+    with pytest.raises(KdqError, match=f"{deep} has more than 8 bits a channel"):
+        image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+
+
 def test_missing_and_surplus_folders_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(KdqError, match=r"no folder .*nowhere/train"):
         class_names(tmp_path / "nowhere")

@@ -171,6 +171,7 @@ class _Foreign(L.LightningModule):
         self.backbone = nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 64, 10)
         )
+        self.save_hyperparameters({"data": Path("images")})  # nothing that torch reads weights-only
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.backbone(batch[0]), batch[1])

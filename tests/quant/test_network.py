@@ -295,6 +295,14 @@ def test_what_cannot_be_quantized_is_refused(network: Any, shape: Any, options: 
         quantize(network, [torch.randn(8, *shape)], bits=4, **options)
 
 
+def test_weights_that_are_not_finite_are_refused() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    with torch.no_grad():
+        network[1].weight[0, 0] = float("nan")
+    with pytest.raises(KdqError, match="the weights of 1 are not finite"):
+        kdq.quantize(network, [torch.randn(8, 4)], bits=4)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
     images = torch.randn(8, 3, 6, 6)

@@ -54,6 +54,20 @@ def test_the_tables_hold_every_row(tmp_path: Path, row: Callable[..., Row], fold
     pd.testing.assert_frame_equal(csv[list(measured)], measured)
 
 
+def test_settings_without_a_column_are_not_averaged_in_silence(
+    tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder_of(
+        tmp_path, [row(seed=0, bits=2, top1=top1, config_hash=digest * 16) for top1, digest in ((9, "a"), (8, "b"))]
+    )
+    write_report(tmp_path)
+    assert "1 of 1 cells hold several rows of one seed" in caplog.text
+    caplog.clear()
+    folder_of(tmp_path / "one", _grid(row))
+    write_report(tmp_path / "one")
+    assert "several rows" not in caplog.text
+
+
 def test_report_in_markdown(tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]) -> None:
     folder_of(tmp_path, _grid(row))
     write_report(tmp_path)

@@ -1,0 +1,51 @@
+"""Code of one's own that a config calls: what it does is part of what a model or a row depends on."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import kdq
+from kdq.weights import file_digest
+
+_INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_INSTALLED.append(Path(kdq.__file__).resolve().parent)
+
+
+def own_code(*configs: Any) -> dict[str, Any]:
+    """``{"code": {module: SHA-256 of its file}}`` of every function or class that the configs call by ``_target_`` or
+    ``path``, but of kdq and of installed packages, whose versions are their own affair; ``{}`` where there is none.
+
+    What the file imports is not looked at.
+    """
+    found: dict[str, str] = {}
+    for config in configs:
+        for name in _called(config):
+            module, file = _module(name)
+            if file is not None and not any(file.is_relative_to(folder) for folder in _INSTALLED):
+                found[module] = file_digest(file)
+    return {"code": found} if found else {}
+
+
+def _called(config: Any) -> Iterator[str]:
+    if isinstance(config, Mapping):
+        yield from (config[key] for key in ("_target_", "path") if isinstance(config.get(key), str))
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for part in config:
+            yield from _called(part)
+
+
+def _module(name: str) -> tuple[str, Path | None]:
+    """The module that the dotted ``name`` is in, and its file; whoever imports it says what is wrong with it."""
+    while name := name.rpartition(".")[0]:
+        try:
+            spec = find_spec(name)
+        except (ImportError, ValueError):
+            continue
+        if spec is not None:
+            return name, Path(spec.origin).resolve() if spec.has_location and spec.origin else None
+    return "", None
