@@ -25,8 +25,8 @@ class Moment:
 
     @property
     def progress(self) -> float:
-        """The share of the training that is done, 0 to just below 1."""
-        return (self.epoch + self.step / self.steps) / self.epochs
+        """The share of the training that is done, 0 to just below 1; 1 where a Trainer goes on beyond ``epochs``."""
+        return min(1.0, (self.epoch + self.step / self.steps) / self.epochs)
 
     def random(self, seed: int) -> np.random.Generator:
         """A generator of this moment's own."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdq.distill.baseline import Baseline
 from kdq.distill.dkd import DKD
+from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
 from kdq.distill.losses import distillation_kl, dkd_loss, kd_loss, standardized
 from kdq.distill.mixup import Mixup, mix
@@ -47,6 +48,12 @@ def test_vkd_without_its_teacher_is_the_baseline(make: Callable[..., Any], gradi
     moment = Moment(epoch=1, epochs=2)
     taught, alone = make(VKD, alpha=0.0, temperature=4.0), make(Baseline)
     torch.testing.assert_close(gradients(taught, moment), gradients(alone, moment), rtol=0, atol=0)
+
+
+def test_a_trainer_may_go_on_beyond_the_recipe(make: Callable[..., Any]) -> None:
+    assert Moment(epoch=1, epochs=2, step=1, steps=4).progress == 0.625
+    assert Moment(epoch=3, epochs=1).progress == 1
+    assert make(DML, schedule="kl_first").weight_at(Moment(epoch=3, epochs=1).progress) == 0  # not below
 
 
 @pytest.mark.parametrize(("progress", "weight"), [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.75, 1.0)])
