@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -30,6 +32,7 @@ from kdq.errors import KdqError
 from kdq.failures import Failure, read_failures, record
 from kdq.fit import _finished_epochs
 from kdq.models import build
+from kdq.quant.callback import GreedyBitSearch
 from kdq.quant.packing import _checksum
 from kdq.quant.search import Measure, Trace
 from kdq.report.layers import frontiers, mixed_widths
@@ -227,6 +230,22 @@ def test_packed_models_of_someone_who_knows_the_checksum(tmp_path: Path) -> None
         assert network(image).shape == (2, 3)
         # The checksum cannot tell what else may be so: other or no activation quantizers, another preprocessing.
         assert (one["net"], one["layers"]) == (header["net"], header["layers"])
+    assert not (tmp_path / MARK).exists()
+
+
+def test_a_checkpoint_that_a_resumed_one_names_as_its_best(tmp_path: Path) -> None:
+    """Lightning restores that name; the callback must not run what lies there."""
+    torch.save({"state_dict": Bomb(tmp_path)}, tmp_path / "best.ckpt")
+    restored = ModelCheckpoint(monitor="val/acc")
+    restored.best_model_path = str(tmp_path / "best.ckpt")
+    trainer, module, search = (
+        Trainer(logger=False, callbacks=[restored]),
+        LightningModule(),
+        GreedyBitSearch(avg_bits=3),
+    )
+    search.on_train_start(trainer, module)
+    with pytest.raises(pickle.UnpicklingError):
+        search.on_train_end(trainer, module)
     assert not (tmp_path / MARK).exists()
 
 

@@ -50,6 +50,7 @@ class GreedyBitSearch(Callback):
         self.network, self.options = network, options
         self.calibration_images, self.validation_images = calibration_images, validation_images
         self.result: MixedPrecision | None = None
+        self._restored: set[str] = set()
         search = inspect.signature(search_bits).bind(None, (), (), **options)
         search.apply_defaults()
         asked = search.arguments
@@ -63,6 +64,10 @@ class GreedyBitSearch(Callback):
             pl_module.get_submodule(self.network)
         except AttributeError as error:
             raise KdqError(f"GreedyBitSearch(network={self.network!r}): the module has no such network") from error
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        checkpoints = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+        self._restored = {checkpoint.best_model_path for checkpoint in checkpoints}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         model = self._best_copy(trainer, pl_module)
@@ -89,8 +94,9 @@ class GreedyBitSearch(Callback):
         monitors = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
         best = next((c.best_model_path for c in monitors if Path(c.best_model_path).is_file()), None)
         if best is not None:
-            # Written by this trainer, with whatever hyperparameters the module saves.
-            stored = torch.load(best, map_location="cpu", weights_only=False)
+            # What this run has written holds whatever hyperparameters the module saves; a file that only a resumed
+            # checkpoint names may be anybody's, and no code in it runs.
+            stored = torch.load(best, map_location="cpu", weights_only=best in self._restored)
             module.load_state_dict(stored["state_dict"])
         network = module.get_submodule(self.network)
         return network.eval()

@@ -73,7 +73,7 @@ def write_figures(
     """
     from matplotlib import rc_context
 
-    written = []
+    written, looks = [], _looks(found)
     with rc_context(_STYLE):
         for stem, draw in (
             ("accuracy_vs_bits", _against_bits),
@@ -83,7 +83,7 @@ def write_figures(
             ("drop_vs_bits", _drops),
         ):
             shown = _timed(found) if draw is _against_latency else found
-            written += _save(_panels(shown, draw, _looks(found)), folder / stem)
+            written += _save(_panels(shown, draw, looks), folder / stem)
         way = searched[searched["config_hash"].isin(set(searches))]
         if len(way):
             written += _save(_searches(way, searches), folder / "bit_search")
