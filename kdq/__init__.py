@@ -11,20 +11,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
+from kdq.utils.version import __version__
 
 if TYPE_CHECKING:
     from kdq.quant.network import quantize
-    from kdq.quant.packing import load_packed as load
-    from kdq.quant.packing import save_packed as save
+    from kdq.quant.packing.file import load_packed as load
+    from kdq.quant.packing.file import save_packed as save
 
-__version__ = "0.1.0"
 __all__ = ["KdqError", "__version__", "load", "quantize", "save"]
 
 _LAZY = {
     "quantize": ("kdq.quant.network", "quantize"),
-    "save": ("kdq.quant.packing", "save_packed"),
-    "load": ("kdq.quant.packing", "load_packed"),
+    "save": ("kdq.quant.packing.file", "save_packed"),
+    "load": ("kdq.quant.packing.file", "load_packed"),
 }
 
 

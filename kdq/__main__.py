@@ -1,6 +1,6 @@
 """``python -m kdq`` is ``kdq``."""
 
-from kdq.app import main
+from kdq.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -51,7 +51,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Run ``kdq ARGUMENTS`` in this process below ``tmp_path``; returns exit code, standard output and error."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from kdq.app import main
+    from kdq.cli.app import main
 
     def run(*arguments: str, command: str = "kdq") -> tuple[int, str, str]:
         own = [] if any(a.startswith("paths.output_dir=") for a in arguments) else [f"paths.output_dir={tmp_path}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdq.results import Row
+from kdq.records.rows import Row
 
 ROW = Row(
     data="digits",

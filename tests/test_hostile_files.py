@@ -28,18 +28,18 @@ from safetensors.torch import save_file
 
 import kdq
 from kdq.data.folder import image_folder
-from kdq.errors import KdqError
-from kdq.failures import Failure, read_failures, record
-from kdq.fit import _finished_epochs
-from kdq.models import build
+from kdq.models.build import build
+from kdq.models.weights import read_state_dict
+from kdq.quant.bitsearch.search import Measure, Trace
 from kdq.quant.callback import GreedyBitSearch
-from kdq.quant.packing import _checksum
-from kdq.quant.search import Measure, Trace
+from kdq.quant.packing.file import _checksum
+from kdq.records.failures import Failure, read_failures, record
+from kdq.records.rows import read_rows, write_row
+from kdq.records.store import Store
 from kdq.report.layers import frontiers, mixed_widths
 from kdq.report.write import write_report
-from kdq.results import read_rows, write_row
-from kdq.store import Store
-from kdq.weights import read_state_dict
+from kdq.train.fit import _finished_epochs
+from kdq.utils.errors import KdqError
 from tests.rows import ROW
 
 #: What a field of a JSON file may be instead of what it should be.

@@ -18,7 +18,7 @@ FRAMEWORKS = {"lightning", "hydra", "omegaconf", "wandb", "hydra_plugins"}
 PURE = (
     "kdq.quant",
     "kdq.distill.losses",
-    "kdq.distill.moment",
+    "kdq.distill.progress",
     "kdq.data.augment",
     "kdq.data.loader",
     "kdq.data.source",
@@ -95,4 +95,4 @@ def test_imports_make_no_circle() -> None:
 def test_only_the_app_and_the_shells_know_hydra_s_application() -> None:
     """What the library offers works where Hydra's application never ran."""
     knowing = {module for module in MODULES if "hydra.main" in MODULES[module].read_text()}
-    assert knowing == {"kdq.app"}
+    assert knowing == {"kdq.cli.app"}

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from kdq.results import write_row
+from kdq.records.rows import write_row
 from tests.report.conftest import make_row
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"

@@ -17,10 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
 import kdq
-from kdq.complaint import compose
-from kdq.models import build
-from kdq.quant.alphabets import uniform
-from kdq.results import read_rows
+from kdq.models.build import build
+from kdq.quant.solvers.alphabets import uniform
+from kdq.records.rows import read_rows
+from kdq.utils.config import compose
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,7 +75,7 @@ def test_the_commands_are_all_known() -> None:
 
 @cache
 def helped(name: str, *command: str) -> str:
-    module = {"kdq-report": "kdq.report", "kdq-export": "kdq.deploy.export", "kdq-wandb": "kdq.dashboard.cli"}[name]
+    module = {"kdq-report": "kdq.cli.report", "kdq-export": "kdq.cli.export", "kdq-wandb": "kdq.cli.wandb"}[name]
     code = f"import sys; from {module} import main; sys.argv[0] = {name!r}; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, timeout=120, check=True
@@ -134,7 +134,7 @@ def test_ones_own_method_and_solver(tmp_path: Path) -> None:
     line = README.split("<!-- own -->\n```bash\n")[1].split("\n")[0]
     arguments = [*words(line)[1:], "size=smoke", "logger=none"]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])}
-    run = [sys.executable, "-c", "from kdq.app import main; main()", *arguments]
+    run = [sys.executable, "-c", "from kdq.cli.app import main; main()", *arguments]
     subprocess.run(run, cwd=tmp_path, env=environ, check=True, timeout=280, capture_output=True)
     rows = read_rows(tmp_path / "outputs" / "rows")
     cells = set(itertools.product(("cosine", "vkd"), ("sigma_delta", "gpfq"), (2, 4)))

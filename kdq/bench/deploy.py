@@ -29,20 +29,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from kdq.app import class_folders
 from kdq.bench.memory import peak_mb
 from kdq.bench.options import own_options
-from kdq.cell import Cell
-from kdq.complaint import compose
-from kdq.cores import usable_cores
-from kdq.deploy import latency
+from kdq.cli.app import class_folders
 from kdq.deploy.runtime import session
-from kdq.deploy.stage import calibration
-from kdq.files import write_text
-from kdq.pipeline import run
-from kdq.quant.packing import DECODE, load_packed
-from kdq.results import Row
-from kdq.train_stage import float_model
+from kdq.quant.packing.file import DECODE, load_packed
+from kdq.records.rows import Row
+from kdq.stages.cell import Cell
+from kdq.stages.deploy import calibration
+from kdq.stages.pipeline import run
+from kdq.stages.train import float_model
+from kdq.utils import latency
+from kdq.utils.config import compose
+from kdq.utils.cpu import usable_cores
+from kdq.utils.files import write_text
 
 
 def main(arguments: list[str]) -> None:

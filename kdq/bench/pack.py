@@ -20,11 +20,11 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
-from kdq.complaint import compose
-from kdq.files import write_text
-from kdq.models import build
+from kdq.models.build import build
 from kdq.quant.network import quantizable_layers, quantize_widths
-from kdq.quant.packing import load_packed, save_packed
+from kdq.quant.packing.file import load_packed, save_packed
+from kdq.utils.config import compose
+from kdq.utils.files import write_text
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet50": {"_target_": "kdq.models.resnet50"},

@@ -33,15 +33,14 @@ from torch import Tensor, nn
 import kdq
 from kdq.bench import literal
 from kdq.bench.memory import peak_mb
-from kdq.cell import plain
-from kdq.complaint import compose
 from kdq.data.images import Images
 from kdq.data.loader import EvalLoader
-from kdq.evaluate import evaluate
 from kdq.models import resnet18
-from kdq.quant.layer import patches
+from kdq.models.weights import load_weights
+from kdq.quant.calibrate.layer import patches
 from kdq.quant.network import quantize_widths
-from kdq.weights import load_weights
+from kdq.utils.config import compose, plain
+from kdq.utils.metrics import evaluate
 
 WIDTHS = [2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 26, 32]
 PARTS = ("kdq", "literal", "brevitas", "widths", "memory")

@@ -23,18 +23,18 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from kdq.app import class_folders
 from kdq.bench.options import own_options
-from kdq.cell import Cell
-from kdq.complaint import compose
-from kdq.evaluate import evaluate
-from kdq.files import write_text
-from kdq.quant.bank import fill_bank, packed_size
-from kdq.quant.mixed import first_batches, search_bits
+from kdq.cli.app import class_folders
+from kdq.quant.bitsearch.bank import fill_bank, packed_size
+from kdq.quant.bitsearch.mixed import first_batches, search_bits
+from kdq.quant.bitsearch.search import Assignment, check_candidates
 from kdq.quant.network import quantizable_layers, quantize
-from kdq.quant.search import Assignment, check_candidates
-from kdq.quantize_options import quantize_options
-from kdq.train_stage import float_model
+from kdq.stages.cell import Cell
+from kdq.stages.quantize_options import quantize_options
+from kdq.stages.train import float_model
+from kdq.utils.config import compose
+from kdq.utils.files import write_text
+from kdq.utils.metrics import evaluate
 
 COLUMNS = ("seed", "budget", "how", "avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")
 MEANS = ("avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")

@@ -36,9 +36,9 @@ from kdq.bench.memory import peak_mb
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import TrainLoader
 from kdq.data.source import Resident
-from kdq.evaluate import multiply_adds
-from kdq.files import write_text
-from kdq.models import build
+from kdq.models.build import build
+from kdq.utils.files import write_text
+from kdq.utils.metrics import multiply_adds
 
 METHODS = ("baseline", "vkd", "mixup", "dkd", "dml")
 PARTS = ("methods", "pairs", "batch", "precision", "compile", "processes", "data")

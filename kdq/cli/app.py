@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,21 +15,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kdq.allocator import keep_freed_memory
-from kdq.cluster import leading
-from kdq.complaint import CONFIG_PATH, describe
-from kdq.cores import use_cores
-from kdq.errors import KdqError
-from kdq.failures import Job
+from kdq.records.failures import Job
+from kdq.train.slurm import leading
+from kdq.utils.config import CONFIG_PATH
+from kdq.utils.cpu import keep_freed_memory, use_cores
+from kdq.utils.errors import KdqError
+from kdq.utils.messages import describe
 
 #: What ``kdq.objective`` may be.
 OBJECTIVES = (None, "val_top1")
 
 if TYPE_CHECKING:
-    from hydra.plugins.launcher import Launcher
-
-    from kdq.results import Row
-    from kdq.sweep.plan import Compose
+    from kdq.records.rows import Row
 
 
 def job(cfg: DictConfig) -> list[Row] | float:
@@ -40,7 +36,7 @@ def job(cfg: DictConfig) -> list[Row] | float:
 
 
 def _job(cfg: DictConfig) -> list[Row] | float:
-    from kdq import pipeline
+    from kdq.stages import pipeline
 
     use_cores()
     keep_freed_memory()
@@ -56,6 +52,8 @@ def _job(cfg: DictConfig) -> list[Row] | float:
             raise KdqError(f"kdq.objective={cfg.kdq.objective} cannot be searched for: use val_top1")
         rows = pipeline.run(cfg, _place())
         if alone:
+            from kdq.sweep.command import finish
+
             finish(cfg, rows)
         return rows if cfg.kdq.objective is None else float(getattr(rows[0], cfg.kdq.objective))
     except Exception as error:
@@ -65,16 +63,6 @@ def _job(cfg: DictConfig) -> list[Row] | float:
         # Hydra would put a line of its own before ours.
         print(f"kdq: {describe(error)}", file=sys.stderr)
         sys.exit(1)
-
-
-def finish(cfg: DictConfig, rows: Sequence[Row]) -> None:
-    """Rebuild the report over everything in the output folder and print what this command found."""
-    from rich.console import Console
-
-    from kdq.report import print_results, write_report
-
-    output = Path(cfg.paths.output_dir)
-    print_results(Console(), output, rows, write_report(output), output / "runs")
 
 
 def _place() -> Job:
@@ -87,51 +75,6 @@ def _keep_trace() -> None:
     """Where an error was raised belongs in the job's log; in the terminal stands one line."""
     with contextlib.suppress(OSError), open(_place().log, "a") as log:
         traceback.print_exc(file=log)
-
-
-def sweep(
-    cfg: DictConfig, cells: Sequence[Sequence[str]], compose: Compose, launcher: Launcher, dry_run: bool
-) -> list[Row]:
-    """The jobs of ``kdq -m``: what is missing of the cells, in waves.
-
-    Args:
-        cells: the overrides of each.
-        dry_run: only say what would be done.
-
-    Raises:
-        KdqError: some rows are missing at the end; why is printed first, one line for each cause.
-    """
-    from rich.console import Console
-
-    from kdq.dashboard.sweep import tell_sweep
-    from kdq.results import read_rows
-    from kdq.sweep.plan import make_plan
-    from kdq.sweep.run import run_plan
-    from kdq.sweep.show import failure_lines, print_plan, summary
-    from kdq.sweep.status import Status
-
-    output = Path(cfg.paths.output_dir)
-    plan = make_plan([tuple(cell) for cell in cells], compose, output)
-    if dry_run:
-        print_plan(Console(), plan)
-        return []
-    console = Console(stderr=True)
-    for line in summary(plan) if plan.jobs else []:
-        console.print(line, soft_wrap=True, highlight=False)
-    status = Status(console, plan, live=getattr(launcher, "jobs_write_elsewhere", False))
-    failures = run_plan(plan, launcher.launch, Path(cfg.hydra.sweep.dir), status)
-    rows = read_rows(output / "rows", set(plan.rows))
-    try:
-        tell_sweep(cfg, rows)
-    except Exception as error:  # W&B's trouble takes neither the report nor the list of failures with it
-        print(f"kdq: the run of the sweep could not be logged: {describe(error)}", file=sys.stderr)
-    finish(cfg, rows)
-    if failures or plan.impossible:
-        for line in failure_lines(plan, failures):
-            print(f"kdq: {line}", file=sys.stderr)
-        asked = len(plan.rows) + len(plan.impossible)
-        raise KdqError(f"{asked - len(rows)} of {asked} rows are missing (the same command again makes only those)")
-    return rows
 
 
 def main() -> None:

@@ -15,16 +15,17 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from kdq.cell import Cell
-from kdq.complaint import CONFIG_PATH, compose, describe
 from kdq.deploy.graph import torch_program
 from kdq.deploy.onnx_files import onnx_models
 from kdq.deploy.runtime import session, top1
-from kdq.deploy.stage import calibration, compare, packed_network
-from kdq.errors import KdqError
-from kdq.files import replacing
-from kdq.quant.packing import load_packed
-from kdq.results import Row, read_row, read_rows
+from kdq.quant.packing.file import load_packed
+from kdq.records.rows import Row, read_row, read_rows
+from kdq.stages.cell import Cell
+from kdq.stages.deploy import calibration, compare, packed_network
+from kdq.utils.config import CONFIG_PATH, compose
+from kdq.utils.errors import KdqError
+from kdq.utils.files import replacing
+from kdq.utils.messages import describe
 
 SUFFIXES = {"packed": ".kdq", "torch": ".pt2", "onnx-fp32": ".fp32.onnx", "onnx-int8": ".int8.onnx"}
 
@@ -219,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _class_folders(root: str) -> int:
-    from kdq.app import class_folders
+    from kdq.cli.app import class_folders
 
     return class_folders(root)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kdq.results import Row, read_rows
+from kdq.records.rows import Row, read_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

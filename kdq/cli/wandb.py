@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdq.results import read_rows
+from kdq.records.rows import read_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _link(options: argparse.Namespace) -> None:
-    from kdq.dashboard.link import link
+    from kdq.tracking.link import link
 
     api = _api()
     missing = link(api, f"{options.entity or api.default_entity}/{options.project}", options.sweep, print)
@@ -47,7 +47,7 @@ def _workspace(options: argparse.Namespace) -> None:
     rows = read_rows(options.dir / "rows")
     if not rows:
         sys.exit(f"kdq-wandb: no rows below {options.dir}: give the paths.output_dir of a run")
-    from kdq.dashboard.workspace import workspace
+    from kdq.tracking.workspace import workspace
 
     entity = options.entity or ("entity" if options.dry_run else _api().default_entity)
     for data in sorted({row.data for row in rows}):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 @dataclass(frozen=True)

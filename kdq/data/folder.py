@@ -16,10 +16,10 @@ from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from kdq.cores import usable_cores
 from kdq.data.sets import ImageSet
-from kdq.errors import KdqError
-from kdq.progress import progress
+from kdq.utils.cpu import usable_cores
+from kdq.utils.errors import KdqError
+from kdq.utils.progress import progress
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 

@@ -13,7 +13,7 @@ from kdq.data.loader import EvalLoader
 from kdq.data.sets import ImageSet
 from kdq.data.source import Source, source
 from kdq.data.split import split
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 #: Images in one evaluation batch: large enough to keep a device busy, small enough for any memory.
 EVAL_BATCH = 500

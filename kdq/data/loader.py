@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.source import Source
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 class TrainLoader:

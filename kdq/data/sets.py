@@ -18,7 +18,7 @@ from filelock import FileLock
 from torch import Tensor
 from torchvision.datasets.utils import extract_archive
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 @dataclass(frozen=True)

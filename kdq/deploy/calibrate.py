@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdq.deploy.runtime import logits, session
-from kdq.errors import KdqError
 from kdq.quant.activations import Histogram
+from kdq.utils.errors import KdqError
 
 #: Images that run at a time: all the asked tensors of a chunk are in memory at once.
 CHUNK = 16

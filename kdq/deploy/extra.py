@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 def needs(*packages: str) -> None:

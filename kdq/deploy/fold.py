@@ -23,7 +23,7 @@ _BIAS_CODES = 2**30
 
 
 class Coded(Protocol):
-    """A weight as codes: :class:`kdq.quant.weights.QuantizedWeight` or a packed one."""
+    """A weight as codes: :class:`kdq.quant.packing.weights.QuantizedWeight` or a packed one."""
 
     @property
     def codes(self) -> Tensor: ...

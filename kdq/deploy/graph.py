@@ -18,10 +18,10 @@ from torch.fx import Node
 from torch.nn.utils import parametrize
 
 from kdq.deploy.extra import needs
-from kdq.errors import KdqError
+from kdq.deploy.fold import batchnorm_affine, folded
 from kdq.quant.activations import ActivationQuantizer
-from kdq.quant.fold import batchnorm_affine, folded
-from kdq.quant.packed import keep_decoded
+from kdq.quant.packing.packed import keep_decoded
+from kdq.utils.errors import KdqError
 
 #: The newest that ONNX Runtime fuses INT8 graphs of.
 OPSET = 21

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import kdq
 from kdq.deploy.calibrate import divergence, histograms
 from kdq.deploy.extra import needs
 from kdq.deploy.graph import FloatGraph, float_graph
 from kdq.deploy.qdq import ACT_BITS, int8_graph, unmeasured
-from kdq.errors import KdqError
 from kdq.quant.activations import RANGES
+from kdq.utils.errors import KdqError
+from kdq.utils.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _int8(
 def _card(network: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
     """What a user of the file must know, as ONNX metadata."""
     preprocess: Mapping[str, Any] = getattr(network, "kdq_preprocess", None) or {}
-    card = {"kdq.version": kdq.__version__, "kdq.input": json.dumps(["batch", *shape])}
+    card = {"kdq.version": __version__, "kdq.input": json.dumps(["batch", *shape])}
     if preprocess:
         steps = (
             "scale the shorter side to size (bilinear), crop the centre, scale pixels to 0..1, subtract mean, divide "
@@ -112,7 +112,7 @@ def _finished(model: Any, card: Mapping[str, str]) -> bytes:
     """The checked file: without the exporter's notes, with ours."""
     import onnx
 
-    model.producer_name, model.producer_version = "kdq", kdq.__version__
+    model.producer_name, model.producer_version = "kdq", __version__
     del model.metadata_props[:]
     graph = model.graph
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):

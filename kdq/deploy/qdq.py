@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdq.deploy.fold import Coded, int8_weight
 from kdq.deploy.graph import FloatGraph
 from kdq.quant.activations import ActivationQuantizer
-from kdq.quant.fold import Coded, int8_weight
 
 #: Bits of activations in INT8 kernels.
 ACT_BITS = 8

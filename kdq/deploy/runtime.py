@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kdq.cores import usable_cores
 from kdq.deploy.extra import needs
-from kdq.errors import KdqError
+from kdq.utils.cpu import usable_cores
+from kdq.utils.errors import KdqError
 
 
 def session(model: bytes | Path, threads: int | None = None, spin: bool = False) -> Any:

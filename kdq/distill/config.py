@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 SCHEDULES = ("one_cycle", "cosine", "multistep", "constant")
 
@@ -28,7 +28,7 @@ def within(option: str, value: float, low: float, high: float = math.inf) -> flo
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """The part of a training that is the same for every method.
 
     Attributes:

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from kdq.distill.frozen import Taught
+from kdq.distill.config import within
 from kdq.distill.losses import decoupled_kl, soft_cross_entropy
-from kdq.distill.moment import Moment
-from kdq.distill.recipe import within
+from kdq.distill.progress import TrainingProgress
+from kdq.distill.teacher import TeacherStudent
 
 
-class DKD(Taught):
+class DKD(TeacherStudent):
     """``CE + w (alpha TCKD + beta NCKD)`` with w rising linearly to 1.
 
     Args:
@@ -26,7 +26,7 @@ class DKD(Taught):
         self.alpha, self.beta = within("method.alpha", alpha, 0), within("method.beta", beta, 0)
         self.warmup = within("method.warmup", warmup, 0, 1)
 
-    def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, moment: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         logits = self.student(images)
         ce = soft_cross_entropy(logits, labels, self.recipe.label_smoothing)
         tckd, nckd = decoupled_kl(*self.comparable(logits, self.teacher(images)), labels, self.temperature)

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from kdq.distill.baseline import Baseline
+from kdq.distill.config import within
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy, standardized
-from kdq.distill.recipe import within
-from kdq.errors import KdqError
+from kdq.distill.module import Baseline
+from kdq.utils.errors import KdqError
 
 SCHEDULES = ("constant", "kl_first")
 

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 class Learner(nn.Module):
     """``network`` with its metrics and, when ``ema`` is given, its :class:`MovingAverage`.
 
-    Calling it calls ``network``; what is validated and kept is :attr:`product`.
+    Calling it calls ``network``; what is validated and kept is :attr:`eval_network`.
     """
 
     def __init__(self, network: nn.Module, num_classes: int, ema: float | None = None) -> None:
@@ -30,7 +30,7 @@ class Learner(nn.Module):
         return self.network(images)
 
     @property
-    def product(self) -> nn.Module:
+    def eval_network(self) -> nn.Module:
         """The network that the training is for: the average where there is one."""
         return self.network if self.average is None else self.average.network
 

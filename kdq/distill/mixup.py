@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdq.distill.moment import Moment
-from kdq.distill.recipe import within
+from kdq.distill.config import within
+from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
 
 
@@ -28,7 +28,7 @@ class Mixup(VKD):
         super().__init__(*args, **kwargs)
         self.mixup_alpha, self.per_sample = within("method.mixup_alpha", mixup_alpha, 0), per_sample
 
-    def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, moment: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         lam = self.draw(len(images), moment)
         if images.device.type == "cuda":  # from pageable memory the host would wait for the copy
             lam = lam.contiguous().pin_memory()
@@ -36,7 +36,7 @@ class Mixup(VKD):
         probabilities = (torch.arange(self.num_classes, device=labels.device) == labels[:, None]).float()
         return super().losses(mix(images, lam), mix(probabilities, lam), moment)
 
-    def draw(self, count: int, moment: Moment) -> Tensor:
+    def draw(self, count: int, moment: TrainingProgress) -> Tensor:
         """``lam`` of this process's ``count`` images, float32 ``(count,)``."""
         if self.mixup_alpha == 0:
             return torch.ones(count)

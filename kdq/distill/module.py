@@ -9,10 +9,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from kdq.distill.config import TrainConfig
 from kdq.distill.learner import Learner
 from kdq.distill.losses import soft_cross_entropy
-from kdq.distill.moment import Moment
-from kdq.distill.recipe import Recipe
+from kdq.distill.progress import TrainingProgress
 
 
 class Baseline(L.LightningModule):
@@ -28,11 +28,11 @@ class Baseline(L.LightningModule):
     #: The networks that the method takes beside the student, as keyword arguments: ``teacher``, ``peer``.
     takes: tuple[str, ...] = ()
 
-    def __init__(self, student: nn.Module, recipe: Recipe, num_classes: int, seed: int = 0) -> None:
+    def __init__(self, student: nn.Module, recipe: TrainConfig, num_classes: int, seed: int = 0) -> None:
         super().__init__()
         self.recipe, self.num_classes, self.seed = recipe, num_classes, seed
         self.student = Learner(student, num_classes, recipe.ema)
-        #: The last step's ``loss`` and its terms, of every learner, on the device: reading them is :mod:`kdq.vitals`'.
+        #: The last step's ``loss`` and its terms, of every learner, on the device.
         self.latest: dict[str, Tensor] = {}
 
     @property
@@ -47,7 +47,7 @@ class Baseline(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.student(images)
 
-    def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, moment: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         """The named terms whose sum is minimised, and the student's logits."""
         logits = self.student(images)
         return {"ce": soft_cross_entropy(logits, labels, self.recipe.label_smoothing)}, logits
@@ -56,10 +56,10 @@ class Baseline(L.LightningModule):
         terms, logits = self.losses(*batch, self.moment(batch_idx))
         return self.total("student", terms, logits, batch[1])
 
-    def moment(self, batch_idx: int) -> Moment:
+    def moment(self, batch_idx: int) -> TrainingProgress:
         trainer = self.trainer
         steps = int(trainer.num_training_batches)
-        return Moment(
+        return TrainingProgress(
             trainer.current_epoch, batch_idx, self.recipe.epochs, steps, trainer.global_rank, trainer.world_size
         )
 
@@ -89,7 +89,7 @@ class Baseline(L.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         for name, learner in self.learners.items():
-            logits, suffix = learner.product(images), self.suffix(name)
+            logits, suffix = learner.eval_network(images), self.suffix(name)
             learner.val_top1.update(logits, labels)
             learner.val_loss.update(soft_cross_entropy(logits, labels), weight=len(labels))
             self.log(f"val/top1{suffix}", learner.val_top1, prog_bar=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Moment:
+class TrainingProgress:
     """Batch ``step`` (from 0) of ``steps`` in epoch ``epoch`` (from 0) of ``epochs``, on process ``rank`` of
     ``world_size``.
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.baseline import Baseline
+from kdq.distill.config import within
 from kdq.distill.losses import standardized
-from kdq.distill.recipe import within
+from kdq.distill.module import Baseline
 
 
-class Frozen:
+class FrozenTeacher:
     """Holds ``network`` out of Lightning's sight.
 
     It is deliberately no ``nn.Module``: a module assigned to a LightningModule is registered, and then its weights
@@ -33,7 +33,7 @@ class Frozen:
         return logits.clone()  # an inference tensor may not take part in the student's backward pass
 
 
-class Taught(Baseline):
+class TeacherStudent(Baseline):
     """What the methods with a teacher share.
 
     Args:
@@ -48,7 +48,7 @@ class Taught(Baseline):
         self, *args: Any, teacher: nn.Module, temperature: float, standardize: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher, self.standardize = Frozen(teacher), standardize
+        self.teacher, self.standardize = FrozenTeacher(teacher), standardize
         self.temperature = within("method.temperature", temperature, 0.01)
 
     def networks(self) -> list[nn.Module]:

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from kdq.distill.frozen import Taught
+from kdq.distill.config import within
 from kdq.distill.losses import distillation_kl, soft_cross_entropy
-from kdq.distill.moment import Moment
-from kdq.distill.recipe import within
+from kdq.distill.progress import TrainingProgress
+from kdq.distill.teacher import TeacherStudent
 
 
-class VKD(Taught):
+class VKD(TeacherStudent):
     """``(1 - alpha) CE + alpha T^2 KL(teacher || student)``.
 
     Args:
@@ -23,7 +23,7 @@ class VKD(Taught):
         super().__init__(*args, **kwargs)
         self.alpha = within("method.alpha", alpha, 0, 1)
 
-    def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, moment: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         """``labels`` are indices ``(batch,)`` or probabilities ``(batch, classes)``."""
         logits = self.student(images)
         ce = soft_cross_entropy(logits, labels, self.recipe.label_smoothing)

@@ -6,20 +6,12 @@ state dicts, so that weights trained elsewhere load by name.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from importlib import import_module
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
-from kdq.errors import KdqError, no_module
-
-#: Stored files may name an architecture only from these modules: reading a file never runs other code.
-TRUSTED_MODULES = ("kdq.models", "torchvision.models")
+from kdq.utils.errors import KdqError
 
 
 def resnet18(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
@@ -142,54 +134,3 @@ def _block(in_planes: int, planes: int) -> nn.Sequential:
         nn.init.dirac_(conv.weight[: conv.in_channels])
         norm.weight.requires_grad_(False)
     return nn.Sequential(first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU())
-
-
-def build(net: Mapping[str, Any]) -> nn.Module:
-    """Call ``net["_target_"]`` with the other entries as keyword arguments.
-
-    The recipe is kept on the network as ``network.kdq_net``, so that a saved file can say how to rebuild it.
-
-    Raises:
-        KdqError: the target cannot be imported, is not a network, or refuses the arguments.
-    """
-    kwargs = {str(key): value for key, value in net.items() if key != "_target_"}
-    target = str(net.get("_target_"))
-    builder = _resolve(target)
-    try:
-        inspect.signature(builder).bind(**kwargs)
-    except TypeError as error:
-        raise KdqError(f"{target} does not take these arguments ({error}): {sorted(kwargs)}") from error
-    network = builder(**kwargs)
-    if not isinstance(network, nn.Module):
-        raise KdqError(f"{target} returned {type(network).__name__}, not a torch.nn.Module")
-    network.kdq_net = {  # type: ignore[assignment]
-        "_target_": target,
-        **kwargs,
-    }
-    return network
-
-
-def is_trusted(net: Mapping[str, Any]) -> bool:
-    """Whether the recipe ``net`` names an architecture of :data:`TRUSTED_MODULES`."""
-    module, _, name = str(net.get("_target_")).rpartition(".")
-    return module in TRUSTED_MODULES and not name.startswith("_")
-
-
-def build_trusted(net: Mapping[str, Any]) -> nn.Module:
-    """:func:`build` for a recipe that was read from a file: only architectures of :data:`TRUSTED_MODULES`."""
-    if not is_trusted(net):
-        raise KdqError(
-            f"the file names the architecture {net.get('_target_')!r}, not one of {', '.join(TRUSTED_MODULES)}: "
-            "build it yourself and pass it as load(path, network=...)"
-        )
-    return build(net)
-
-
-def _resolve(target: str) -> Any:
-    module, _, name = target.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise KdqError(f"cannot import {target!r}: {no_module(error)}") from error
-    except (ImportError, AttributeError, ValueError) as error:
-        raise KdqError(f"cannot import {target!r}: {error}") from error

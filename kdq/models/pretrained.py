@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 #: The value of ``weights`` that asks for them.
 IMAGENET = "imagenet"

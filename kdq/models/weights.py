@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 #: File names tried in a hub repository that names none, the safe format first.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -108,12 +107,6 @@ def load_weights(network: nn.Module, path: Path) -> None:
             hint = " (is the number of classes the same?)"
         raise KdqError(f"{path} does not fit the network: {'; '.join(problems)}{hint}")
     network.load_state_dict(state, strict=False)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.errors import KdqError
 from kdq.quant.distributed import summed
+from kdq.utils.errors import KdqError
 
 #: A histogram bin spans a factor of 2^(1/64), 1 %, and the bins reach from 2^-20 to 2^20.
 _PER_OCTAVE, _OCTAVES = 64, 20

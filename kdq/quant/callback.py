@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from kdq.errors import KdqError
-from kdq.quant.mixed import MixedPrecision, check_search, first_batches, search_bits
+from kdq.quant.bitsearch.mixed import MixedPrecision, check_search, first_batches, search_bits
+from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize_widths
-from kdq.quant.recipe import Recipe
+from kdq.utils.errors import KdqError
 
 
 class GreedyBitSearch(Callback):
@@ -36,12 +36,12 @@ class GreedyBitSearch(Callback):
         network: name of the module's attribute that holds the network; empty: the module itself, called on images.
         calibration_images: taken from the training loader, by all ranks together.
         validation_images: taken from the first validation loader; both loaders give ``(images, labels)``.
-        options: budget, candidates, solver and whatever else :func:`kdq.quant.mixed.search_bits` takes. With
+        options: budget, candidates, solver and whatever else :func:`kdq.quant.bitsearch.mixed.search_bits` takes. With
             ``trace=Path("search.json")`` every evaluation is written there at once, and a later search of the same
             weights takes what it finds there if it gets the same images: a training loader that shuffles gives others.
 
     Attributes:
-        result: the :class:`~kdq.quant.mixed.MixedPrecision` found; None before.
+        result: the :class:`~kdq.quant.bitsearch.mixed.MixedPrecision` found; None before.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class GreedyBitSearch(Callback):
         search.apply_defaults()
         asked = search.arguments
         check_search(**{name: asked[name] for name in inspect.signature(check_search).parameters})
-        known = {*inspect.signature(quantize_widths).parameters, *inspect.signature(Recipe).parameters}
+        known = {*inspect.signature(quantize_widths).parameters, *inspect.signature(QuantConfig).parameters}
         if unknown := asked["options"].keys() - known:
             raise KdqError(f"GreedyBitSearch has no option {', '.join(sorted(unknown))}")
 

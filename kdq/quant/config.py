@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdq.errors import KdqError
-from kdq.quant.alphabet import Alphabet
-from kdq.quant.alphabets import ALPHABETS, AlphabetChoice, per_layer, rescale
-from kdq.quant.gpfq import gpfq
-from kdq.quant.gptq import gptq
-from kdq.quant.qronos import qronos
-from kdq.quant.refine import refine
-from kdq.quant.rtn import rtn
-from kdq.quant.spfq import spfq
+from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.solvers.alphabets import ALPHABETS, AlphabetChoice, per_layer, rescale
+from kdq.quant.solvers.gpfq import gpfq
+from kdq.quant.solvers.gptq import gptq
+from kdq.quant.solvers.qronos import qronos
+from kdq.quant.solvers.refine import refine
+from kdq.quant.solvers.rtn import rtn
+from kdq.quant.solvers.spfq import spfq
+from kdq.utils.errors import KdqError
 
-#: ``(weight, gram, cross, alphabet) -> quantized weight``; see :func:`kdq.quant.gpfq.gpfq` for the shapes.
+#: ``(weight, gram, cross, alphabet) -> quantized weight``; see :func:`kdq.quant.solvers.gpfq.gpfq` for the shapes.
 Solver = Callable[[Tensor, Tensor, Tensor, Alphabet], Tensor]
 SOLVERS: dict[str, Solver] = {"rtn": rtn, "gpfq": gpfq, "spfq": spfq, "gptq": gptq, "qronos": qronos}
 #: Alphabets whose values reach the largest weights, where there are levels enough.
@@ -29,17 +29,17 @@ SCALES = ("weight", "gram")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantConfig:
     """What is done with every layer.
 
     Attributes:
         solver: one of :data:`SOLVERS`, or a function like them.
-        alphabet: one of :data:`kdq.quant.alphabets.ALPHABETS`, or a function ``(weight, bits) -> Alphabet``.
+        alphabet: one of :data:`kdq.quant.solvers.alphabets.ALPHABETS`, or a function ``(weight, bits) -> Alphabet``.
         per_channel: a scale for every output channel, or one for the layer.
         scale: the scales have the least error of the ``"weight"``, or weighted with the ``"gram"`` matrix of the
             inputs.
         order: columns are solved in the weight's ``"natural"`` order, or by falling diagonal of the ``"gram"`` matrix.
-        refine: sweeps of :func:`kdq.quant.refine.refine` after the solver.
+        refine: sweeps of :func:`kdq.quant.solvers.refine.refine` after the solver.
     """
 
     solver: str | Solver = "gpfq"

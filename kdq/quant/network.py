@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.errors import KdqError
 from kdq.quant.activations import RANGES
-from kdq.quant.alphabet import check_bits
-from kdq.quant.correction import CORRECTIONS
-from kdq.quant.layer import QUANTIZABLE
-from kdq.quant.moments import Moments
-from kdq.quant.recipe import SOLVERS, Recipe, Solver
+from kdq.quant.calibrate.correction import CORRECTIONS
+from kdq.quant.calibrate.layer import QUANTIZABLE
+from kdq.quant.calibrate.moments import Moments
+from kdq.quant.calibrate.walk import Walk
+from kdq.quant.config import SOLVERS, QuantConfig, Solver
+from kdq.quant.packing.weights import QuantizedWeight, check_float_dtype, with_float_dtype, with_quantized_weights
 from kdq.quant.report import LayerReport, Report
-from kdq.quant.walk import Walk
-from kdq.quant.weights import QuantizedWeight, check_float_dtype, with_float_dtype, with_quantized_weights
+from kdq.quant.solvers.alphabet import check_bits
+from kdq.utils.errors import KdqError
 
 __all__ = [
     "SOLVERS",
@@ -88,14 +88,14 @@ def quantize_widths(
         act_range: ``"mse"``, ``"percentile"`` or ``"percentile_99.9"``, see
             :meth:`kdq.quant.activations.Histogram.quantizer`.
         correct: after each layer, put the means of biased channels right (``"bias"``), or the means and variances of
-            BatchNorms too (``"batchnorm"``), see :mod:`kdq.quant.correction`; None leaves both.
+            BatchNorms too (``"batchnorm"``), see :mod:`kdq.quant.calibrate.correction`; None leaves both.
         isolated: solve every layer on the float network's inputs, as if it alone were quantized: its codes then do not
             depend on the widths of the layers before it.
         float_dtype: round what is not quantized (biases, BatchNorm, layers left float) to ``"bf16"`` or ``"fp16"``, to
             be stored in 16 bits; None leaves it in float32.
         on_layer: called with a layer's name when it is done, for a progress bar.
-        moments: what sums G and H, see :class:`kdq.quant.moments.Moments`.
-        recipe: ``alphabet``, ``per_channel``, ``scale``, ``order``, ``refine``, see :class:`kdq.quant.recipe.Recipe`.
+        moments: what sums G and H, see :class:`kdq.quant.calibrate.moments.Moments`.
+        recipe: ``alphabet``, ``per_channel``, ``scale``, ``order``, ``refine``, see :mod:`kdq.quant.config`.
     """
     start = time.perf_counter()
     if not widths:
@@ -152,7 +152,7 @@ def check_options(
     correct: str | None,
     float_dtype: str | None,
     **recipe: Any,
-) -> tuple[list[str], Recipe]:
+) -> tuple[list[str], QuantConfig]:
     """The layers to quantize, in registration order, and how: what can be told of the options of
     :func:`quantize_widths` (whose defaults are the only ones) before there are weights and images.
 
@@ -169,7 +169,7 @@ def check_options(
         raise KdqError(f"correct={correct!r} is unknown: use bias, batchnorm or None (null)")
     if float_dtype is not None:
         check_float_dtype(float_dtype)
-    return quantizable_layers(model, exclude), Recipe(solver=solver, **recipe)
+    return quantizable_layers(model, exclude), QuantConfig(solver=solver, **recipe)
 
 
 def quantizable_layers(model: nn.Module, exclude: Collection[str] = ()) -> list[str]:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from kdq.complaint import describe
-from kdq.files import parse_json, write_text
+from kdq.utils.files import parse_json, write_text
+from kdq.utils.messages import describe
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from kdq.errors import KdqError
-from kdq.files import parse_json, replacing, write_text
+from kdq.utils.errors import KdqError
+from kdq.utils.files import parse_json, replacing, write_text
 
 log = logging.getLogger(__name__)
 

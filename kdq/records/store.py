@@ -32,9 +32,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from kdq.errors import KdqError
-from kdq.files import parse_json
-from kdq.weights import file_digest
+from kdq.utils.errors import KdqError
+from kdq.utils.files import file_digest, parse_json
 
 log = logging.getLogger(__name__)
 

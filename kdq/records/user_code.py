@@ -8,14 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import kdq
-from kdq.weights import file_digest
+from kdq.utils.files import file_digest
 
 _INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-_INSTALLED.append(Path(kdq.__file__).resolve().parent)
+_INSTALLED.append(Path(__file__).resolve().parent.parent)
 
 
-def own_code(*configs: Any) -> dict[str, Any]:
+def user_code(*configs: Any) -> dict[str, Any]:
     """``{"code": {module: SHA-256 of its file}}`` of every function or class that the configs call by ``_target_`` or
     ``path``, but of kdq and of installed packages, whose versions are their own affair; ``{}`` where there is none.
 

@@ -2,12 +2,11 @@
 
 Read in this order: ``cells`` (rows to cells), ``curve`` and ``difference`` (the two comparisons), ``answer`` (numbers),
 ``words`` (sentences), then what shows them: ``tables``, ``markdown``, ``figures``, ``html``; ``write`` writes them all,
-``compare`` sets two output folders side by side, ``command`` is ``kdq-report``.
+``compare`` sets two output folders side by side.
 """
 
-from kdq.report.command import main
 from kdq.report.tables import accuracy_table
 from kdq.report.terminal import print_results
 from kdq.report.write import Written, write_report
 
-__all__ = ["Written", "accuracy_table", "main", "print_results", "write_report"]
+__all__ = ["Written", "accuracy_table", "print_results", "write_report"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdq.results import Row, table
+from kdq.records.rows import Row, table
 
 #: What one line of a table or of a figure stands for: a model and the way it was quantized.
 SERIES = ["data", "method", "arch", "quantizer"]

@@ -9,8 +9,8 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
+from kdq.records.rows import AXES, Row, table
 from kdq.report.cells import printable, width_name, widths
-from kdq.results import AXES, Row, table
 
 #: Accuracies closer than this, in points, are the same: rows of earlier versions carry float32's rounding.
 SAME_POINTS = 1e-3

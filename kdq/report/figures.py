@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from kdq.files import replacing
 from kdq.report import published
 from kdq.report.cells import pareto, records
 from kdq.report.latency import shown_latency
 from kdq.report.layers import Frontier
+from kdq.utils.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

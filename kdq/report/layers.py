@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdq.files import parse_json
-from kdq.results import Row
+from kdq.records.rows import Row
+from kdq.utils.files import parse_json
 
 log = logging.getLogger(__name__)
 

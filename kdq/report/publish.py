@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdq.files import write_text
-from kdq.results import read_rows, write_csv
+from kdq.records.rows import read_rows, write_csv
+from kdq.utils.files import write_text
 
 
 def publish(output: Path, written: Sequence[Path], folder: Path) -> None:

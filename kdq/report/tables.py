@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kdq.records.rows import Row
 from kdq.report.cells import SERIES, cells, grid_widths, named, records, series, width_name
-from kdq.results import Row
 
 #: The terminal shows so many models; the page shows all.
 TERMINAL_LINES = 60

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from kdq.records.rows import Row
 from kdq.report.tables import accuracy_table, fitting_tables
 from kdq.report.write import Written
-from kdq.results import Row
 
 #: The terminal shows the answer for so many data sets and quantizers; report.md has all.
 ANSWERS = 4

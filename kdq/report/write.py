@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdq.failures import read_failures
-from kdq.files import replacing, write_text
+from kdq.records.failures import read_failures
+from kdq.records.rows import Row, read_rows, table, write_csv
 from kdq.report.cells import by_seed, cells, missing, named, printable, width_name
 from kdq.report.layers import Frontier, Widths, frontiers, mixed_widths
 from kdq.report.words import Statement, statements, without_repeats
-from kdq.results import Row, read_rows, table, write_csv
+from kdq.utils.files import replacing, write_text
 
 log = logging.getLogger(__name__)
 

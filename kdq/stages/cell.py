@@ -16,14 +16,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-import kdq
 from kdq.data.images import Images
 from kdq.data.sets import ImageSet
-from kdq.errors import KdqError
-from kdq.models import build
-from kdq.origin import git_sha
-from kdq.store import Entry, Store
-from kdq.tracking import About, Track, flat, tracked
+from kdq.models.build import build
+from kdq.records.store import Entry, Store
+from kdq.tracking.open import tracked
+from kdq.tracking.run import RunInfo, RunLogger, flat
+from kdq.utils.config import plain
+from kdq.utils.errors import KdqError
+from kdq.utils.version import __version__, git_sha
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,18 @@ class Cell:
         settings: Mapping[str, Any],
         inputs: Sequence[str] = (),
         tags: Sequence[str] = (),
-    ) -> AbstractContextManager[Track]:
-        """The log of one stage; see :class:`kdq.tracking.About`.
+    ) -> AbstractContextManager[RunLogger]:
+        """The log of one stage; see :class:`kdq.tracking.run.RunInfo`.
 
         Args:
             axes: what tells the stage from others of its kind, under short names.
             settings: the rest of what affects its result, nested as in the config.
         """
         data = plain(self.cfg.data)
-        common = {"data": data["name"], "kdq_version": kdq.__version__, "git_sha": git_sha(), "key": key}
+        common = {"data": data["name"], "kdq_version": __version__, "git_sha": git_sha(), "key": key}
         config = common | dict(axes) | flat(dict(settings) | {"data": data, "trainer": plain(self.cfg.trainer)})
         own = [data["name"], *(axes[axis] for axis in ("method", "arch", "quantizer") if axis in axes)]
-        about = About(
+        about = RunInfo(
             job_type,
             name,
             group=str(self.cfg.sweep),
@@ -136,8 +137,3 @@ class Cell:
 def _image_set(source: str) -> ImageSet:
     """The images that ``source`` (JSON) describes, read and hashed once for all cells of a process."""
     return hydra.utils.instantiate(json.loads(source))
-
-
-def plain(config: Any) -> Any:
-    """A config node as dicts, lists and values, with its interpolations resolved."""
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.cell import Cell, plain
-from kdq.cores import usable_cores
-from kdq.deploy import latency
 from kdq.deploy.extra import needs
 from kdq.deploy.onnx_files import CLOSEST, FORMATS, onnx_models
 from kdq.deploy.runtime import session, top1
-from kdq.errors import KdqError
-from kdq.files import replacing
-from kdq.models import build, is_trusted
-from kdq.progress import progress
+from kdq.models.build import build, is_trusted
 from kdq.quant.activations import RANGES
-from kdq.quant.packing import load_packed
-from kdq.results import ROW_FORMAT, Row, write_row
-from kdq.store import key_of
+from kdq.quant.packing.file import load_packed
+from kdq.records.rows import ROW_FORMAT, Row, write_row
+from kdq.records.store import key_of
+from kdq.stages.cell import Cell
+from kdq.utils import latency
+from kdq.utils.config import plain
+from kdq.utils.cpu import usable_cores
+from kdq.utils.errors import KdqError
+from kdq.utils.files import replacing
+from kdq.utils.progress import progress
 
 log = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from kdq.cell import Cell
-from kdq.deploy.stage import asked_columns, deploy
-from kdq.errors import KdqError
-from kdq.failures import Job, recorded
-from kdq.quantize_options import Width
-from kdq.quantize_stage import arch_of, quantize, row_keys, tracked_rows
-from kdq.quantize_track import tell_deployed
-from kdq.results import Row, has, read_rows
-from kdq.train_stage import Model, obtain, planned
+from kdq.records.failures import Job, recorded
+from kdq.records.rows import Row, has, read_rows
+from kdq.stages.cell import Cell
+from kdq.stages.deploy import asked_columns, deploy
+from kdq.stages.quantize import arch_of, quantize, row_keys, tracked_rows
+from kdq.stages.quantize_log import log_deployed
+from kdq.stages.quantize_options import Width
+from kdq.stages.train import Model, obtain, planned
+from kdq.utils.errors import KdqError
 
 
 def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
@@ -57,7 +57,7 @@ def _completed(
         for key, row in rows.items():
             if not has(row, columns):
                 rows[key] = deploy(cell, row)
-                tell_deployed(track, rows[key])
+                log_deployed(track, rows[key])
     return rows
 
 

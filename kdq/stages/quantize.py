@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kdq
-from kdq.cell import Cell, plain
-from kdq.dashboard.names import series
 from kdq.data.loader import EvalLoader
-from kdq.deploy.latency import of_networks
-from kdq.evaluate import bit_operations, evaluate, multiply_adds
-from kdq.origin import git_sha
-from kdq.own_code import own_code
-from kdq.progress import progress
-from kdq.quant.mixed import first_batches, search_bits
+from kdq.quant.bitsearch.mixed import first_batches, search_bits
 from kdq.quant.network import Report, quantizable_layers, quantize_widths
-from kdq.quant.packing import save_packed
-from kdq.quant.weights import with_float_dtype
-from kdq.quantize_options import Width, alphabet_name, asked_widths, check_quantizer, quantize_options
-from kdq.quantize_track import spell, tell_axes, tell_layers, tell_row, tell_search
-from kdq.results import Row, write_row
-from kdq.store import Entry, key_of
-from kdq.tracking import Track
-from kdq.train_stage import Model, artifact
+from kdq.quant.packing.file import save_packed
+from kdq.quant.packing.weights import with_float_dtype
+from kdq.records.rows import Row, write_row
+from kdq.records.store import Entry, key_of
+from kdq.records.user_code import user_code
+from kdq.stages.cell import Cell
+from kdq.stages.quantize_log import log_axes, log_layers, log_row, log_search, spell
+from kdq.stages.quantize_options import Width, alphabet_name, asked_widths, check_quantizer, quantize_options
+from kdq.stages.train import Model, artifact
+from kdq.tracking.names import series
+from kdq.tracking.run import RunLogger
+from kdq.utils.config import plain
+from kdq.utils.latency import of_networks
+from kdq.utils.metrics import bit_operations, evaluate, multiply_adds
+from kdq.utils.progress import progress
+from kdq.utils.version import __version__, git_sha
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def row_spec(cell: Cell, model: Model | Entry, width: Width) -> dict[str, Any]:
         "data": images.spec() | test | {"name": config.name},
         "quant": quant,
         "bits": width if isinstance(width, int) else list(width),
-        **own_code(quant),
+        **user_code(quant),
     }
 
 
@@ -68,7 +68,7 @@ def arch_of(cell: Cell, entry: Entry) -> str:
     return str(entry.metrics.get("arch", cell.cfg[cell.role].name))
 
 
-def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[Width, str]) -> AbstractContextManager[Track]:
+def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[Width, str]) -> AbstractContextManager[RunLogger]:
     """The log of the rows of ``model``.
 
     Args:
@@ -103,7 +103,7 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[Width, str]
     )
 
 
-def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str], track: Track) -> dict[Width, Row]:
+def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str], track: RunLogger) -> dict[Width, Row]:
     """Quantize the model to the widths of ``keys`` in one pass, measure each on the test set, and write its packed
     file and its row.
 
@@ -112,9 +112,9 @@ def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str], track: Track) 
     """
     cfg = cell.cfg
     network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
-    tell_axes(track)
+    log_axes(track)
     versions = _versions(cell, entry, network, list(keys), track)
-    tell_layers(track, {spell(width): report for width, (_, report) in versions.items()})
+    log_layers(track, {spell(width): report for width, (_, report) in versions.items()})
     with progress(f"evaluating {cell.name}", len(keys) + 1, "width") as bar:
         test = cell.images.evaluation("test", cell.device)
         unquantized = evaluate(network, test, cfg.data.num_classes)
@@ -127,13 +127,13 @@ def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str], track: Track) 
             bits = width if isinstance(width, int) else math.ceil(report.avg_bits)
             rows[width] = _row(cell, bits, key, version, report, unquantized, found, common)
             write_row(cell.output / "rows", rows[width])
-            tell_row(track, rows[width], cell.output / rows[width].artifact)
+            log_row(track, rows[width], cell.output / rows[width].artifact)
             bar.update()
     return rows
 
 
 def _versions(
-    cell: Cell, entry: Entry, network: nn.Module, widths: list[Width], track: Track
+    cell: Cell, entry: Entry, network: nn.Module, widths: list[Width], track: RunLogger
 ) -> dict[Width, tuple[nn.Module, Report]]:
     """The quantized networks by width; with ``quant=none`` the float network itself."""
     quant = cell.cfg.quant
@@ -156,7 +156,7 @@ def _versions(
 
 
 def _searched(
-    cell: Cell, entry: Entry, network: nn.Module, calibration: EvalLoader, width: Width, track: Track
+    cell: Cell, entry: Entry, network: nn.Module, calibration: EvalLoader, width: Width, track: RunLogger
 ) -> tuple[nn.Module, Report]:
     """The network with the widths that the bit search chooses. What it measures depends on everything but the budget,
     so searches of the same model with other budgets share one trace."""
@@ -165,7 +165,7 @@ def _searched(
     images, budgets = search.pop("images"), ("avg_bits", "size_bytes", "max_drop", "cost", "method", "context")
     quant = {**plain(cell.cfg.quant), "search": {name: v for name, v in search.items() if name not in budgets}}
     spec = {"model": entry.key, "data": cell.images.spec(), "quant": quant, "images": images}
-    measured = key_of({"stage": "search", **spec, **own_code(quant)})
+    measured = key_of({"stage": "search", **spec, **user_code(quant)})
     folder = cell.output / "store" / "search"
     with progress("searching bits", None, "step") as bar:
 
@@ -191,7 +191,7 @@ def _searched(
         found.seconds,
         found.bank.seconds,
     )
-    tell_search(track, found)
+    log_search(track, found)
     return found.network, found.report
 
 
@@ -218,7 +218,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "latency_ms_torch": of_networks({"float": network}, cell.shape, 1, 30)["float"].median_ms,
         "train_seconds": float(entry.metrics["train_seconds"]),
         "device": _device_name(cell.device),
-        "kdq_version": kdq.__version__,
+        "kdq_version": __version__,
         "git_sha": git_sha(),
     }
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kdq.quant.mixed import MixedPrecision
+from kdq.quant.bitsearch.mixed import MixedPrecision
 from kdq.quant.network import Report
-from kdq.results import COLUMNS, Row
-from kdq.tracking import Artifact, Track
+from kdq.records.rows import COLUMNS, Row
+from kdq.tracking.run import Artifact, RunLogger
 
 #: Columns of a row that are curves over ``quantize/bits``.
 CURVES = ("top1", "top5", "drop", "nll", "ece", "size_bytes", "avg_bits", "bops", "latency_ms_torch")
@@ -20,13 +20,13 @@ LAYERS = ("asked", "layer", "kind", "shape", "weights", "bits", "levels", "error
 STEPS = ("step", "layer", "from_bits", "to_bits", "avg_bits", "size_bytes", "loss", "top1")
 
 
-def tell_axes(track: Track) -> None:
+def log_axes(track: RunLogger) -> None:
     """Bits are the x-axis of everything that is measured at each width."""
     track.axis("quantize/bits", [f"quantize/{curve}" for curve in (*CURVES, *DEPLOYED)])
     track.axis("bits/step", [f"bits/{curve}" for curve in SEARCH])
 
 
-def tell_layers(track: Track, reports: Mapping[str, Report]) -> None:
+def log_layers(track: RunLogger, reports: Mapping[str, Report]) -> None:
     """Every layer at every asked width (``4``, or ``2-8`` for the candidates of a bit search)."""
     rows = [
         (asked, x.name, x.kind, "x".join(map(str, x.shape)), math.prod(x.shape), x.bits, x.levels, x.error)
@@ -40,7 +40,7 @@ def tell_layers(track: Track, reports: Mapping[str, Report]) -> None:
     track.lines("quantize/layer_errors", "Relative error of each layer's outputs", "layer", "error", errors)
 
 
-def tell_search(track: Track, search: MixedPrecision) -> None:
+def log_search(track: RunLogger, search: MixedPrecision) -> None:
     """The frontier on which a bit search went from the widest layers to its choice, and the widths that it chose."""
     rows, frontier = [], []
     for values, point in zip(search.metrics(), search.found.points, strict=True):
@@ -56,7 +56,7 @@ def tell_search(track: Track, search: MixedPrecision) -> None:
     track.bars("bits/chosen", "Chosen bits", "layer", "bits", chosen)
 
 
-def tell_row(track: Track, row: Row, file: Path) -> None:
+def log_row(track: RunLogger, row: Row, file: Path) -> None:
     """One width's results and its packed file."""
     track.metrics({"quantize/bits": row.bits} | {f"quantize/{curve}": getattr(row, curve) for curve in CURVES})
     width = f"{row.bits}bit" if not row.search else row.search
@@ -66,9 +66,9 @@ def tell_row(track: Track, row: Row, file: Path) -> None:
     track.made(Artifact(name, row.config_hash, "quantized", file, facts))
 
 
-def tell_deployed(track: Track, row: Row) -> None:
+def log_deployed(track: RunLogger, row: Row) -> None:
     """One width's exported models: their accuracy, bytes, latency and throughput."""
-    tell_axes(track)
+    log_axes(track)
     found = {f"quantize/{name}": getattr(row, name) for name in DEPLOYED if getattr(row, name) is not None}
     track.metrics({"quantize/bits": row.bits} | found)
 

@@ -11,13 +11,14 @@ import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from kdq.cell import Cell, plain
-from kdq.errors import KdqError
-from kdq.models import build
-from kdq.quant.alphabet import check_bits
-from kdq.quant.bank import check_average
-from kdq.quant.mixed import check_search
+from kdq.models.build import build
+from kdq.quant.bitsearch.bank import check_average
+from kdq.quant.bitsearch.mixed import check_search
 from kdq.quant.network import check_options
+from kdq.quant.solvers.alphabet import check_bits
+from kdq.stages.cell import Cell
+from kdq.utils.config import plain
+from kdq.utils.errors import KdqError
 
 #: Entries of the ``quant`` config that are options of :func:`kdq.quant.network.quantize_widths`.
 OPTIONS = (
@@ -80,7 +81,7 @@ def check_quantizer(cell: Cell) -> None:
     """Refuse a quantizer that cannot be.
 
     Raises:
-        KdqError: as :func:`kdq.quant.network.check_options` and :func:`kdq.quant.mixed.check_search`.
+        KdqError: as :func:`kdq.quant.network.check_options` and :func:`kdq.quant.bitsearch.mixed.check_search`.
     """
     _check(json.dumps(plain(cell.cfg[cell.role].net)), json.dumps(plain(cell.cfg.quant)))
 

@@ -16,21 +16,23 @@ from typing import Any
 import hydra.utils
 from torch import Tensor
 
-from kdq.cell import Cell, plain
-from kdq.dashboard.names import reference
-from kdq.distill.recipe import Recipe
-from kdq.evaluate import evaluate
-from kdq.fit import ranked
-from kdq.models import build
-from kdq.own_code import own_code
-from kdq.pretrained import IMAGENET
-from kdq.processes import run_training
-from kdq.store import Entry, Store, key_of
-from kdq.training import NetworkSpec, TrainingSpec, check_fit, tell_model
-from kdq.weights import file_digest, load_weights, locate
+from kdq.distill.config import TrainConfig
+from kdq.models.build import build
+from kdq.models.pretrained import IMAGENET
+from kdq.models.weights import load_weights, locate
+from kdq.records.store import Entry, Store, key_of
+from kdq.records.user_code import user_code
+from kdq.stages.cell import Cell
+from kdq.stages.train_processes import run_training
+from kdq.stages.training import NetworkSpec, TrainingSpec, check_fit, log_model
+from kdq.tracking.names import reference
+from kdq.train.fit import ranked
+from kdq.utils.config import plain
+from kdq.utils.files import file_digest
+from kdq.utils.metrics import evaluate
 
 #: How a teacher is trained, and the network that a student may start from.
-CROSS_ENTROPY = {"_target_": "kdq.distill.baseline.Baseline"}
+CROSS_ENTROPY = {"_target_": "kdq.distill.module.Baseline"}
 #: The value of ``weights`` that asks for the stored cross-entropy network of the same data, net, recipe and seed.
 BASELINE = "baseline"
 
@@ -48,7 +50,7 @@ class Model:
         name: for people, in plans, jobs and logs; says its role.
         role: ``teacher`` or ``student``.
         needs: the models that must be there first.
-        make: see :meth:`kdq.store.Store.get_or_make`.
+        make: see :meth:`kdq.records.store.Store.get_or_make`.
         training: how it is trained; None for one that is read from a file.
     """
 
@@ -113,7 +115,7 @@ def _teacher(cell: Cell) -> Model:
         return _trained(cell, "teacher", "baseline", role, CROSS_ENTROPY, {})
     path = locate(role["weights"])
     spec = {"stage": "load", "net": role["net"], "weights": file_digest(path), "data": cell.images.spec()}
-    spec |= own_code(role["net"])
+    spec |= user_code(role["net"])
     slug, name = (f"{cell.cfg.data.name}-{what}-{role['name']}" for what in ("loaded", "teacher"))
 
     def read(work: object) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
@@ -128,7 +130,7 @@ def _teacher(cell: Cell) -> Model:
         settings = {"net": role["net"], "weights": str(role["weights"])}
         with cell.tracked("teacher", name, key_of(spec), axes, settings) as track:
             track.summary(facts)
-            tell_model(track, cell.store, slug, key_of(spec), network.state_dict(), facts)
+            log_model(track, cell.store, slug, key_of(spec), network.state_dict(), facts)
         return network.state_dict(), facts
 
     return Model(spec, slug, name, "teacher", (), read)
@@ -165,7 +167,7 @@ def _trained(
         role: ``name, net, weights, recipe, seed``.
         others: the networks that the method takes beside it.
     """
-    Recipe(**role["recipe"])  # an impossible one is refused before anything is trained
+    TrainConfig(**role["recipe"])  # an impossible one is refused before anything is trained
     start = _start(cell, role)
     spec = {
         "stage": "train",
@@ -180,7 +182,7 @@ def _trained(
             name: {"net": other.network.net, "seed": other.network.seed, "weights": other.identity}
             for name, other in others.items()
         },
-        **own_code(role["net"], method, *(other.network.net for other in others.values())),
+        **user_code(role["net"], method, *(other.network.net for other in others.values())),
     }
     label, job_type = ("teacher", "teacher") if role_name == "teacher" else (method_name, "distill")
     # A teacher is a baseline, too: the store has one entry for both.

@@ -1,10 +1,10 @@
 """A training on several devices: one fresh process for each, and a parent that waits. (Over several nodes the tasks of
-:mod:`kdq.cluster` are the parents.)
+:mod:`kdq.train.slurm` are the parents.)
 
 Lightning's own launchers repeat the command line, which in a sweep is the whole sweep, or fork this process, which
 may have started a device. Here each process gets the job as a file and does nothing but train:
 
-    parent (holds the store's lock)          worker 0..n-1: python -m kdq.processes JOB.json
+    parent (holds the store's lock)          worker 0..n-1: python -m kdq.stages.train_processes JOB.json
     writes work/job.json, starts n workers   read it, train under DDP
     waits; one dead worker ends all          worker 0 logs, checkpoints, writes work/result/
     reads work/result/
@@ -31,13 +31,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from kdq import cluster
-from kdq.allocator import keep_freed_memory
-from kdq.cell import Cell
-from kdq.cores import usable_cores
-from kdq.errors import KdqError
-from kdq.fit import Best
-from kdq.training import ALL_DEVICES, TrainingSpec, train
+from kdq.stages.cell import Cell
+from kdq.stages.training import ALL_DEVICES, TrainingSpec, train
+from kdq.train import slurm as cluster
+from kdq.train.fit import Best
+from kdq.utils.cpu import keep_freed_memory, usable_cores
+from kdq.utils.errors import KdqError
 
 
 def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, Best], dict[str, Any]]:
@@ -112,7 +111,7 @@ def _run_workers(work: Path, processes: int) -> list[int]:
         "WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
-    command = [sys.executable, "-m", "kdq.processes", str(work / "job.json")]
+    command = [sys.executable, "-m", "kdq.stages.train_processes", str(work / "job.json")]
     workers = []
     try:
         for rank in range(processes):

@@ -12,17 +12,18 @@ import hydra.utils
 import torch
 from torch import Tensor, nn
 
-from kdq.cell import Cell, plain
 from kdq.data.images import Images
-from kdq.distill.baseline import Baseline
-from kdq.distill.recipe import Recipe
-from kdq.errors import KdqError
-from kdq.fit import Best, fit, ranked
-from kdq.models import build
-from kdq.pretrained import IMAGENET, load_imagenet
-from kdq.store import Store, weights_file
-from kdq.tracking import Artifact, Track
-from kdq.weights import load_weights
+from kdq.distill.config import TrainConfig
+from kdq.distill.module import Baseline
+from kdq.models.build import build
+from kdq.models.pretrained import IMAGENET, load_imagenet
+from kdq.models.weights import load_weights
+from kdq.records.store import Store, weights_file
+from kdq.stages.cell import Cell
+from kdq.tracking.run import Artifact, RunLogger
+from kdq.train.fit import Best, fit, ranked
+from kdq.utils.config import plain
+from kdq.utils.errors import KdqError
 
 #: What ``trainer.devices`` may say beside a number or a list.
 ALL_DEVICES = (-1, "-1", "auto")
@@ -34,7 +35,7 @@ class NetworkSpec:
 
     Attributes:
         name: for people.
-        net: its recipe, for :func:`kdq.models.build`.
+        net: its recipe, for :func:`kdq.models.build.build`.
         seed: of its random weights.
         weights: the file that it starts from, ``imagenet``, or None: random.
     """
@@ -61,10 +62,10 @@ class TrainingSpec:
     Attributes:
         label: the method's name for people and logs.
         job_type: ``teacher`` or ``distill``: what the logger files it under.
-        method: ``_target_``, a :class:`~kdq.distill.baseline.Baseline`, and its options.
-        recipe: the fields of :class:`~kdq.distill.recipe.Recipe`.
+        method: ``_target_``, a :class:`~kdq.distill.module.Baseline`, and its options.
+        recipe: the fields of :class:`~kdq.distill.config.TrainConfig`.
         networks: ``student`` and what else the method takes.
-        slug, name, key: of the model that it makes; see :class:`kdq.train_stage.Model`.
+        slug, name, key: of the model that it makes; see :class:`kdq.stages.train.Model`.
         inputs: references to the stored models that it takes, for its log.
     """
 
@@ -87,7 +88,7 @@ class TrainingSpec:
 def train(
     cell: Cell, spec: TrainingSpec, work: Path, rank: int = 0, world_size: int = 1
 ) -> tuple[dict[str, Best], dict[str, Any]]:
-    """Run ``spec`` in this process, one of ``world_size``; see :func:`kdq.fit.fit` for what it returns.
+    """Run ``spec`` in this process, one of ``world_size``; see :func:`kdq.train.fit.fit` for what it returns.
 
     Only rank 0 logs.
     """
@@ -98,11 +99,11 @@ def train(
         if spec.networks[name].weights is None and callable(see):
             see(_first_images(cell.images))
     student, others = spec.networks["student"], {n: net for n, net in networks.items() if n != "student"}
-    recipe, classes = Recipe(**spec.recipe), cell.cfg.data.num_classes
+    recipe, classes = TrainConfig(**spec.recipe), cell.cfg.data.num_classes
     target, options = spec.method["_target_"], {key: v for key, v in spec.method.items() if key != "_target_"}
     kind = hydra.utils.get_class(target)
     if not issubclass(kind, Baseline):
-        raise KdqError(f"{target} is not a kdq.distill.baseline.Baseline: derive your method from it")
+        raise KdqError(f"{target} is not a kdq.distill.module.Baseline: derive your method from it")
     try:
         module = kind(networks["student"], recipe, classes, student.seed, **others, **options)
     except TypeError as error:
@@ -119,7 +120,7 @@ def train(
         winner = best[ranked(best)[0]]
         facts = {"val_top1": 100 * winner.top1, "best_epoch": winner.epoch} | metrics
         track.summary(facts)
-        tell_model(track, cell.store, spec.slug, spec.key, winner.weights, facts)
+        log_model(track, cell.store, spec.slug, spec.key, winner.weights, facts)
     return best, metrics
 
 
@@ -128,7 +129,7 @@ def _first_images(images: Images, count: int = 5000) -> Tensor:
     return images.preprocess(images.set.train_images[images.split.train[:count]])
 
 
-def _tracked(cell: Cell, spec: TrainingSpec) -> AbstractContextManager[Track]:
+def _tracked(cell: Cell, spec: TrainingSpec) -> AbstractContextManager[RunLogger]:
     student, networks = spec.networks["student"], spec.networks
     axes = {
         "role": "teacher" if spec.job_type == "teacher" else "student",
@@ -141,8 +142,8 @@ def _tracked(cell: Cell, spec: TrainingSpec) -> AbstractContextManager[Track]:
     return cell.tracked(spec.job_type, spec.name, spec.key, axes, settings, spec.inputs)
 
 
-def tell_model(
-    track: Track, store: Store, slug: str, key: str, weights: Mapping[str, Tensor], facts: Mapping[str, Any]
+def log_model(
+    track: RunLogger, store: Store, slug: str, key: str, weights: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
     """The float model that a stage is about to publish as the store's entry ``slug``, ``key``."""
     path = store.root / f"{slug}-{key}" / "weights.safetensors"

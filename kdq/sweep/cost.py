@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdq.cell import Cell, plain
-from kdq.models import build
-from kdq.train_stage import Model
+from kdq.models.build import build
+from kdq.stages.cell import Cell
+from kdq.stages.train import Model
+from kdq.utils.config import plain
 
 
 def model_work(cell: Cell, model: Model) -> float:

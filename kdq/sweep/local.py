@@ -19,9 +19,9 @@ import cloudpickle
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
-from kdq.cores import usable_cores
-from kdq.errors import KdqError
 from kdq.sweep.task import OUTPUT, Task, failed, folder, perform
+from kdq.utils.cpu import usable_cores
+from kdq.utils.errors import KdqError
 
 
 def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[JobReturn]:
@@ -45,7 +45,7 @@ def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[J
     for share in machine:
         free.put(share)
     context = get_context("forkserver")
-    context.set_forkserver_preload(["kdq.app", "kdq.pipeline"])
+    context.set_forkserver_preload(["kdq.cli.app", "kdq.stages.pipeline"])
 
     def run(task: Task, cfg: DictConfig) -> JobReturn:
         share = free.get()
@@ -107,7 +107,7 @@ def usable_gpus() -> list[str]:
 
 def _devices(asked: Any, gpus: int) -> int:
     """GPUs, or processes on CPUs, of a job with ``trainer.devices=asked``."""
-    from kdq.training import ALL_DEVICES
+    from kdq.stages.training import ALL_DEVICES
 
     if asked in ALL_DEVICES:
         return max(1, gpus)

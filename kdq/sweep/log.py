@@ -9,16 +9,17 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from kdq.cell import plain
-from kdq.dashboard.names import BYTES, pareto_curve
+from kdq.records.rows import AXES, COLUMNS, Row
 from kdq.report.cells import cells, named, pareto, series
-from kdq.results import AXES, COLUMNS, Row
-from kdq.tracking import About, Track, tracked
+from kdq.tracking.names import BYTES, pareto_curve
+from kdq.tracking.open import tracked
+from kdq.tracking.run import RunInfo, RunLogger
+from kdq.utils.config import plain
 
 Point = tuple[float, float]
 
 
-def tell_sweep(cfg: DictConfig, rows: Sequence[Row]) -> None:
+def log_sweep(cfg: DictConfig, rows: Sequence[Row]) -> None:
     """Log ``rows``, those of the sweep ``cfg.sweep``, as its run of job type ``report``."""
     if not rows:
         return
@@ -27,16 +28,16 @@ def tell_sweep(cfg: DictConfig, rows: Sequence[Row]) -> None:
     config |= {"rows": len(rows), "series": "Pareto front"}
     sweep = str(cfg.sweep)
     tags = [*map(str, values["data"]), *map(str, values["method"])]
-    about = About("report", f"report-{sweep}", group=sweep, key=sweep, config=config, tags=tags)
+    about = RunInfo("report", f"report-{sweep}", group=sweep, key=sweep, config=config, tags=tags)
     with tracked(plain(cfg.logger), Path(cfg.paths.output_dir) / "runs", about) as track:
         track.table("report/rows", COLUMNS, (dataclasses.astuple(row) for row in rows))
         frame = named(rows)
         means = cells(frame)
         for data, group in frame.groupby("data", sort=True):
-            _tell_data(track, str(data), group, means[means["data"] == data])
+            _log_data(track, str(data), group, means[means["data"] == data])
 
 
-def _tell_data(track: Track, data: str, frame: pd.DataFrame, means: pd.DataFrame) -> None:
+def _log_data(track: RunLogger, data: str, frame: pd.DataFrame, means: pd.DataFrame) -> None:
     """Of one data set: its rows, and its cells, which are means over seeds."""
     bits, sizes = _curves(means, "avg_bits"), _curves(means, "size_bytes")
     points = _points(means, "size_bytes", "top1")

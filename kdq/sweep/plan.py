@@ -4,7 +4,7 @@
     wave 2 ...      models that need those: distilled students
     last wave       rows: every missing width of one model in one job
 
-Keys come from :func:`kdq.train_stage.planned` and :func:`kdq.quantize_stage.row_keys`, which the jobs themselves use:
+Keys come from :func:`kdq.stages.train.planned` and :func:`kdq.stages.quantize.row_keys`, which the jobs themselves use:
 what a wave leaves in the store is what the next one finds there.
 """
 
@@ -19,15 +19,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from kdq.cell import Cell
-from kdq.complaint import describe
-from kdq.deploy.stage import asked_columns
-from kdq.errors import KdqError
-from kdq.quantize_options import Width
-from kdq.quantize_stage import row_keys
-from kdq.results import has, read_rows
+from kdq.records.rows import has, read_rows
+from kdq.stages.cell import Cell
+from kdq.stages.deploy import asked_columns
+from kdq.stages.quantize import row_keys
+from kdq.stages.quantize_options import Width
+from kdq.stages.train import Model, planned
 from kdq.sweep.cost import model_work, row_work
-from kdq.train_stage import Model, planned
+from kdq.utils.errors import KdqError
+from kdq.utils.messages import describe
 
 Overrides = tuple[str, ...]
 #: From the overrides of a cell to its config.

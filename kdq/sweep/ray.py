@@ -12,10 +12,10 @@ import cloudpickle
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
-from kdq.complaint import describe
-from kdq.cores import usable_cores
-from kdq.errors import KdqError
 from kdq.sweep.task import Task, failed, folder, perform
+from kdq.utils.cpu import usable_cores
+from kdq.utils.errors import KdqError
+from kdq.utils.messages import describe
 
 #: Bytes that a Ray of our own keeps for objects: what jobs return is small.
 OBJECTS = 100_000_000

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdq.complaint import describe
-from kdq.failures import Failure, forget, read_failures, record
-from kdq.store import key_of
+from kdq.records.failures import Failure, forget, read_failures, record
+from kdq.records.store import key_of
 from kdq.sweep.plan import Job, Plan
 from kdq.sweep.status import Status, present
+from kdq.utils.messages import describe
 
 #: Runs jobs, given the overrides of each and the number of the first, and says how each ended.
 Launch = Callable[[list[list[str]], int], Sequence[Any]]

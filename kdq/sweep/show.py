@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from kdq.failures import Failure
+from kdq.records.failures import Failure
 from kdq.sweep.plan import Plan
 
 

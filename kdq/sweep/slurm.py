@@ -10,9 +10,9 @@ from typing import Any
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
-from kdq.complaint import describe
-from kdq.errors import KdqError
 from kdq.sweep.task import Task, failed, folder
+from kdq.utils.errors import KdqError
+from kdq.utils.messages import describe
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from tqdm import tqdm
 
-from kdq.failures import read_failures
-from kdq.results import has, read_rows
+from kdq.records.failures import read_failures
+from kdq.records.rows import has, read_rows
 from kdq.sweep.plan import Job, Plan
 from kdq.sweep.show import duration
 

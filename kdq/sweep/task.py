@@ -15,8 +15,8 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from kdq.complaint import describe
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
+from kdq.utils.messages import describe
 
 
 @dataclass

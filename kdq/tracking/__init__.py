@@ -1,1 +1,1 @@
-"""Weights & Biases: the run of a stage, the run of a sweep, the lineage of models, a saved workspace."""
+"""The log of a stage: W&B, CSV files or nowhere; the lineage of models, a saved workspace."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger
-
-from kdq.errors import KdqError
+from lightning.pytorch.loggers import Logger
 
 
 @dataclass(frozen=True)
-class About:
+class RunInfo:
     """What the run of a stage is found by.
 
     Attributes:
@@ -25,7 +22,7 @@ class About:
             its run.
         config: flat values: every axis of the grid, and what else affects the result.
         tags: what runs are filtered by.
-        inputs: the :func:`kdq.dashboard.names.reference` of each model that the stage takes.
+        inputs: the :func:`kdq.tracking.names.reference` of each model that the stage takes.
     """
 
     job_type: str
@@ -56,7 +53,7 @@ class Artifact:
     content: Callable[[], bytes] | None = None
 
 
-class Track:
+class RunLogger:
     """The log of one stage. This one keeps the metrics, in ``logger`` if there is one; W&B's keeps everything."""
 
     #: Where a W&B run lies on disk, to be browsed or synchronised; empty for others.
@@ -90,35 +87,6 @@ class Track:
 
     def made(self, artifact: Artifact) -> None:
         """The stage has made ``artifact``."""
-
-
-@contextmanager
-def tracked(logger: Mapping[str, Any], runs: Path, about: About) -> Iterator[Track]:
-    """The log of one stage, closed when the block ends; a block that raises leaves a failed run.
-
-    Args:
-        logger: the ``logger`` config: ``kind`` is ``wandb``, ``csv`` or ``none``.
-        runs: folder below which the logs are written.
-    """
-    kind = logger["kind"]
-    if kind == "none":
-        yield Track()
-    elif kind == "csv":
-        csv = CSVLogger(runs / "csv", name=f"{about.job_type}-{about.name}")
-        csv.log_hyperparams(dict(about.config))
-        status = "failed"
-        try:
-            yield Track(csv)
-            status = "success"
-        finally:
-            csv.finalize(status)
-    elif kind == "wandb":
-        from kdq.dashboard.run import wandb_run
-
-        with wandb_run(logger, runs, about) as track:
-            yield track
-    else:
-        raise KdqError(f"logger.kind={kind!r} is unknown: use logger=wandb, logger=csv or logger=none")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import WandbLogger
 from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 from wandb.sdk.lib.paths import LogicalPath
 
-from kdq.dashboard.names import run_id, valid_name
-from kdq.dashboard.resume import folder_id, next_step
-from kdq.errors import KdqError
-from kdq.tracking import About, Artifact, Track
+from kdq.tracking.names import run_id, valid_name
+from kdq.tracking.resume import folder_id, next_step
+from kdq.tracking.run import Artifact, RunInfo, RunLogger
+from kdq.utils.errors import KdqError
 
 log = logging.getLogger(__name__)
 # W&B's own process, inherited from a parent, would keep the run of a killed child open, and the child that goes on
@@ -34,7 +34,7 @@ TRAININGS = ("teacher", "distill")
 
 
 @contextmanager
-def wandb_run(logger: Mapping[str, Any], runs: Path, about: About) -> Iterator[Track]:
+def wandb_run(logger: Mapping[str, Any], runs: Path, about: RunInfo) -> Iterator[RunLogger]:
     """A run that is closed when the block ends: as failed if the block raises.
 
     Everything that it leaves lies below ``runs``, also what W&B would keep in the home folder until it is uploaded.
@@ -49,7 +49,7 @@ def wandb_run(logger: Mapping[str, Any], runs: Path, about: About) -> Iterator[T
     kept = str((runs / "wandb-data").absolute())
     with _environment({"WANDB_DATA_DIR": kept, "WANDB_CACHE_DIR": kept}):
         run, first_step = _start(logger, mode, runs, about)
-        track = WandbTrack(run, upload, first_step)
+        track = WandbRunLogger(run, upload, first_step)
         exit_code = 1
         try:
             track.starts(about)
@@ -59,7 +59,7 @@ def wandb_run(logger: Mapping[str, Any], runs: Path, about: About) -> Iterator[T
             _finish(run, exit_code)
 
 
-class WandbTrack(Track):
+class WandbRunLogger(RunLogger):
     """Everything that a stage tells, in a W&B run. Where W&B fails, it is told once and the stage goes on."""
 
     def __init__(self, run: wandb.Run, upload: str, first_step: int | None = None) -> None:
@@ -67,7 +67,7 @@ class WandbTrack(Track):
         self.folder = "" if run.disabled else str(Path(run.dir).parent)
         super().__init__(_Logger(self))
 
-    def starts(self, about: About) -> None:
+    def starts(self, about: RunInfo) -> None:
         """Say over what curves are drawn, and which models the stage takes."""
         if about.job_type in TRAININGS:
             # What WandbLogger does for runs of its own making. No other job type gets a pattern: it would clash with
@@ -141,7 +141,7 @@ class WandbTrack(Track):
 class _Logger(WandbLogger):
     """For Lightning: metrics through ``track``."""
 
-    def __init__(self, track: WandbTrack) -> None:
+    def __init__(self, track: WandbRunLogger) -> None:
         super().__init__(experiment=track.run)
         self._track = track
 
@@ -153,7 +153,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> wandb.Table
     return wandb.Table(columns=list(columns), data=[list(row) for row in rows])
 
 
-def _start(logger: Mapping[str, Any], mode: str, runs: Path, about: About) -> tuple[wandb.Run, int | None]:
+def _start(logger: Mapping[str, Any], mode: str, runs: Path, about: RunInfo) -> tuple[wandb.Run, int | None]:
     """The run, and the step of its first row where W&B would not know it."""
     offline, name = mode == "offline", run_id(about.job_type, about.key, folder_id(runs))
     first_step = next_step(runs, name) if offline else None

@@ -7,7 +7,7 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from kdq.dashboard.names import BYTES, pareto_curve
+from kdq.tracking.names import BYTES, pareto_curve
 
 #: The loss terms of all methods.
 TERMS = ("ce", "kl", "tckd", "nckd")

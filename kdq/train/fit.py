@@ -22,14 +22,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from tqdm import tqdm
 
-from kdq.cluster import environment
 from kdq.data.images import Images
 from kdq.data.module import ImageDataModule
-from kdq.distill.baseline import Baseline
-from kdq.errors import KdqError
-from kdq.files import replacing
-from kdq.progress import progress
-from kdq.vitals import Vitals
+from kdq.distill.module import Baseline
+from kdq.train.monitor import Monitor
+from kdq.train.slurm import environment
+from kdq.utils.errors import KdqError
+from kdq.utils.files import replacing
+from kdq.utils.progress import progress
 
 #: Lightning's names of the precisions that a training may have.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
@@ -79,7 +79,7 @@ class KeepBest(Callback):
                     f"lower the learning rate (recipe.lr={pl_module.recipe.lr}) or set recipe.clip_grad=1"
                 )
             if name not in self.best or top1 >= self.best[name].top1:
-                state = learner.product.state_dict()
+                state = learner.eval_network.state_dict()
                 plain = torch.contiguous_format
                 weights = {key: tensor.detach().cpu().clone(memory_format=plain) for key, tensor in state.items()}
                 self.best[name] = Best(top1, trainer.current_epoch, weights)
@@ -155,7 +155,7 @@ def fit(
     Args:
         module: carries its networks, its recipe, its seed and its losses.
         trainer: the ``trainer`` config: ``accelerator, devices, num_nodes, strategy, precision, compile``. With several
-            devices this process must be one of :mod:`kdq.processes`.
+            devices this process must be one of :mod:`kdq.stages.train_processes`.
         work: where the checkpoint of the last finished epoch lives; a training found there is continued.
 
     Raises:
@@ -169,7 +169,7 @@ def fit(
         best,
         _SeedEpoch(module.seed),
         _Progress(title),
-        Vitals(every),
+        Monitor(every),
         ModelCheckpoint(work, "last", save_on_train_epoch_end=True, enable_version_counter=False),
     ]
     lightning = _trainer(

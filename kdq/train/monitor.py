@@ -10,11 +10,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from kdq.distill.baseline import Baseline
-from kdq.errors import KdqError
+from kdq.distill.module import Baseline
+from kdq.utils.errors import KdqError
 
 
-class Vitals(Callback):
+class Monitor(Callback):
     """Logs after ``every`` steps and at the end of each epoch; between these the host never waits for the device.
 
     ``train/loss`` and its named terms are those of the last step; ``train/lr`` (one for each learner);

@@ -3,7 +3,7 @@ others only train.
 
     task 0                                          tasks 1..n-1
     runs the command                                wait for orders
-    for each training: publishes an order, and      start python -m kdq.processes JOB.json with Slurm's rank,
+    for each training: publishes an order, and      start a process of the training with Slurm's rank,
     starts its own process like the others          report how it ended
     ends                                            end, also when task 0 was killed: its connection breaks
 
@@ -26,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 if TYPE_CHECKING:  # torch is slow to import, and most commands have one task
     from lightning.fabric.plugins.environments import ClusterEnvironment
@@ -162,7 +162,7 @@ def _follow() -> None:
 
 
 def _start(order: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-    """This task's process of a training. It ends with this one: see :mod:`kdq.processes`."""
+    """This task's process of a training. It ends with this one: see :mod:`kdq.stages.train_processes`."""
     address, _ = _place()
     own = {
         "MASTER_ADDR": address,
@@ -172,7 +172,7 @@ def _start(order: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1")),
     }
-    command = [sys.executable, "-m", "kdq.processes", str(order["job"])]
+    command = [sys.executable, "-m", "kdq.stages.train_processes", str(order["job"])]
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | own)
 
 

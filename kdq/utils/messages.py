@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
 import re
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kdq.errors import KdqError, no_module
-
-_CHECKOUT = Path(__file__).resolve().parent.parent / "conf"
-#: The repository's conf/ in a checkout, the copy inside the package once installed.
-CONFIG_PATH = str(_CHECKOUT) if (_CHECKOUT / "config.yaml").is_file() else "pkg://kdq.conf"
+from kdq.utils.config import compose
+from kdq.utils.errors import KdqError, no_module
 
 #: Choices that plugins of Hydra bring, and the extra of kdq that installs each.
 _PLUGINS = {"hydra/sweeper=optuna": "optuna", "hydra/launcher=joblib": "joblib"}
@@ -92,20 +86,6 @@ def _options_beside(key: str) -> tuple[str, list[str]]:
             break
         node, inside = node[name], f"{inside}{name}."
     return inside, [str(name) for name in node]
-
-
-def compose(overrides: list[str], *defaults: str) -> Any:
-    """The config as ``kdq`` would have it with these overrides, outside of a Hydra application.
-
-    Args:
-        defaults: overrides that the given ones may replace.
-    """
-    overrides = [*defaults, *overrides]
-    if os.path.isabs(CONFIG_PATH):
-        with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-            return hydra.compose("config", overrides)
-    with hydra.initialize_config_module(CONFIG_PATH.removeprefix("pkg://"), version_base="1.3"):
-        return hydra.compose("config", overrides)
 
 
 def _nearest(name: str, options: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Which kdq made a result."""
+"""Which kdq made a result: its version and its commit."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import kdq
+__version__ = "0.1.0"
 
 
 @cache
 def git_sha() -> str:
     """The commit of kdq's own checkout, with ``+`` when it has local changes; empty for an installed package."""
-    folder = Path(kdq.__file__).parent.parent
+    folder = Path(__file__).parent.parent.parent
     if not (folder / ".git").exists():
         return ""
     try:

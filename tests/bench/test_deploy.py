@@ -11,7 +11,7 @@ import torch
 from kdq.bench.deploy import main, static
 from kdq.deploy.onnx_files import onnx_models
 from kdq.models import CifarResNet
-from kdq.results import read_rows
+from kdq.records.rows import read_rows
 from tests.conftest import TINY
 
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from kdq.bench.loops import Step, random_images
 from kdq.bench.train import gflops_per_image, roofline
-from kdq.distill.baseline import Baseline
+from kdq.distill.config import TrainConfig
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
-from kdq.distill.moment import Moment
-from kdq.distill.recipe import Recipe
+from kdq.distill.module import Baseline
+from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
 
-RECIPE = Recipe(epochs=1, batch_size=16, lr=0.01)
+RECIPE = TrainConfig(epochs=1, batch_size=16, lr=0.01)
 KINDS: dict[str, tuple[type[Baseline], dict[str, Any]]] = {
     "baseline": (Baseline, {}),
     "vkd": (VKD, {"alpha": 0.9, "temperature": 4.0}),
@@ -42,7 +42,7 @@ def test_the_loops_take_the_loss_that_kdq_takes(method: str) -> None:
         terms = [module.terms(mine, theirs, labels, 1.0), module.terms(theirs, mine, labels, 1.0)]
         expected = sum(sum(part.values()) for part in terms)
     else:
-        expected = sum(module.losses(images, labels, Moment(step=1, steps=2))[0].values())
+        expected = sum(module.losses(images, labels, TrainingProgress(step=1, steps=2))[0].values())
     loss, _ = Step(method, network(1), network(2), "32-true")(images, labels)
     torch.testing.assert_close(loss, torch.as_tensor(expected).detach())
 

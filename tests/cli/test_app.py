@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError
 
 import kdq
-from kdq.complaint import describe
 from kdq.data.images import Images
 from kdq.data.sets import digits
-from kdq.evaluate import evaluate
+from kdq.utils.messages import describe
+from kdq.utils.metrics import evaluate
 from tests.conftest import TINY, data_config
 
 #: Columns that hold what a run took, or where it was, and not what it found.
@@ -142,7 +142,10 @@ def test_rtn_none_excluded_layers_and_an_alphabet_of_ones_own(cli: Any, tmp_path
         ["quant=none"],
         ["quant=rtn", "quant.bits=3"],
         ["quant=gpfq", "quant.bits=3", "quant.keep_float=[layer1]"],
-        ["quant.name=wide", "quant.alphabet={_target_: kdq.quant.alphabets.paper, _partial_: true, scalar: 1.5}"],
+        [
+            "quant.name=wide",
+            "quant.alphabet={_target_: kdq.quant.solvers.alphabets.paper, _partial_: true, scalar: 1.5}",
+        ],
     ):
         code, _, err = cli("method=baseline", *TINY, *quant)
         assert code == 0, err

@@ -13,7 +13,7 @@ from kdq.data.loader import EvalLoader, TrainLoader
 from kdq.data.sets import digits
 from kdq.data.source import Resident, Streamed, source
 from kdq.data.split import split
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 from tests.conftest import data_config
 
 

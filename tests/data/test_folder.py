@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from kdq.data.folder import class_names, image_folder
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 @pytest.fixture

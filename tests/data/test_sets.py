@@ -17,7 +17,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from kdq.data.sets import cifar10, cifar100, digits, fashion_mnist
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 def test_digits_are_scikit_learns_images_on_eight_bits() -> None:

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 import kdq
+from kdq.cli.export import main
 from kdq.data.folder import _decode
 from kdq.data.images import Images
 from kdq.data.sets import digits
-from kdq.deploy.export import main
 from kdq.deploy.runtime import session, top1
-from kdq.results import read_rows
+from kdq.records.rows import read_rows
 from tests.conftest import TINY, data_config
 
 ROOT = Path(__file__).parent.parent.parent

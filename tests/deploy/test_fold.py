@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdq.quant.alphabets import ALPHABETS
-from kdq.quant.fold import batchnorm_affine, folded, int8_weight
-from kdq.quant.weights import QuantizedWeight
+from kdq.deploy.fold import batchnorm_affine, folded, int8_weight
+from kdq.quant.packing.weights import QuantizedWeight
+from kdq.quant.solvers.alphabets import ALPHABETS
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.baseline import Baseline
-from kdq.distill.recipe import Recipe
+from kdq.distill.config import TrainConfig
+from kdq.distill.module import Baseline
 
 
 def network(seed: int) -> nn.Module:
@@ -35,7 +35,7 @@ def make() -> Callable[..., Any]:
     def build(method: type[Baseline], recipe: dict[str, Any] | None = None, **options: Any) -> Any:
         others = {name: network(seed) for name, seed in (("teacher", 2), ("peer", 3)) if name in method.takes}
         values = {"epochs": 2, "batch_size": 12, "lr": 0.1} | (recipe or {})
-        return method(network(1), Recipe(**values), 5, 0, **(others | options))
+        return method(network(1), TrainConfig(**values), 5, 0, **(others | options))
 
     return build
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from kdq.distill.recipe import SCHEDULES, Recipe
-from kdq.errors import KdqError
+from kdq.distill.config import SCHEDULES, TrainConfig
+from kdq.utils.errors import KdqError
 
 
-def recipe(**changes: Any) -> Recipe:
-    return Recipe(**({"epochs": 10, "batch_size": 32, "lr": 0.1} | changes))
+def recipe(**changes: Any) -> TrainConfig:
+    return TrainConfig(**({"epochs": 10, "batch_size": 32, "lr": 0.1} | changes))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdq.distill.dml import DML
 from kdq.distill.losses import mutual_loss
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 def sides(module: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,13 @@ from torch import nn
 
 from kdq.data.images import Images
 from kdq.data.sets import digits
-from kdq.distill.baseline import Baseline
+from kdq.distill.config import TrainConfig
 from kdq.distill.dkd import DKD
-from kdq.distill.recipe import Recipe
+from kdq.distill.module import Baseline
 from kdq.distill.vkd import VKD
-from kdq.evaluate import evaluate
-from kdq.fit import fit
 from kdq.models import CifarResNet
+from kdq.train.fit import fit
+from kdq.utils.metrics import evaluate
 from tests.conftest import data_config
 
 SEEDS = (0, 1, 2)
@@ -28,7 +28,7 @@ def labelled(train_limit: int | None) -> Images:
 
 
 def trained(
-    work: Path, method: type[Baseline], images: Images, recipe: Recipe, width: float, seed: int, **options: Any
+    work: Path, method: type[Baseline], images: Images, recipe: TrainConfig, width: float, seed: int, **options: Any
 ) -> tuple[nn.Module, float]:
     """The best network on validation, and its top-1 on the test images."""
     torch.manual_seed(seed)
@@ -40,10 +40,10 @@ def trained(
 
 def test_a_taught_student_beats_the_baseline_with_few_labels(tmp_path: Path) -> None:
     """A hundred labels for the students; the teacher has seen all 1 294."""
-    lesson = Recipe(epochs=15, batch_size=32, lr=0.1)
+    lesson = TrainConfig(epochs=15, batch_size=32, lr=0.1)
     teacher, score = trained(tmp_path / "teacher", Baseline, labelled(None), lesson, 1.0, 0)
     assert score > 97
-    images, recipe = labelled(100), Recipe(epochs=60, batch_size=20, lr=0.05)
+    images, recipe = labelled(100), TrainConfig(epochs=60, batch_size=20, lr=0.05)
     methods: dict[str, tuple[type[Baseline], dict[str, Any]]] = {
         "baseline": (Baseline, {}),
         "vkd": (VKD, {"teacher": teacher, "alpha": 0.9, "temperature": 4.0}),

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.distill.baseline import Baseline
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
 from kdq.distill.losses import distillation_kl, dkd_loss, kd_loss, standardized
 from kdq.distill.mixup import Mixup, mix
-from kdq.distill.moment import Moment
+from kdq.distill.module import Baseline
+from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 Gradients = Callable[..., dict[str, Tensor]]
 TAUGHT: dict[type[Baseline], dict[str, Any]] = {
@@ -28,9 +28,9 @@ TAUGHT: dict[type[Baseline], dict[str, Any]] = {
 }
 
 
-def total(module: Baseline, batch: tuple[Tensor, Tensor], moment: Moment | None = None) -> Tensor:
+def total(module: Baseline, batch: tuple[Tensor, Tensor], moment: TrainingProgress | None = None) -> Tensor:
     torch.manual_seed(7)
-    terms, _ = module.losses(*batch, moment or Moment())
+    terms, _ = module.losses(*batch, moment or TrainingProgress())
     return torch.stack(list(terms.values())).sum()
 
 
@@ -45,21 +45,21 @@ def test_vkd_is_the_loss_of_hinton(make: Callable[..., Any], batch: tuple[Tensor
 
 
 def test_vkd_without_its_teacher_is_the_baseline(make: Callable[..., Any], gradients: Gradients) -> None:
-    moment = Moment(epoch=1, epochs=2)
+    moment = TrainingProgress(epoch=1, epochs=2)
     taught, alone = make(VKD, alpha=0.0, temperature=4.0), make(Baseline)
     torch.testing.assert_close(gradients(taught, moment), gradients(alone, moment), rtol=0, atol=0)
 
 
 def test_a_trainer_may_go_on_beyond_the_recipe(make: Callable[..., Any]) -> None:
-    assert Moment(epoch=1, epochs=2, step=1, steps=4).progress == 0.625
-    assert Moment(epoch=3, epochs=1).progress == 1
-    assert make(DML, schedule="kl_first").weight_at(Moment(epoch=3, epochs=1).progress) == 0  # not below
+    assert TrainingProgress(epoch=1, epochs=2, step=1, steps=4).progress == 0.625
+    assert TrainingProgress(epoch=3, epochs=1).progress == 1
+    assert make(DML, schedule="kl_first").weight_at(TrainingProgress(epoch=3, epochs=1).progress) == 0  # not below
 
 
 @pytest.mark.parametrize(("progress", "weight"), [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.75, 1.0)])
 def test_dkd_warms_up(make: Callable[..., Any], batch: tuple[Tensor, Tensor], progress: float, weight: float) -> None:
     module = make(DKD, **TAUGHT[DKD])
-    moment = Moment(epoch=int(progress * 4), epochs=4)
+    moment = TrainingProgress(epoch=int(progress * 4), epochs=4)
     expected = dkd_loss(*logits(module, batch[0]), batch[1], 1.0, 8.0, 4.0, warmup=weight)
     torch.testing.assert_close(total(module, batch, moment), expected)
 
@@ -67,7 +67,7 @@ def test_dkd_warms_up(make: Callable[..., Any], batch: tuple[Tensor, Tensor], pr
 def test_mixup_with_lambda_one_is_vkd(
     make: Callable[..., Any], gradients: Gradients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moment = Moment(epoch=1, epochs=2, step=3, steps=9)
+    moment = TrainingProgress(epoch=1, epochs=2, step=3, steps=9)
     vkd = gradients(make(VKD, **TAUGHT[VKD]), moment)
     torch.testing.assert_close(gradients(make(Mixup, mixup_alpha=0.0, **TAUGHT[Mixup]), moment), vkd)
     monkeypatch.setattr(Mixup, "draw", lambda self, count, moment: torch.ones(count))
@@ -76,7 +76,7 @@ def test_mixup_with_lambda_one_is_vkd(
 
 def test_mixup_shows_both_networks_one_mixture(make: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> None:
     """The loss, written out for the pairs (0, 1), (2, 3), ... and one lambda."""
-    module, moment = make(Mixup, **TAUGHT[Mixup]), Moment(step=5, steps=9)
+    module, moment = make(Mixup, **TAUGHT[Mixup]), TrainingProgress(step=5, steps=9)
     seen: list[Tensor] = []
     for network in (module.student.network, module.teacher.network):
         network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -93,10 +93,10 @@ def test_mixup_shows_both_networks_one_mixture(make: Callable[..., Any], batch: 
 
 def test_mixup_draws_by_moment_alone(make: Callable[..., Any]) -> None:
     module = make(Mixup, **TAUGHT[Mixup])
-    moment = Moment(epoch=3, step=4, steps=9)
+    moment = TrainingProgress(epoch=3, step=4, steps=9)
     assert torch.equal(module.draw(6, moment), module.draw(6, moment))
     assert len(module.draw(6, moment).unique()) == 1
-    others = [Moment(epoch=3, step=5, steps=9), Moment(epoch=4, step=4, steps=9)]
+    others = [TrainingProgress(epoch=3, step=5, steps=9), TrainingProgress(epoch=4, step=4, steps=9)]
     assert all(not torch.equal(module.draw(6, moment), module.draw(6, other)) for other in others)
 
 
@@ -104,9 +104,9 @@ def test_mixup_per_sample_is_the_same_over_two_processes(
     make: Callable[..., Any], batch: tuple[Tensor, Tensor]
 ) -> None:
     module = make(Mixup, per_sample=True, **TAUGHT[Mixup])
-    whole = module.draw(12, Moment(step=1, steps=9))
+    whole = module.draw(12, TrainingProgress(step=1, steps=9))
     assert len(whole.unique()) == 12
-    halves = [module.draw(6, Moment(step=1, steps=9, rank=rank, world_size=2)) for rank in (0, 1)]
+    halves = [module.draw(6, TrainingProgress(step=1, steps=9, rank=rank, world_size=2)) for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), whole)
     mixed = [mix(part, lam) for part, lam in zip(batch[0].split(6), halves, strict=True)]
     assert torch.equal(torch.cat(mixed), mix(batch[0], whole))
@@ -142,7 +142,7 @@ def test_standardize_compares_z_scores(
 ) -> None:
     """The cross-entropy keeps the raw logits, the teacher's part sees z-scores."""
     module = make(method, standardize=True, **TAUGHT[method])
-    moment = Moment(epoch=1, epochs=2)
+    moment = TrainingProgress(epoch=1, epochs=2)
     student, teacher = logits(module, batch[0])
     kl = distillation_kl(standardized(student), standardized(teacher), 4.0)
     if method is VKD:
@@ -160,9 +160,9 @@ def test_label_smoothing_reaches_every_method(
     options = TAUGHT.get(method, {})
     plain, smooth = make(method, **options), make(method, recipe={"label_smoothing": 0.2}, **options)
     torch.manual_seed(7)
-    plain_ce = plain.losses(*batch, Moment())[0]["ce"]
+    plain_ce = plain.losses(*batch, TrainingProgress())[0]["ce"]
     torch.manual_seed(7)
-    assert smooth.losses(*batch, Moment())[0]["ce"] != plain_ce
+    assert smooth.losses(*batch, TrainingProgress())[0]["ce"] != plain_ce
 
 
 @pytest.mark.parametrize("method", TAUGHT)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from kdq.errors import KdqError
-from kdq.models import CifarResNet, WhitenedNet, build, build_trusted, resnet18, resnet34, resnet50
+from kdq.models.build import CifarResNet, WhitenedNet, build, build_trusted, resnet18, resnet34, resnet50
+from kdq.utils.errors import KdqError
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torchvision.models import ResNet18_Weights, resnet18
 
-from kdq.errors import KdqError
-from kdq.models import build
-from kdq.pretrained import load_imagenet
+from kdq.models.build import build
+from kdq.models.pretrained import load_imagenet
+from kdq.utils.errors import KdqError
 
 
 def net(**changes: Any) -> dict[str, Any]:

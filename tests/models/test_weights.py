@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kdq.errors import KdqError
 from kdq.models import resnet18, resnet50
-from kdq.weights import load_weights, locate, read_state_dict
+from kdq.models.weights import load_weights, locate, read_state_dict
+from kdq.utils.errors import KdqError
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import kdq
 from kdq import KdqError
 from kdq.quant import tape
 from kdq.quant.activations import ActivationQuantizer, Histogram
-from kdq.quant.layer import QUANTIZABLE
+from kdq.quant.calibrate.layer import QUANTIZABLE
 from kdq.quant.network import quantize_widths
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import kdq
 from kdq import KdqError
 from kdq.bench import literal
+from kdq.quant.calibrate.chunks import in_chunks
 from kdq.quant.network import quantize, quantize_widths
-from kdq.quant.tape import in_chunks
 
 Conv = Callable[..., nn.Module]
 

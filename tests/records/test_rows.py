@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kdq.results import COLUMNS, Row, read_rows, write_row
+from kdq.records.rows import COLUMNS, Row, read_rows, write_row
 from tests.rows import ROW
 
 

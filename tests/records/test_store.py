@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdq.errors import KdqError
-from kdq.store import LEASE_SECONDS, Store, key_of
+from kdq.records.store import LEASE_SECONDS, Store, key_of
+from kdq.utils.errors import KdqError
 
 SPEC = {"stage": "train", "seed": 0, "recipe": {"lr": 0.1, "epochs": 2}}
 
@@ -94,10 +94,10 @@ _SCRIPT = """
     if sys.argv[3]:
         socket.gethostname = lambda: sys.argv[3]
     import torch
-    import kdq.store
-    from kdq.store import Store
+    import kdq.records.store
+    from kdq.records.store import Store
     root = Path(sys.argv[1])
-    kdq.store.LEASE_SECONDS = float(sys.argv[4])
+    kdq.records.store.LEASE_SECONDS = float(sys.argv[4])
     def make(work):
         with open(root / "trainings", "a") as log:
             log.write(f"{os.getpid()}\\n")
@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
         import resource, signal, sys
         from pathlib import Path
         import torch
-        from kdq.store import Store
+        from kdq.records.store import Store
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         def make(work):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
         try:
             Store(Path(sys.argv[1])).get_or_make({"seed": 0}, "net", make)
         except Exception as error:
-            from kdq.complaint import describe
+            from kdq.utils.messages import describe
             print(describe(error))
     """)
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100)

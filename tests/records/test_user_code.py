@@ -10,15 +10,15 @@ from pathlib import Path
 import hydra
 import pytest
 
-from kdq.app import CONFIG_PATH
-from kdq.cell import Cell
-from kdq.own_code import own_code
-from kdq.quantize_stage import row_keys
-from kdq.train_stage import planned
-from tests.test_train_stage import SMALL
+from kdq.cli.app import CONFIG_PATH
+from kdq.records.user_code import user_code
+from kdq.stages.cell import Cell
+from kdq.stages.quantize import row_keys
+from kdq.stages.train import planned
+from tests.stages.test_train import SMALL
 
 NET = "import kdq.models\ndef net(**options): return kdq.models.CifarResNet(**options)\n"
-SOLVER = "from kdq.quant.rtn import rtn\nmine = rtn\n"
+SOLVER = "from kdq.quant.solvers.rtn import rtn\nmine = rtn\n"
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_only_files_of_ones_own_count(own: Path) -> None:
     digest = hashlib.sha256(NET.encode()).hexdigest()
-    found = own_code({"net": {"_target_": "own_net.net"}, "more": [{"_target_": "own_net.Class.make"}]})
+    found = user_code({"net": {"_target_": "own_net.net"}, "more": [{"_target_": "own_net.Class.make"}]})
     assert found == {"code": {"own_net": digest}}
-    found = own_code([{"_target_": "hydra.utils.get_method", "path": "own_package.own_solver.mine"}])
+    found = user_code([{"_target_": "hydra.utils.get_method", "path": "own_package.own_solver.mine"}])
     assert list(found["code"]) == ["own_package.own_solver"]
-    installed = ("torchvision.models.resnet18", "kdq.distill.baseline.Baseline", "json.loads", "len", "nowhere.at.all")
-    assert own_code(*({"_target_": name} for name in installed), None, 3, "own_net.net", os.fspath(own)) == {}
+    installed = ("torchvision.models.resnet18", "kdq.distill.module.Baseline", "json.loads", "len", "nowhere.at.all")
+    assert user_code(*({"_target_": name} for name in installed), None, 3, "own_net.net", os.fspath(own)) == {}
 
 
 def test_models_and_rows_change_with_the_code_that_they_call(own: Path, tmp_path: Path) -> None:

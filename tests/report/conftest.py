@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kdq.results import Row, write_row
+from kdq.records.rows import Row, write_row
 from tests.rows import ROW
 
 #: Names that rows may hold, and that must come out as the text they are.

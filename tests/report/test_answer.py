@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 import scipy.stats
 
+from kdq.records.rows import Row
 from kdq.report import answer
 from kdq.report.cells import by_seed, named
-from kdq.results import Row
 
 ACCURACY = {
     "teacher": {2: (80, 82), 4: (94, 96), "float": (97, 97)},

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import kdq
+from kdq.records.rows import Row
 from kdq.report import write_report
 from kdq.report.cells import cells, named, pareto
 from kdq.report.write import Material, write_page
-from kdq.results import Row
 
 CHROMIUM = shutil.which("chromium")
 CHROMEDRIVER = shutil.which("chromedriver")

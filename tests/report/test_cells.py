@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from kdq.records.rows import Row
 from kdq.report.cells import by_seed, cells, missing, named, pareto, printable, size_name, width_name
-from kdq.results import Row
 
 
 def test_means_and_spread_are_over_seeds(row: Callable[..., Row]) -> None:

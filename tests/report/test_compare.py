@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kdq.records.rows import Row
 from kdq.report import main
 from kdq.report.compare import compare, summary
-from kdq.results import Row
 
 
 def test_cells_are_matched_by_their_axes(row: Callable[..., Row]) -> None:

@@ -13,10 +13,10 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
+from kdq.records.rows import Row, read_rows
 from kdq.report import write_report
 from kdq.report.tables import accuracy_table
 from kdq.report.write import Material, write_page
-from kdq.results import Row, read_rows
 
 
 class _Elements(HTMLParser):

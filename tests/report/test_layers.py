@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import kdq
-from kdq.quant.mixed import search_bits
+from kdq.quant.bitsearch.mixed import search_bits
+from kdq.records.rows import Row
 from kdq.report.layers import frontiers, mixed_widths
-from kdq.results import Row
 
 
 @pytest.fixture(scope="module")

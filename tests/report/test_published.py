@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kdq.records.rows import Row
 from kdq.report.cells import cells, named
 from kdq.report.figures import write_figures
 from kdq.report.published import beside, distilled_beside, study, study_data, warnings
-from kdq.results import Row
 
 
 def test_they_stand_beside_equal_cells_with_their_levels(row: Callable[..., Row]) -> None:

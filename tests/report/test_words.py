@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from kdq.records.rows import Row
 from kdq.report.cells import by_seed, named
 from kdq.report.words import Statement, statements, without_repeats
-from kdq.results import Row
 
 
 def _said(rows: list[Row]) -> list[Statement]:

@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 import kdq.report.html
-from kdq.failures import Failure, forget, record
+from kdq.records.failures import Failure, forget, record
+from kdq.records.rows import COLUMNS, Row, read_rows, table
 from kdq.report import accuracy_table, main, write_report
 from kdq.report.tables import fitting_tables
 from kdq.report.write import Material
-from kdq.results import COLUMNS, Row, read_rows, table
 
 FIGURES = ("accuracy_vs_bits", "accuracy_vs_total_bits", "accuracy_vs_bytes", "accuracy_vs_latency", "drop_vs_bits")
 FILES = {"results.csv", "results.parquet", "report.md", "report.html"} | {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from kdq.weights import file_digest
+from kdq.utils.files import file_digest
 
 pytestmark = [
     pytest.mark.slurm,

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torchvision.models import ResNet18_Weights, resnet18
 
-import kdq.train_stage
-from kdq.app import CONFIG_PATH
-from kdq.cell import Cell
-from kdq.errors import KdqError
-from kdq.fit import Best
+import kdq.stages.train
+from kdq.cli.app import CONFIG_PATH
 from kdq.models import WhitenedNet
-from kdq.pipeline import run
-from kdq.train_stage import float_model
-from kdq.training import TrainingSpec
+from kdq.stages.cell import Cell
+from kdq.stages.pipeline import run
+from kdq.stages.train import float_model
+from kdq.stages.training import TrainingSpec
+from kdq.train.fit import Best
+from kdq.utils.errors import KdqError
 
 SMALL = [
     "data.train_limit=64",
@@ -48,13 +48,13 @@ def entries(output: Path) -> list[str]:
 def specs(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSpec]:
     """The trainings that are run, in order."""
     seen: list[TrainingSpec] = []
-    real = kdq.train_stage.run_training
+    real = kdq.stages.train.run_training
 
     def record(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, Best], dict[str, Any]]:
         seen.append(spec)
         return real(cell, spec, work)
 
-    monkeypatch.setattr(kdq.train_stage, "run_training", record)
+    monkeypatch.setattr(kdq.stages.train, "run_training", record)
     return seen
 
 
@@ -130,7 +130,7 @@ def test_the_better_student_of_dml_is_published(
         scores = {"student": student, "peer": peer}
         return {name: Best(scores[name], 0, states[name]) for name in states}, {"train_seconds": 1.0}
 
-    monkeypatch.setattr(kdq.train_stage, "run_training", trained)
+    monkeypatch.setattr(kdq.stages.train, "run_training", trained)
     asked = cell(tmp_path, "method=dml", "+model@method.peer=resnet32", "method.peer.net.width=0.25")
     (row,) = run(asked.cfg)
     loser = "peer" if winner == "student" else "student"

@@ -14,8 +14,8 @@ import wandb
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from tests.cli.test_app import CIRCUMSTANCES
 from tests.conftest import TINY
-from tests.test_app import CIRCUMSTANCES
 
 
 def _state() -> dict[str, Any]:

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-import kdq.app
-from kdq.store import Store
-from kdq.weights import file_digest
+import kdq.cli.app
+from kdq.records.store import Store
+from kdq.utils.files import file_digest
+from tests.cli.test_app import CIRCUMSTANCES
 from tests.conftest import TINY
-from tests.test_app import CIRCUMSTANCES
 
 KILLS = 24
 ARGUMENTS = [
@@ -44,18 +44,18 @@ def _command(output: Path) -> None:
             log.write(f"{self.path(spec, slug).name}\n")
 
     Store._publish = noted  # type: ignore[method-assign]
-    kdq.app.finish = lambda *_: None  # the report, which is made from the rows
+    kdq.cli.app.finish = lambda *_: None  # the report, which is made from the rows
 
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     sys.argv = ["kdq", "-m", "method=vkd", *ARGUMENTS, f"paths.output_dir={output}"]
-    kdq.app.main()
+    kdq.cli.app.main()
 
 
 def _context() -> ForkServerContext:
     context = get_context("forkserver")
-    context.set_forkserver_preload(["kdq.app", "kdq.pipeline", "kdq.sweep.run", "tests.sweep.test_kill"])
+    context.set_forkserver_preload(["kdq.cli.app", "kdq.stages.pipeline", "kdq.sweep.run", "tests.sweep.test_kill"])
     return context
 
 

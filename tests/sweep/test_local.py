@@ -15,8 +15,8 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
-from kdq.errors import KdqError
 from kdq.sweep.local import Share, launch, shares, usable_gpus
+from kdq.utils.errors import KdqError
 from tests.conftest import TINY
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kdq.results import Row, read_rows
+from kdq.records.rows import Row, read_rows
 from tests.conftest import TINY
 from tests.offline_runs import OfflineRun, offline_runs
 
@@ -25,7 +25,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[OfflineR
     """Two widths of a teacher and of the student that dkd makes of it, and a bit search, in one process."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from kdq.app import main
+    from kdq.cli.app import main
 
     output = tmp_path_factory.mktemp("sweep")
     with pytest.MonkeyPatch.context() as patch:

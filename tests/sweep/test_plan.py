@@ -12,12 +12,12 @@ import pytest
 from hydra.errors import HydraException
 from rich.console import Console
 
-from kdq.cell import Cell
-from kdq.complaint import compose
-from kdq.pipeline import run, train
+from kdq.stages.cell import Cell
+from kdq.stages.pipeline import run, train
+from kdq.stages.train import planned
 from kdq.sweep.plan import Overrides, Plan, make_plan
 from kdq.sweep.show import cost, duration, print_plan
-from kdq.train_stage import planned
+from kdq.utils.config import compose
 from tests.conftest import TINY
 
 METHODS = ("teacher", "baseline", "vkd", "mixup", "dml", "dkd")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_app import CIRCUMSTANCES
 from tests.conftest import TINY
-from tests.test_app import CIRCUMSTANCES
 
 pytest.importorskip("ray")
 

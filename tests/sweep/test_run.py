@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kdq.complaint import compose
-from kdq.failures import Failure, read_failures, record
-from kdq.pipeline import run, train
-from kdq.results import write_row
+from kdq.records.failures import Failure, read_failures, record
+from kdq.records.rows import write_row
+from kdq.stages.pipeline import run, train
 from kdq.sweep.plan import Plan, make_plan
 from kdq.sweep.run import run_plan
 from kdq.sweep.show import failure_lines
 from kdq.sweep.status import Status, present
+from kdq.utils.config import compose
 from tests.conftest import TINY
 from tests.rows import ROW
 

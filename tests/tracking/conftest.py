@@ -8,7 +8,7 @@ import pytest
 import wandb
 from wandb.sdk.lib import wbauth
 
-from kdq.dashboard import run
+from kdq.tracking import run
 from tests.wandb_server import WandbServer, wandb_server
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kdq.quantize_track import DEPLOYED
-from kdq.results import Row, read_rows
+from kdq.records.rows import Row, read_rows
+from kdq.stages.quantize_log import DEPLOYED
 from tests.conftest import TINY
 from tests.offline_runs import OfflineRun, offline_runs
 

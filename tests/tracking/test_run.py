@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from kdq.errors import KdqError
-from kdq.tracking import About, Artifact, Track, flat, tracked
+from kdq.tracking.open import tracked
+from kdq.tracking.run import Artifact, RunInfo, RunLogger, flat
+from kdq.utils.errors import KdqError
 
 
-def _tell_everything(track: Track) -> None:
+def _tell_everything(track: RunLogger) -> None:
     track.axis("bits", ["top1"])
     track.metrics({"bits": 4, "top1": 97.0})
     track.summary({"top1": 97.0})
@@ -25,7 +26,7 @@ def _tell_everything(track: Track) -> None:
 
 @pytest.mark.parametrize(("kind", "files"), [("none", []), ("csv", ["hparams.yaml", "metrics.csv"])])
 def test_csv_keeps_metrics_and_config_and_none_nothing(kind: str, files: list[str], tmp_path: Path) -> None:
-    with tracked({"kind": kind}, tmp_path, About("quantize", "cell", "sweep", "key", {"data": "digits"})) as track:
+    with tracked({"kind": kind}, tmp_path, RunInfo("quantize", "cell", "sweep", "key", {"data": "digits"})) as track:
         _tell_everything(track)
     found = {path.name: path for path in tmp_path.rglob("*") if path.is_file()}
     assert sorted(found) == files
@@ -47,7 +48,7 @@ def test_csv_keeps_metrics_and_config_and_none_nothing(kind: str, files: list[st
 def test_unknown_settings_are_refused(tmp_path: Path, logger: dict[str, Any]) -> None:
     with (
         pytest.raises(KdqError, match=r"logger\.(kind|mode|upload)='\w+' is unknown: use "),
-        tracked(logger, tmp_path, About("quantize", "cell", "sweep", "key")),
+        tracked(logger, tmp_path, RunInfo("quantize", "cell", "sweep", "key")),
     ):
         pass
     assert not list(tmp_path.iterdir())
@@ -63,7 +64,7 @@ def test_a_nested_config_becomes_flat() -> None:
 
 def test_what_a_failed_stage_told_is_kept(tmp_path: Path) -> None:
     def stage() -> None:
-        with tracked({"kind": "csv"}, tmp_path, About("quantize", "cell", "sweep", "key")) as track:
+        with tracked({"kind": "csv"}, tmp_path, RunInfo("quantize", "cell", "sweep", "key")) as track:
             track.metrics({"top1": 97.0})
             raise ValueError("broken")
 

@@ -13,20 +13,21 @@ from typing import Any
 
 import pytest
 
-from kdq.dashboard import run as module
-from kdq.dashboard.cli import main
-from kdq.tracking import About, Artifact, Track, tracked
+from kdq.cli.wandb import main
+from kdq.tracking import run as module
+from kdq.tracking.open import tracked
+from kdq.tracking.run import Artifact, RunInfo, RunLogger
 from tests.offline_runs import offline_runs
 from tests.wandb_server import WandbServer
 
 ONLINE = {"kind": "wandb", "project": "kdq", "entity": None, "mode": "online", "upload": "quantized"}
 OFFLINE = ONLINE | {"mode": "offline"}
-TEACHER = About("teacher", "the teacher", "sweep", "key-of-teacher", tags=["digits"])
-STUDENT = About("distill", "the student", "sweep", "key-of-student", inputs=["teacher:key-of-teacher"])
-CELL = About("quantize", "the cell", "sweep", "key-of-cell", {"bits": 4}, inputs=["student:key-of-student"])
+TEACHER = RunInfo("teacher", "the teacher", "sweep", "key-of-teacher", tags=["digits"])
+STUDENT = RunInfo("distill", "the student", "sweep", "key-of-student", inputs=["teacher:key-of-teacher"])
+CELL = RunInfo("quantize", "the cell", "sweep", "key-of-cell", {"bits": 4}, inputs=["student:key-of-student"])
 
 
-def log(output: Path, logger: dict[str, Any], about: About, *tops: float) -> None:
+def log(output: Path, logger: dict[str, Any], about: RunInfo, *tops: float) -> None:
     """A stage that makes a model of its job type's name."""
     with tracked(logger, output / "runs", about) as track:
         for top1 in tops:
@@ -88,9 +89,9 @@ def test_two_offline_segments_sync_into_one_run(server: WandbServer, tmp_path: P
     script = Path(__file__).with_name("test_run.py")
     killed = subprocess.run([sys.executable, script, tmp_path, "kill"], timeout=240)
     assert killed.returncode == -signal.SIGKILL
-    from tests.dashboard.test_run import ABOUT, point
+    from tests.tracking.test_wandb_run import ABOUT, point
 
-    def again(track: Track) -> None:
+    def again(track: RunLogger) -> None:
         point(track)
         track.metrics({"quantize/bits": 8, "quantize/top1": 98.0})
 
@@ -135,7 +136,7 @@ def test_linking_says_what_was_not_uploaded(
 
 
 def test_a_workspace_is_saved(server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.dashboard.test_workspace import write_rows
+    from tests.tracking.test_workspace import write_rows
 
     write_rows(tmp_path, "digits", "fashion_mnist")
     main(["workspace", str(tmp_path), "--dry-run"])
@@ -149,7 +150,7 @@ def test_a_workspace_is_saved(server: WandbServer, tmp_path: Path, capsys: pytes
 
 
 def test_without_an_account_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.dashboard.test_workspace import write_rows
+    from tests.tracking.test_workspace import write_rows
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -23,12 +23,13 @@ from typing import Any
 
 import pytest
 
-from kdq.dashboard import run as module
-from kdq.errors import KdqError
-from kdq.tracking import About, Artifact, Track, tracked
+from kdq.tracking import run as module
+from kdq.tracking.open import tracked
+from kdq.tracking.run import Artifact, RunInfo, RunLogger
+from kdq.utils.errors import KdqError
 
 WANDB = {"kind": "wandb", "project": "kdq", "entity": None, "mode": "offline", "upload": "quantized"}
-ABOUT = About(
+ABOUT = RunInfo(
     "quantize",
     "digits-vkd",
     group="sweep",
@@ -39,7 +40,9 @@ ABOUT = About(
 )
 
 
-def track(output: Path, tell: Callable[[Track], None], logger: dict[str, Any] = WANDB, about: About = ABOUT) -> str:
+def track(
+    output: Path, tell: Callable[[RunLogger], None], logger: dict[str, Any] = WANDB, about: RunInfo = ABOUT
+) -> str:
     with tracked(logger, output / "runs", about) as found:
         tell(found)
     return found.folder
@@ -52,7 +55,7 @@ def offline(output: Path) -> Any:
     return offline_runs(output)
 
 
-def point(found: Track) -> None:
+def point(found: RunLogger) -> None:
     found.axis("quantize/bits", ["quantize/top1"])
     found.metrics({"quantize/top1": 97.0, "quantize/bits": 4})
 
@@ -71,7 +74,7 @@ def test_an_offline_run_holds_what_it_is_found_by(tmp_path: Path) -> None:
 
 
 def test_trainings_are_drawn_over_the_trainers_steps(tmp_path: Path) -> None:
-    def tell(found: Track) -> None:
+    def tell(found: RunLogger) -> None:
         assert found.logger is not None
         found.logger.log_metrics({"train/loss": 2.0}, step=20)
 
@@ -82,7 +85,7 @@ def test_trainings_are_drawn_over_the_trainers_steps(tmp_path: Path) -> None:
 
 
 def test_a_failed_stage_is_a_failed_run_and_the_next_starts_its_own(tmp_path: Path) -> None:
-    def fail(found: Track) -> None:
+    def fail(found: RunLogger) -> None:
         raise KdqError("bad cell")
 
     with pytest.raises(KdqError, match="bad cell"):
@@ -153,7 +156,7 @@ def test_an_unreachable_server_is_waited_for_once(
 
 
 def test_disabled_leaves_nothing(tmp_path: Path) -> None:
-    def tell(found: Track) -> None:
+    def tell(found: RunLogger) -> None:
         point(found)
         found.table("layers", ["layer"], [["conv1"]])
         found.summary({"top1": 97.0})
@@ -163,7 +166,7 @@ def test_disabled_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_tables_and_charts_hold_what_was_told(tmp_path: Path) -> None:
-    def tell(found: Track) -> None:
+    def tell(found: RunLogger) -> None:
         found.table("layers", ["layer", "bits", "loss"], [("conv1", 2, None), ("fc", 8, 0.5)])
         found.lines("curves", "Two curves", "bits", "top1", {"a": [(2, 90.0), (4, 95.0)], "b": [(2, 91.0)]})
         found.points("points", "Points", "bytes", "top1", [(100.0, 90.0)])
@@ -194,7 +197,7 @@ def test_artifacts_carry_files_or_refer_to_them(upload: str, referred: set[str],
     paths["quantized"].parent.mkdir()
     paths["quantized"].write_bytes(contents["quantized"])  # the float model is not published yet
 
-    def tell(found: Track) -> None:
+    def tell(found: RunLogger) -> None:
         found.made(Artifact("my data/vkd", "0123", "float", paths["float"], {"top1": 97.0}, lambda: contents["float"]))
         found.made(Artifact("my data/vkd-b2", "4567", "quantized", paths["quantized"], {}))
 
@@ -218,7 +221,7 @@ def test_artifacts_carry_files_or_refer_to_them(upload: str, referred: set[str],
 
 
 def _main(output: str, what: str = "") -> None:
-    def tell(found: Track) -> None:
+    def tell(found: RunLogger) -> None:
         point(found)
         found.table("layers", ["layer"], [["conv1"]])
         (written,) = Path(found.folder).glob("*.wandb")

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kdq.dashboard.workspace import workspace
-from kdq.quantize_track import DEPLOYED
-from kdq.results import COLUMNS, Row, write_row
+from kdq.records.rows import COLUMNS, Row, write_row
+from kdq.stages.quantize_log import DEPLOYED
+from kdq.tracking.workspace import workspace
 
 
 def write_rows(output: Path, *sets: str) -> None:

@@ -1,4 +1,4 @@
-"""Methods and networks for tests/test_processes.py, importable by the processes of a training."""
+"""Methods and networks for tests/train/test_processes.py, importable by the processes of a training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.baseline import Baseline
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.mixup import Mixup
-from kdq.distill.moment import Moment
+from kdq.distill.module import Baseline
+from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
 
 
@@ -65,5 +65,5 @@ def normed_net(num_classes: int, in_channels: int) -> nn.Module:
 class ProbedShift(Probe):
     """Process n sees its training images with 10 n added."""
 
-    def losses(self, images: Tensor, labels: Tensor, moment: Moment) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, moment: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         return super().losses(images + 10.0 * moment.rank, labels, moment)

@@ -22,17 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdq.data.images import Images
 from kdq.data.loader import TrainLoader
 from kdq.data.sets import digits
-from kdq.distill.baseline import Baseline
+from kdq.distill.config import TrainConfig
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
 from kdq.distill.losses import mutual_loss
 from kdq.distill.mixup import Mixup
-from kdq.distill.moment import Moment
-from kdq.distill.recipe import Recipe
+from kdq.distill.module import Baseline
+from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
-from kdq.errors import KdqError
-from kdq.fit import _Beside, fit, resolve_precision
+from kdq.train.fit import _Beside, fit, resolve_precision
+from kdq.utils.errors import KdqError
 
 EPOCHS = 3
 TRAINER = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", "compile": False}
@@ -62,7 +62,7 @@ def module(method: str, **changes: Any) -> Baseline:
     kind, options, recipe = METHODS[method]
     others = {name: network(seed) for name, seed in (("teacher", 2), ("peer", 3)) if name in kind.takes}
     values = {"epochs": EPOCHS, "batch_size": 32, "lr": 0.05} | recipe | changes
-    return kind(network(1), Recipe(**values), 10, 5, **others, **options)
+    return kind(network(1), TrainConfig(**values), 10, 5, **others, **options)
 
 
 def result(trained: Baseline, work: Path, images: Images | None = None) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def batches(images: Images, recipe: Recipe, epoch: int) -> TrainLoader:
+def batches(images: Images, recipe: TrainConfig, epoch: int) -> TrainLoader:
     return TrainLoader(
         images.source("train", torch.device("cpu")),
         images.split.train,
@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
 def test_fit_equals_a_loop_by_hand(tmp_path: Path) -> None:
     """SGD with clipping and a moving average, in bare PyTorch."""
     images = small_images()
-    recipe = Recipe(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, ema=0.9)
+    recipe = TrainConfig(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, ema=0.9)
     found, _ = fit(Baseline(network(1), recipe, 10, 5), images, TRAINER, tmp_path)
     net = network(1)
     average = MovingAverage(net, 0.9)
@@ -253,7 +253,9 @@ def test_bf16_has_the_losses_and_gradients_of_float32(method: str) -> None:
         trained = module(method).eval()  # without dropout
         torch.manual_seed(1)  # of Mixup
         with torch.autocast("cpu", torch.bfloat16, enabled):
-            loss = torch.stack(list(trained.losses(images, labels, Moment(step=1, steps=2))[0].values())).sum()
+            loss = torch.stack(
+                list(trained.losses(images, labels, TrainingProgress(step=1, steps=2))[0].values())
+            ).sum()
         loss.backward()
         gradients = [p.grad.flatten() for p in trained.student.network.parameters() if p.grad is not None]
         found.append((loss.detach(), torch.cat(gradients)))
@@ -266,7 +268,7 @@ def test_bf16_has_the_losses_and_gradients_of_float32(method: str) -> None:
 def test_dml_equals_a_loop_by_hand(tmp_path: Path) -> None:
     """Two students, each with its own clipping, schedule and accumulation over two portions."""
     images = small_images()
-    recipe = Recipe(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, accumulate=2)
+    recipe = TrainConfig(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, accumulate=2)
     trained = DML(network(1), recipe, 10, 5, peer=network(3), weight=0.5, schedule="kl_first")
     fit(trained, images, TRAINER, tmp_path)
     nets = [network(1), network(3)]
@@ -297,7 +299,7 @@ def test_portions_do_not_change_the_step(method: str, tmp_path: Path) -> None:
     states = []
     for accumulate in (1, 4):
         others = {"peer": network(3, norm=False)} if "peer" in kind.takes else {}
-        recipe = Recipe(epochs=2, batch_size=32, lr=0.05, clip_grad=1.0, accumulate=accumulate)
+        recipe = TrainConfig(epochs=2, batch_size=32, lr=0.05, clip_grad=1.0, accumulate=accumulate)
         constant = options | ({"schedule": "constant"} if options else {})
         trained = kind(network(1, norm=False), recipe, 10, 5, **others, **constant)
         fit(trained, small_images(), TRAINER, tmp_path / str(accumulate))

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdq.app import CONFIG_PATH
-from kdq.cell import Cell
-from kdq.cluster import ended
-from kdq.errors import KdqError
-from kdq.processes import count_devices, refuse_torchrun
-from kdq.store import Entry
-from kdq.train_stage import float_model
+from kdq.cli.app import CONFIG_PATH
+from kdq.records.store import Entry
+from kdq.stages.cell import Cell
+from kdq.stages.train import float_model
+from kdq.stages.train_processes import count_devices, refuse_torchrun
+from kdq.train.slurm import ended
+from kdq.utils.errors import KdqError
 from tests.offline_runs import offline_runs
 
 HERE = Path(__file__).parent
@@ -118,7 +118,9 @@ def test_the_error_of_a_process_is_the_error_of_the_training(tmp_path: Path) -> 
 
 def test_a_process_ends_with_its_parent() -> None:
     """However the parent ends: here the pipe that it holds is closed."""
-    code = "import kdq.processes as p, threading, time; threading.Thread(target=p._end_with_parent).start()"
+    code = (
+        "import kdq.stages.train_processes as p, threading, time; threading.Thread(target=p._end_with_parent).start()"
+    )
     child = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(600)"], stdin=subprocess.PIPE)
     assert child.stdin is not None
     assert child.poll() is None
@@ -201,7 +203,7 @@ def test_a_worker_that_does_not_hear_is_killed(monkeypatch: pytest.MonkeyPatch) 
     worker = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
     assert worker.stdout is not None
     worker.stdout.readline()
-    monkeypatch.setattr("kdq.cluster.PATIENCE", 0.2)
+    monkeypatch.setattr("kdq.train.slurm.PATIENCE", 0.2)
     worker.terminate()
     assert ended(worker) == -9
     worker.stdout.close()

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from kdq import app, processes
+from kdq.cli import app
+from kdq.stages import train_processes as processes
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="mallopt is glibc's"
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 CODE = """
 import resource, sys, torch
-from kdq.allocator import keep_freed_memory
+from kdq.utils.cpu import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for size in (2**20, 2**24):  # blocks of 4 and of 64 MB

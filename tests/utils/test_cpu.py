@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kdq import cores
+from kdq.utils import cpu as cores
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_torch_uses_them_unless_the_user_says_otherwise(said: str | None, expect
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {} if said is None else {"OMP_NUM_THREADS": said}
     code = (
-        "import sys, pathlib, torch; from kdq import cores; cores.QUOTA = pathlib.Path(sys.argv[1]); "
+        "import sys, pathlib, torch; from kdq.utils import cpu as cores; cores.QUOTA = pathlib.Path(sys.argv[1]); "
         "cores.use_cores(); print(torch.get_num_threads())"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "cpu.max")]

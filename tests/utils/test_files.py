@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdq.files import replacing, write_text
+from kdq.utils.files import replacing, write_text
 
 
 def test_a_failed_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import kdq
-from kdq.evaluate import bit_operations, evaluate, multiply_adds
 from kdq.models import CifarResNet, resnet18, resnet50
 from kdq.quant.network import quantize_widths
+from kdq.utils.metrics import bit_operations, evaluate, multiply_adds
 from tests.quant.conftest import ReluNet, trained_norms
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdq.errors import KdqError
+from kdq.quant.bitsearch.search import Assignment, Budget, Costs, cost_of
+from kdq.quant.bitsearch.stitch import bit_operations
 from kdq.quant.network import float_weights, quantizable_layers, quantize_widths
-from kdq.quant.packing import save_packed, stored_bytes
-from kdq.quant.search import Assignment, Budget, Costs, cost_of
-from kdq.quant.stitch import bit_operations
-from kdq.quant.weights import QuantizedWeight
+from kdq.quant.packing.file import save_packed, stored_bytes
+from kdq.quant.packing.weights import QuantizedWeight
+from kdq.utils.errors import KdqError
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Bank:
         return self.other_bytes + round(cost_of(self.bytes, assignment))
 
     def prices(self, cost: str, model: nn.Module, image: Tensor) -> Costs:
-        """What a step of the search saves, by the name of the ``cost``; see :func:`kdq.quant.mixed.search_bits`.
+        """What a step of the search saves, by the name of the ``cost``; see :mod:`kdq.quant.bitsearch.mixed`.
 
         Args:
             image: one input of ``model`` ``(1, ...)``.

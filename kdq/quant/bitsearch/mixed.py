@@ -1,4 +1,4 @@
-"""Mixed precision for a network: the greedy bit search of :mod:`kdq.quant.search` over its layers.
+"""Mixed precision for a network: the greedy bit search of :mod:`kdq.quant.bitsearch.search` over its layers.
 
 Every layer is quantized once at every candidate width, in one pass that shares the float network's part; an
 assignment is measured on the network stitched together from those; and the chosen assignment is quantized anew, each
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.errors import KdqError
-from kdq.files import write_text
-from kdq.quant.bank import Bank, fill_bank, packed_size
+from kdq.quant.bitsearch.bank import Bank, fill_bank, packed_size
+from kdq.quant.bitsearch.search import CONTEXTS, Budget, Found, Point, Trace, check_candidates, check_reachable, greedy
+from kdq.quant.bitsearch.sensitivity import METHODS, from_table
+from kdq.quant.bitsearch.stitch import Stitched
 from kdq.quant.network import Report, quantize
-from kdq.quant.search import CONTEXTS, Budget, Found, Point, Trace, check_candidates, check_reachable, greedy
-from kdq.quant.sensitivity import METHODS, from_table
-from kdq.quant.stitch import Stitched
+from kdq.utils.errors import KdqError
+from kdq.utils.files import write_text
 
 #: What a step of the search may count as saved.
 COSTS = ("weight_bits", "bytes", "bops")
@@ -107,8 +107,8 @@ def search_bits(
             quantized anew. At least one of these three; all given ones hold.
         cost: what a step is priced by: ``weight_bits``, packed ``bytes``, or ``bops`` (bits times multiply-adds).
         method: ``greedy``, or ``exact`` or ``sensitivity_once`` on the table of single changes.
-        context: where ``greedy`` measures prices, one of :data:`kdq.quant.search.CONTEXTS`.
-        bank: what :func:`kdq.quant.bank.fill_bank` made of the same arguments, if it was called before.
+        context: where ``greedy`` measures prices, one of :data:`kdq.quant.bitsearch.search.CONTEXTS`.
+        bank: what :func:`kdq.quant.bitsearch.bank.fill_bank` made of the same arguments, if it was called before.
         trace: a file that remembers evaluations, so that a killed search goes on; every process names one, or none
             does. ``key`` says what they depend on, and a file of another key is refused. Without a key it is a digest
             of the quantized layers and of the validation images, and a file of others is begun anew.

@@ -26,10 +26,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdq.errors import KdqError
-from kdq.files import parse_json, write_text
-from kdq.quant.alphabet import check_bits
 from kdq.quant.distributed import gathered, rank
+from kdq.quant.solvers.alphabet import check_bits
+from kdq.utils.errors import KdqError
+from kdq.utils.files import parse_json, write_text
 
 Assignment = dict[str, int]
 #: ``costs[layer][bits]``; its keys are the layers and their candidate widths.
@@ -37,7 +37,7 @@ Costs = Mapping[str, Mapping[int, float]]
 #: Where the price of a layer's step is measured: with the other layers as chosen so far, or at their widest. If losses
 #: are those of the finished network, the first is right. Where a last pass lets every layer make up for the errors of
 #: those before it, the errors of a stitched network add up to more than remains of them, and the second is closer: on
-#: a ResNet-20 (see :func:`kdq.quant.bank.fill_bank`) sums of single losses follow the final ones with a correlation of
+#: a ResNet-20 (see :mod:`kdq.quant.bitsearch.bank`) sums of single losses follow the final ones with a correlation of
 #: 0.90, stitched losses with 0.77 (measured once).
 CONTEXTS = ("chosen", "widest")
 #: Width at which each layer's sensitivity is measured once.

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from kdq.errors import KdqError
-from kdq.quant.search import (
+from kdq.quant.bitsearch.search import (
     Assignment,
     Budget,
     Costs,
@@ -26,6 +25,7 @@ from kdq.quant.search import (
     distinct,
     widest,
 )
+from kdq.utils.errors import KdqError
 
 #: ``table[layer][bits]``: a loss.
 Table = Mapping[str, Mapping[int, float]]

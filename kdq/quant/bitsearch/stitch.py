@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.errors import KdqError
+from kdq.quant.bitsearch.search import Assignment, Costs, Measure
+from kdq.quant.calibrate.layer import channel_axis
 from kdq.quant.distributed import gathered, summed
-from kdq.quant.layer import channel_axis
 from kdq.quant.network import QuantizedWeight
-from kdq.quant.search import Assignment, Costs, Measure
+from kdq.utils.errors import KdqError
 
 #: Bytes of layer outputs kept between evaluations.
 CACHE_BYTES = 2 * 2**30

@@ -10,16 +10,14 @@ in a temporary folder.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from kdq.quant.lanes import Lanes, lanes_in, replace_lanes
+from kdq.quant.calibrate.lanes import Lanes, Values
 
 #: Images pushed through a layer at a time, whatever batches the caller has, so that sums, and hence codes, do not
 #: depend on those.
@@ -28,63 +26,6 @@ CHUNK = 64
 #: free.
 IN_MEMORY = 128 * 2**20
 GPU_SHARE = 0.25
-
-#: The values of one chunk, by the keys a tape knows them under.
-Values = dict[int, Lanes]
-
-
-@dataclass(frozen=True)
-class _Value:
-    key: int
-
-
-@dataclass(frozen=True)
-class _Call:
-    func: Callable[..., Any]
-    args: Any
-    kwargs: Any
-    needs: list[int]
-    results: list[int]
-
-
-class Tape:
-    """The calls that the first chunk made since the last stop."""
-
-    def __init__(self) -> None:
-        self.calls: list[_Call] = []
-        self._alive: WeakValueDictionary[int, Lanes] = WeakValueDictionary()
-        self._count = 0
-
-    def watch(self, lanes: Lanes) -> Lanes:
-        """Give ``lanes`` a key, and note from now on what is done with it."""
-        lanes.tape, lanes.key = self, self._count
-        self._alive[lanes.key] = lanes
-        self._count += 1
-        return lanes
-
-    def record(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
-        """Note a call and what came out of it."""
-        needs = [lanes.key for lanes in lanes_in((args, kwargs))]
-        args, kwargs = (replace_lanes(x, Lanes, lambda lanes: _Value(lanes.key)) for x in (args, kwargs))
-        results = [self.watch(lanes).key for lanes in lanes_in(result)]
-        self.calls.append(_Call(func, args, kwargs, needs, results))
-
-    def alive(self) -> set[int]:
-        """Keys of the values that the network's code still holds."""
-        return set(self._alive.keys())
-
-    def replay(self, values: Values) -> Values:
-        """Carry out the noted calls on another chunk's values; what remains of these afterwards."""
-        alive = self.alive()
-        last_use: dict[int, int] = {}
-        for index, call in enumerate(self.calls):
-            last_use |= dict.fromkeys([*call.needs, *call.results], index)
-        for index, call in enumerate(self.calls):
-            result = _repeat(call, values)
-            values |= dict(zip(call.results, lanes_in(result), strict=True))
-            del result
-            values = {k: v for k, v in values.items() if k in alive or last_use.get(k, -1) > index}
-        return {key: value for key, value in values.items() if key in alive}
 
 
 class Chunks:
@@ -146,11 +87,6 @@ def in_chunks(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Te
         images = torch.cat(waiting)
         padding = 0 if size is None else size - rest
         yield torch.cat([images, images[-1:].expand(padding, *images.shape[1:])]), rest
-
-
-def _repeat(call: _Call, values: Values) -> Any:
-    args, kwargs = (replace_lanes(x, _Value, lambda value: values[value.key]) for x in (call.args, call.kwargs))
-    return call.func(*args, **kwargs)
 
 
 def _bytes(tensors: dict[int, list[Tensor]]) -> int:

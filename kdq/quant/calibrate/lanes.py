@@ -3,19 +3,18 @@
 A :class:`Lanes` holds one tensor per version: lane 0 is the float network's, the others belong to quantized ones. It is
 a ``torch.Tensor`` to the network's own code; every torch function called on it is carried out for each lane. Hence any
 forward method works as it is written, values are freed when it drops them, and all versions share one run. What a
-function did can be noted on a :class:`kdq.quant.tape.Tape` and repeated for other images.
+function did can be noted on a :class:`Tape` and repeated for other images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from kdq.quant.tape import Tape
 
 
 class Lanes(Tensor):
@@ -138,3 +137,66 @@ def _gather(results: list[Any]) -> Any:
         for index, item in enumerate(sample)
     )
     return list(gathered) if isinstance(sample, list) else tuple(gathered)
+
+
+#: The values of one chunk, by the keys a tape knows them under.
+Values = dict[int, Lanes]
+
+
+@dataclass(frozen=True)
+class _Value:
+    key: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    func: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    needs: list[int]
+    results: list[int]
+
+
+class Tape:
+    """The calls that the first chunk made since the last stop."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self._alive: WeakValueDictionary[int, Lanes] = WeakValueDictionary()
+        self._count = 0
+
+    def watch(self, lanes: Lanes) -> Lanes:
+        """Give ``lanes`` a key, and note from now on what is done with it."""
+        lanes.tape, lanes.key = self, self._count
+        self._alive[lanes.key] = lanes
+        self._count += 1
+        return lanes
+
+    def record(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
+        """Note a call and what came out of it."""
+        needs = [lanes.key for lanes in lanes_in((args, kwargs))]
+        args, kwargs = (replace_lanes(x, Lanes, lambda lanes: _Value(lanes.key)) for x in (args, kwargs))
+        results = [self.watch(lanes).key for lanes in lanes_in(result)]
+        self.calls.append(_Call(func, args, kwargs, needs, results))
+
+    def alive(self) -> set[int]:
+        """Keys of the values that the network's code still holds."""
+        return set(self._alive.keys())
+
+    def replay(self, values: Values) -> Values:
+        """Carry out the noted calls on another chunk's values; what remains of these afterwards."""
+        alive = self.alive()
+        last_use: dict[int, int] = {}
+        for index, call in enumerate(self.calls):
+            last_use |= dict.fromkeys([*call.needs, *call.results], index)
+        for index, call in enumerate(self.calls):
+            result = _repeat(call, values)
+            values |= dict(zip(call.results, lanes_in(result), strict=True))
+            del result
+            values = {k: v for k, v in values.items() if k in alive or last_use.get(k, -1) > index}
+        return {key: value for key, value in values.items() if key in alive}
+
+
+def _repeat(call: _Call, values: Values) -> Any:
+    args, kwargs = (replace_lanes(x, _Value, lambda value: values[value.key]) for x in (call.args, call.kwargs))
+    return call.func(*args, **kwargs)

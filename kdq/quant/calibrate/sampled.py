@@ -7,12 +7,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from kdq.quant.calibrate.layer import patches
 from kdq.quant.distributed import summed
-from kdq.quant.layer import patches
 
 
 class SampledMoments:
-    """Takes the place of :class:`kdq.quant.moments.Moments`: patches a kernel apart, and only a ``share`` of those.
+    """Takes the place of :class:`~kdq.quant.calibrate.moments.Moments`: a ``share`` of the patches a kernel apart.
 
     It starves the solver: of 256 images of 32 x 32 pixels, the last stage of a ResNet-18 keeps 256 rows for 4 608
     columns.

@@ -1,8 +1,8 @@
 """One forward pass that meets every layer in the order it runs, quantizes it for every width, and goes on.
 
-The calibration images run as :class:`kdq.quant.lanes.Lanes`: the float network's activations X beside each quantized
-network's X~. At a layer, G and H are summed over all chunks of images, the weight is solved, and the float lane passes
-through W, the others through their Q. No layer is evaluated twice: O(L) for L layers.
+The calibration images run as :class:`~kdq.quant.calibrate.lanes.Lanes`: the float network's activations X beside each
+quantized network's X~. At a layer, G and H are summed over all chunks of images, the weight is solved, and the float
+lane passes through W, the others through their Q. No layer is evaluated twice: O(L) for L layers.
 
 From :data:`WIDE` bits up, X~ agrees with X to the precision of what is solved, so wide widths have no lane: they take
 ``G = H = X'X`` from the float lane, whichever widths share the pass. (Where the alphabet has room for all weights: one
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.errors import KdqError
 from kdq.quant.activations import ActivationQuantizer, Histogram
-from kdq.quant.correction import ChannelSums, Norm, corrected_norm
+from kdq.quant.calibrate.chunks import Chunks, in_chunks
+from kdq.quant.calibrate.correction import ChannelSums, Norm, corrected_norm
+from kdq.quant.calibrate.lanes import Lanes, Tape
+from kdq.quant.calibrate.layer import channel_axis, weight_matrix
+from kdq.quant.config import QuantConfig
 from kdq.quant.distributed import summed
-from kdq.quant.lanes import Lanes
-from kdq.quant.layer import channel_axis, weight_matrix
-from kdq.quant.recipe import Recipe
+from kdq.quant.packing.weights import QuantizedWeight
 from kdq.quant.report import LayerReport, Report
-from kdq.quant.tape import Chunks, Tape, in_chunks
-from kdq.quant.weights import QuantizedWeight
+from kdq.utils.errors import KdqError
 
 #: Bits from which a width needs no lane of its own.
 WIDE = 8
@@ -54,7 +54,7 @@ class Walk:
     Args:
         widths: for each width, the bits of every layer by name.
         act_bits: quantize the inputs of every layer too, to that many bits.
-        correct: one of :data:`kdq.quant.correction.CORRECTIONS`.
+        correct: one of :data:`kdq.quant.calibrate.correction.CORRECTIONS`.
         isolated: no width has a lane: every layer is solved as if it alone were quantized.
         on_layer: called with a layer's name when it is solved.
     """
@@ -63,7 +63,7 @@ class Walk:
         self,
         model: nn.Module,
         widths: Sequence[Mapping[str, int]],
-        recipe: Recipe,
+        recipe: QuantConfig,
         act_bits: int | None,
         act_range: str,
         correct: str | None,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdq.errors import KdqError
-from kdq.files import parse_json, replacing
-from kdq.models import build_trusted
+from kdq.models.build import build_trusted
 from kdq.quant.activations import ActivationQuantizer
-from kdq.quant.alphabet import MAX_BITS
-from kdq.quant.bits import packed_bytes
-from kdq.quant.packed import PackedWeight, keep_packed
-from kdq.quant.weights import FLOAT_DTYPES, QuantizedWeight
+from kdq.quant.packing.bits import packed_bytes
+from kdq.quant.packing.packed import PackedWeight, keep_packed
+from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight
+from kdq.quant.solvers.alphabet import MAX_BITS
+from kdq.utils.errors import KdqError
+from kdq.utils.files import parse_json, replacing
 
 FORMAT = 2
 #: Name of the tensor of zeros near the middle; no entry of a state dict starts with a dot.
@@ -122,7 +122,7 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
 
     Args:
         network: an instance of the architecture, needed unless the file names one: networks that
-            :func:`kdq.models.build` made, kdq's or torchvision's, say what they are. It is not modified.
+            :func:`kdq.models.build.build` made, kdq's or torchvision's, say what they are. It is not modified.
         decode: ``"once"``: weights are decoded now, for speed; ``"layer"``: each layer's whenever it runs, so that
             memory holds the packed codes and one layer's weights.
 

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kdq.quant.alphabet import decode
-from kdq.quant.bits import pack_bits, unpack_bits
+from kdq.quant.packing.bits import pack_bits, unpack_bits
+from kdq.quant.solvers.alphabet import decode
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A :class:`kdq.quant.weights.QuantizedWeight` whose codes take their bits and no more.
+    """A :class:`kdq.quant.packing.weights.QuantizedWeight` whose codes take their bits and no more.
 
     Attributes:
-        packed: uint8, see :mod:`kdq.quant.bits`.
+        packed: uint8, see :mod:`kdq.quant.packing.bits`.
         shape: of the weight.
         scale, zero: ``(out_channels,)``.
         levels: size of the alphabet.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdq.errors import KdqError
 from kdq.quant.activations import ActivationQuantizer
-from kdq.quant.alphabet import decode
+from kdq.quant.solvers.alphabet import decode
+from kdq.utils.errors import KdqError
 
 #: What values that are not quantized may be rounded to.
 FLOAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

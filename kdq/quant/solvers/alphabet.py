@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 MIN_BITS, MAX_BITS = 2, 32
 #: Up to here every code and its distance to the zero point are exact in float32.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kdq.quant.alphabet import Alphabet, check_bits
+from kdq.quant.solvers.alphabet import Alphabet, check_bits
 
 #: ``(weight (..., rows, columns), bits) -> Alphabet`` with a scale per row.
 AlphabetChoice = Callable[[Tensor, int], Alphabet]

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdq.quant.alphabet import Alphabet
+from kdq.quant.solvers.alphabet import Alphabet
 
 BLOCK = 64
 

@@ -39,8 +39,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdq.quant.alphabet import Alphabet
-from kdq.quant.columns import BLOCK, solve_columns
+from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.solvers.columns import BLOCK, solve_columns
 
 
 def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, block: int = BLOCK) -> Tensor:

@@ -2,9 +2,9 @@
 
 With ``G^-1 = U'U``, U upper triangular, the best answer of all later weights to an error e in column t is
 ``w_j <- w_j - e U[t, j] / U[t, t]``. It looks at the quantized network's inputs alone, H plays no part;
-:mod:`kdq.quant.qronos` puts that right. O(N d^2 + d^3).
+:mod:`kdq.quant.solvers.qronos` puts that right. O(N d^2 + d^3).
 
-The example of :mod:`kdq.quant.gpfq`, where U[1, 2] / U[1, 1] = -G[1, 2] / G[2, 2] = -1/2 (but for the damping):
+The example of :mod:`kdq.quant.solvers.gpfq`, where U[1, 2] / U[1, 1] = -G[1, 2] / G[2, 2] = -1/2 (but for the damping):
 
 >>> alphabet = Alphabet(torch.ones(1, 1), torch.full((1, 1), 2.), levels=4)
 >>> G = torch.tensor([[1., 1.], [1., 2.]])
@@ -17,16 +17,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdq.errors import KdqError
-from kdq.quant.alphabet import Alphabet
-from kdq.quant.columns import solve_columns
+from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.solvers.columns import solve_columns
+from kdq.utils.errors import KdqError
 
 #: Added to G's diagonal, as a share of its mean, so that it can be inverted.
 DAMPING = 0.01
 
 
 def gptq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet) -> Tensor:
-    """Quantize with error diffusion; the arguments are those of :func:`kdq.quant.gpfq.gpfq`."""
+    """Quantize with error diffusion; the arguments are those of :func:`kdq.quant.solvers.gpfq.gpfq`."""
     return diffuse(weight, gram, alphabet)
 
 

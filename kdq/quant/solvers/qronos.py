@@ -1,8 +1,8 @@
 """Qronos (Zhang et al. 2025, arXiv 2505.11695): first correct the error of the layers before, then diffuse one's own.
 
 The best real weight on the quantized network's inputs is the ridge projection ``V = W H' (G + lambda I)^-1``, with
-``X~ V' ~ X W'``; :mod:`kdq.quant.gptq`'s diffusion then rounds V. The order of the steps is what GPFQ and GPTQ do each
-in their own way, one column at a time. O(N d^2 + d^3).
+``X~ V' ~ X W'``; the diffusion of :mod:`~kdq.quant.solvers.gptq` then rounds V. The order of the steps is what GPFQ and
+GPTQ do each in their own way, one column at a time. O(N d^2 + d^3).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdq.errors import KdqError
-from kdq.quant.alphabet import Alphabet
-from kdq.quant.gptq import diffuse
+from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.solvers.gptq import diffuse
+from kdq.utils.errors import KdqError
 
 #: lambda as a share of what bounds G's largest eigenvalue.
 RIDGE = 1e-6
 
 
 def qronos(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet) -> Tensor:
-    """Quantize the projection of ``weight``; the arguments are those of :func:`kdq.quant.gpfq.gpfq`."""
+    """Quantize the projection of ``weight``; the arguments are those of :func:`kdq.quant.solvers.gpfq.gpfq`."""
     return diffuse(project(weight, gram, cross), gram, alphabet)
 
 

@@ -16,8 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdq.quant.alphabet import Alphabet
-from kdq.quant.columns import solve_columns
+from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.solvers.columns import solve_columns
 
 
 def refine(
@@ -26,7 +26,7 @@ def refine(
     """Improve ``quantized`` by ``sweeps`` rounds of a scale refit and a sweep over the columns, and a last refit.
 
     Args:
-        weight, gram, cross, alphabet: as of :func:`kdq.quant.gpfq.gpfq`.
+        weight, gram, cross, alphabet: as of :func:`kdq.quant.solvers.gpfq.gpfq`.
         quantized: values of the alphabet ``(..., N, d)``.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdq.quant.alphabet import Alphabet
+from kdq.quant.solvers.alphabet import Alphabet
 
 
 def rtn(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet) -> Tensor:

@@ -13,12 +13,12 @@ import zlib
 import torch
 from torch import Tensor
 
-from kdq.quant.alphabet import Alphabet
-from kdq.quant.columns import solve_columns
+from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.solvers.columns import solve_columns
 
 
 def spfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, seed: int = 0) -> Tensor:
-    """:func:`kdq.quant.gpfq.gpfq` with unbiased rounding; the same ``seed`` gives the same codes on one device."""
+    """GPFQ with unbiased rounding; the same ``seed`` gives the same codes on one device."""
     own = zlib.crc32(weight.detach().cpu().contiguous().numpy().tobytes(), seed)
     generator = torch.Generator(weight.device).manual_seed(own)
 

@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kdq
 from kdq.data.images import Images
-from kdq.errors import KdqError
 from kdq.models import CifarResNet
-from kdq.quant.bank import fill_bank
+from kdq.quant.bitsearch.bank import fill_bank
+from kdq.quant.bitsearch.mixed import search_bits
+from kdq.quant.bitsearch.search import Measure
+from kdq.quant.bitsearch.stitch import Stitched, bit_operations
 from kdq.quant.callback import GreedyBitSearch
-from kdq.quant.mixed import search_bits
 from kdq.quant.network import float_weights, quantizable_layers, quantize, quantize_widths, with_quantized_weights
-from kdq.quant.search import Measure
-from kdq.quant.stitch import Stitched, bit_operations
+from kdq.utils.errors import KdqError
 
 WIDTHS = (2, 3, 4, 6, 8)
 
@@ -70,7 +70,7 @@ def _direct(model: nn.Module, network: nn.Module, batches: list[tuple[Tensor, Te
 def test_stitched_losses_are_those_of_networks_built_one_by_one(
     trained: nn.Module, data: Any, cache_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdq.quant.stitch.CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr("kdq.quant.bitsearch.stitch.CACHE_BYTES", cache_bytes)
     calibration, validation = data
     validation = [(x[i : i + 50], y[i : i + 50]) for x, y in validation for i in range(0, len(x), 50)]
     versions = {
@@ -91,7 +91,7 @@ def test_stitched_losses_are_those_of_networks_built_one_by_one(
 
 
 def test_bit_operations_are_bits_times_multiply_adds(trained: nn.Module) -> None:
-    from kdq.evaluate import multiply_adds
+    from kdq.utils.metrics import multiply_adds
 
     image = torch.zeros(1, 1, 8, 8)
     sizes = {name: trained.get_submodule(name).weight.numel() for name in quantizable_layers(trained)}

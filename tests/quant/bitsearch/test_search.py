@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdq.errors import KdqError
-from kdq.quant.search import (
+from kdq.quant.bitsearch.search import (
     Assignment,
     Budget,
     Measure,
@@ -19,7 +18,8 @@ from kdq.quant.search import (
     greedy,
     widest,
 )
-from kdq.quant.sensitivity import exact, from_table, sensitivities, sensitivity_once
+from kdq.quant.bitsearch.sensitivity import exact, from_table, sensitivities, sensitivity_once
+from kdq.utils.errors import KdqError
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.bench import literal
-from kdq.quant.moments import Moments
+from kdq.quant.calibrate.moments import Moments
 
 
 def unfolded(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:

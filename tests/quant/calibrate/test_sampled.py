@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kdq.bench import literal
-from kdq.quant.moments import Moments
-from kdq.quant.sampled import SampledMoments
+from kdq.quant.calibrate.moments import Moments
+from kdq.quant.calibrate.sampled import SampledMoments
 
 
 def test_all_patches_where_the_layer_meets_them_are_the_exact_moments() -> None:

@@ -10,8 +10,8 @@ from torch import nn
 
 import kdq
 from kdq import KdqError
-from kdq.models import build
-from kdq.quant.bits import pack_bits, packed_bytes, unpack_bits
+from kdq.models.build import build
+from kdq.quant.packing.bits import pack_bits, packed_bytes, unpack_bits
 
 
 @pytest.mark.parametrize("bits", range(1, 34))

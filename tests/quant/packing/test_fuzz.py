@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kdq
-from kdq.models import CifarResNet, build
+from kdq.models.build import CifarResNet, build
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdq import KdqError
-from kdq.quant.alphabet import Alphabet, check_bits
-from kdq.quant.alphabets import symmetric as uniform
+from kdq.quant.solvers.alphabet import Alphabet, check_bits
+from kdq.quant.solvers.alphabets import symmetric as uniform
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 12])

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from kdq.bench import literal
-from kdq.quant.alphabet import Alphabet
-from kdq.quant.alphabets import symmetric as uniform
-from kdq.quant.gpfq import gpfq
+from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.solvers.alphabets import symmetric as uniform
+from kdq.quant.solvers.gpfq import gpfq
 
 
 def problem(columns: int, rows: int = 6, images: int = 200) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,15 +6,15 @@ from torch import Tensor
 
 import kdq
 from kdq import KdqError
-from kdq.quant.alphabet import Alphabet
-from kdq.quant.alphabets import ALPHABETS, paper, rescale, ternary, uniform
-from kdq.quant.gpfq import gpfq
-from kdq.quant.gptq import DAMPING, gptq
-from kdq.quant.qronos import project, qronos
-from kdq.quant.recipe import SOLVERS, Recipe
-from kdq.quant.refine import refine, refit
-from kdq.quant.rtn import rtn
-from kdq.quant.spfq import spfq
+from kdq.quant.config import SOLVERS, QuantConfig
+from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.solvers.alphabets import ALPHABETS, paper, rescale, ternary, uniform
+from kdq.quant.solvers.gpfq import gpfq
+from kdq.quant.solvers.gptq import DAMPING, gptq
+from kdq.quant.solvers.qronos import project, qronos
+from kdq.quant.solvers.refine import refine, refit
+from kdq.quant.solvers.rtn import rtn
+from kdq.quant.solvers.spfq import spfq
 
 
 @pytest.fixture
@@ -130,7 +130,10 @@ def test_alphabets_have_the_levels_they_say() -> None:
     assert ternary(weight).bits == 2
     assert paper(weight, 2).bits == 3
     assert (
-        Recipe(per_channel=False).solve(weight, torch.eye(400)[None], torch.eye(400)[None], 3)[1].scale.unique().numel()
+        QuantConfig(per_channel=False)
+        .solve(weight, torch.eye(400)[None], torch.eye(400)[None], 3)[1]
+        .scale.unique()
+        .numel()
         == 1
     )
 
@@ -155,12 +158,12 @@ def test_rescaling_lowers_the_error_of_the_outputs(problem: tuple[Tensor, Tensor
 def test_the_order_of_columns_is_undone(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     W, X, Xq = problem
     G, H = (Xq.T @ Xq)[None], (Xq.T @ X)[None]
-    values, _ = Recipe(order="gram").solve(W[None], G, H, 3)
+    values, _ = QuantConfig(order="gram").solve(W[None], G, H, 3)
     order = G[0].diagonal().argsort(descending=True)
     expected = gpfq(W[:, order], G[0][order][:, order], H[0][order][:, order], uniform(W, 3))
     assert torch.equal(values[0][:, order], expected)
-    plain, _ = Recipe(solver="rtn").solve(W[None], G, H, 3)
-    assert torch.equal(Recipe(solver="rtn", order="gram").solve(W[None], G, H, 3)[0], plain)
+    plain, _ = QuantConfig(solver="rtn").solve(W[None], G, H, 3)
+    assert torch.equal(QuantConfig(solver="rtn", order="gram").solve(W[None], G, H, 3)[0], plain)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from kdq.errors import KdqError
+from kdq.utils.errors import KdqError
 
 
 class KdqSweeper(BasicSweeper):
@@ -32,7 +32,7 @@ class KdqSweeper(BasicSweeper):
         self.dry_run = dry_run
 
     def sweep(self, arguments: list[str]) -> Any:
-        from kdq.app import sweep
+        from kdq.sweep.command import sweep
 
         assert self.config is not None
         assert self.hydra_context is not None

@@ -1,0 +1,1 @@
+"""The commands: ``kdq``, ``kdq-export``, ``kdq-report`` and ``kdq-wandb``, one file each."""

@@ -1,0 +1,1 @@
+"""The pass of calibration images through a network, layer by layer."""

@@ -1,0 +1,1 @@
+"""One layer: its alphabet, and the solvers that choose values of it."""

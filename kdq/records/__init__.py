@@ -1,0 +1,1 @@
+"""What is kept: trained models, rows of results, failures."""

@@ -1,0 +1,1 @@
+"""From a cell's config to its rows: train, quantize, deploy."""

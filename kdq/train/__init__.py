@@ -1,0 +1,1 @@
+"""One training: the Trainer's configuration, what it logs, and its processes."""

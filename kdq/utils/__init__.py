@@ -1,0 +1,1 @@
+"""What every room uses: errors and messages, files, the config, the machine."""
