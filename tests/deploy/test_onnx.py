@@ -17,7 +17,8 @@ from kdq.deploy import extra
 from kdq.deploy.calibrate import histograms
 from kdq.deploy.onnx_files import onnx_models
 from kdq.deploy.runtime import logits, session
-from kdq.models.build import build, resnet50
+from kdq.models import resnet50
+from kdq.models.build import build
 from kdq.quant.activations import RANGES, Histogram
 from tests.quant.conftest import ReluNet, trained_norms
 

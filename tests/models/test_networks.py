@@ -6,7 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from kdq.models.build import CifarResNet, WhitenedNet, build, build_trusted, resnet18, resnet34, resnet50
+from kdq.models import CifarResNet, WhitenedNet, resnet18, resnet34, resnet50
+from kdq.models.build import build, build_trusted
 from kdq.utils.errors import KdqError
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import kdq
 from kdq import KdqError
-from kdq.quant import tape
 from kdq.quant.activations import ActivationQuantizer, Histogram
+from kdq.quant.calibrate import chunks
+from kdq.quant.calibrate.lanes import Values
 from kdq.quant.calibrate.layer import QUANTIZABLE
 from kdq.quant.network import quantize_widths
 
@@ -38,7 +39,7 @@ def test_chunks_in_a_temporary_folder_give_the_same_codes(
 ) -> None:
     images = torch.randn(200, 3, 9, 9)
     reference = quantize_widths(relu_net, [images], [2, 4, 8], act_bits=act_bits)
-    monkeypatch.setattr(tape, "IN_MEMORY", 0)
+    monkeypatch.setattr(chunks, "IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     spilled = quantize_widths(relu_net, [images], [2, 4, 8], act_bits=act_bits)
     for (one, report), (other, other_report) in zip(reference, spilled, strict=True):
@@ -51,14 +52,14 @@ def test_chunks_in_a_temporary_folder_give_the_same_codes(
 
 def test_only_one_chunk_is_alive_at_a_time(relu_net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[int] = []
-    put = tape.Chunks.put
+    put = chunks.Chunks.put
 
-    def counted(self: tape.Chunks, index: int, values: tape.Values) -> None:
+    def counted(self: chunks.Chunks, index: int, values: Values) -> None:
         put(self, index, values)
         waiting.append(sum(isinstance(stored, dict) and bool(stored) for stored in self._stored.values()))
 
-    monkeypatch.setattr(tape.Chunks, "put", counted)
-    monkeypatch.setattr(tape, "IN_MEMORY", 200_000)
+    monkeypatch.setattr(chunks.Chunks, "put", counted)
+    monkeypatch.setattr(chunks, "IN_MEMORY", 200_000)
     kdq.quantize(relu_net, torch.randn(640, 3, 9, 9).split(10), bits=2)
     assert max(waiting) <= 4
 

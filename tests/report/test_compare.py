@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kdq.cli.report import main
 from kdq.records.rows import Row
-from kdq.report import main
 from kdq.report.compare import compare, summary
 
 

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 import kdq.report.html
+from kdq.cli.report import main
 from kdq.records.failures import Failure, forget, record
 from kdq.records.rows import COLUMNS, Row, read_rows, table
-from kdq.report import accuracy_table, main, write_report
+from kdq.report import accuracy_table, write_report
 from kdq.report.tables import fitting_tables
 from kdq.report.write import Material
 

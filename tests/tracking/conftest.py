@@ -8,7 +8,7 @@ import pytest
 import wandb
 from wandb.sdk.lib import wbauth
 
-from kdq.tracking import run
+from kdq.tracking import wandb_run
 from tests.wandb_server import WandbServer, wandb_server
 
 
@@ -18,7 +18,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     with wandb_server() as found:
         monkeypatch.setenv("WANDB_BASE_URL", found.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        monkeypatch.setattr(run, "_unreachable", [])
+        monkeypatch.setattr(wandb_run, "_unreachable", [])
         wandb.teardown()  # this process keeps the address and the account it began with
         yield found
         assert "\n".join(found.unanswered) == ""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kdq.cli.wandb import main
-from kdq.tracking import run as module
+from kdq.tracking import wandb_run as module
 from kdq.tracking.open import tracked
 from kdq.tracking.run import Artifact, RunInfo, RunLogger
 from tests.offline_runs import offline_runs

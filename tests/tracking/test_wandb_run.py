@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from kdq.tracking import run as module
+from kdq.tracking import wandb_run as module
 from kdq.tracking.open import tracked
 from kdq.tracking.run import Artifact, RunInfo, RunLogger
 from kdq.utils.errors import KdqError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdq.deploy import latency
+from kdq.utils import latency
 
 
 def test_calls_take_turns_of_which_the_first_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ def test_a_file_of_the_first_format_still_loads() -> None:
 @pytest.fixture(scope="module")
 def reader() -> Any:
     """The reader printed in FORMAT.md."""
-    text = (Path(kdq.__file__).parent / "quant" / "FORMAT.md").read_text()
+    text = (Path(kdq.__file__).parent / "quant" / "packing" / "FORMAT.md").read_text()
     code = text.split("<!-- reader -->\n```python\n")[1].split("```")[0]
     assert "kdq." not in code
     assert len(code.splitlines()) < 35

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import kdq
-from kdq.models.build import CifarResNet, build
+from kdq.models import CifarResNet
+from kdq.models.build import build
 
 
 @pytest.fixture(scope="module")
