@@ -79,5 +79,5 @@ TINY = (
     "student.net.width=0.25",
     "student.recipe.epochs=2",
     "data.train_limit=256",
-    "quant.images=64",
+    "quant.calibration_images=64",
 )

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kdq.models.build import build
+from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantizable_layers, quantize_widths
 from kdq.quant.packing.file import load_packed, save_packed
 from kdq.utils.config import compose
@@ -60,7 +61,7 @@ def measure(name: str, repeats: int = 3) -> list[dict[str, Any]]:
         save_file(network.state_dict(), path)
         float_bytes = path.stat().st_size
         for dtype in (None, "bf16"):
-            versions = quantize_widths(network, images, list(widths.values()), solver="rtn", float_dtype=dtype)
+            versions = quantize_widths(network, images, list(widths.values()), QuantConfig(solver="rtn", float_dtype=dtype))
             for width, (version, report) in zip(widths, versions, strict=True):
                 save_s = min(_seconds(save_packed, version, path) for _ in range(repeats))
                 load_s = min(_seconds(load_packed, path) for _ in range(repeats))

@@ -26,13 +26,14 @@ from rich.table import Table
 from kdq.bench.options import own_options
 from kdq.cli.app import class_folders
 from kdq.quant.bitsearch.bank import fill_bank, packed_size
-from kdq.quant.bitsearch.mixed import first_batches, search_bits
-from kdq.quant.bitsearch.search import Assignment, check_candidates
+from kdq.quant.bitsearch.config import SearchConfig
+from kdq.quant.bitsearch.mixed import search_bits
+from kdq.quant.bitsearch.search import Assignment
 from kdq.quant.network import quantizable_layers, quantize
 from kdq.stages.cell import Cell
-from kdq.stages.quantize_options import quantize_options
+from kdq.stages.quantize import quant_config
 from kdq.stages.train import float_model
-from kdq.utils.config import compose
+from kdq.utils.config import compose, plain
 from kdq.utils.files import write_text
 from kdq.utils.metrics import evaluate
 
@@ -85,11 +86,10 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
     """One row for every average and every way to spend its bytes, uniform widths first."""
     cfg, device = cell.cfg, cell.device
     network = cell.network(cell.role, float_model(cell)).to(device)
-    calibration = list(cell.images.calibration(cfg.quant.images, cfg.quant.seed, device))
-    validation = first_batches(cell.images.evaluation("val", device), cfg.quant.search.images)
-    candidates, options = list(cfg.quant.bits), quantize_options(cell)
-    layers = quantizable_layers(network, list(cfg.quant.keep_float))
-    bank = fill_bank(network, calibration, check_candidates(candidates), **options)
+    calibration = list(cell.images.calibration(cfg.quant.calibration_images, cfg.quant.seed, device))
+    config, asked = quant_config(cfg.quant), plain(cfg.quant.search) | {"avg_bits": None, "max_drop": None}
+    layers = quantizable_layers(network, config.keep_float)
+    bank = fill_bank(network, calibration, sorted(set(asked["candidates"])), config)
     rows = []
     shared = tempfile.TemporaryDirectory()
     trace = Path(shared.name) / "trace.json"
@@ -105,12 +105,13 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
 
     for average in averages:
         start = time.perf_counter()
-        version, report = quantize(network, calibration, _leading(network, layers, average), **options)
+        version, report = quantize(network, calibration, _leading(network, layers, average), config)
         add(f"{average:g} bits", "uniform", version, report, 0, time.perf_counter() - start)
         size = rows[-1]["bytes"]
         for method in ways:
-            budget = {"size_bytes": size, "method": method, "bank": bank, "trace": trace}
-            found = search_bits(network, calibration, validation, candidates=candidates, **budget, **options)
+            search = SearchConfig(**(asked | {"size_bytes": size, "method": method}))
+            validation = cell.images.evaluation("val", device)
+            found = search_bits(network, calibration, validation, search, config, bank=bank, trace=trace)
             seconds = bank.seconds + found.seconds
             add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, seconds)
     shared.cleanup()

@@ -1,15 +1,20 @@
-"""How one layer is quantized, given its moments: choose an alphabet, solve, refine."""
+"""How the layers of a network are quantized: every option of it, in one object that passes whole from the config to the
+solver."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.activations import RANGES
+from kdq.quant.calibrate.correction import CORRECTIONS
+from kdq.quant.packing.weights import check_float_dtype
+from kdq.quant.solvers.alphabet import Alphabet, check_bits
 from kdq.quant.solvers.alphabets import ALPHABETS, AlphabetChoice, per_layer, rescale
 from kdq.quant.solvers.gpfq import gpfq
 from kdq.quant.solvers.gptq import gptq
@@ -30,16 +35,30 @@ SCALES = ("weight", "gram")
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """What is done with every layer.
+    """What is done with every layer, whatever its width.
+
+        >>> QuantConfig(solver="qronos", order="gram", refine=3).alphabet
+        'uniform'
 
     Attributes:
-        solver: one of :data:`SOLVERS`, or a function like them.
+        solver: one of :data:`SOLVERS`, or a function ``(weight, gram, cross, alphabet) -> quantized weight``.
         alphabet: one of :data:`kdq.quant.solvers.alphabets.ALPHABETS`, or a function ``(weight, bits) -> Alphabet``.
         per_channel: a scale for every output channel, or one for the layer.
         scale: the scales have the least error of the ``"weight"``, or weighted with the ``"gram"`` matrix of the
             inputs.
         order: columns are solved in the weight's ``"natural"`` order, or by falling diagonal of the ``"gram"`` matrix.
         refine: sweeps of :func:`kdq.quant.solvers.refine.refine` after the solver.
+        first_last_bits: width of the first and the last layer that run, whatever the others have.
+        keep_float: names of modules whose weights (and those of what is inside them) stay float.
+        float_dtype: what is not quantized (biases, BatchNorm, ``keep_float``) is rounded to ``"bf16"`` or ``"fp16"``,
+            to be stored in 16 bits; None leaves it in float32.
+        act_bits: the inputs of every quantized layer are rounded too, one scale per tensor; None leaves them float.
+        act_range: ``"mse"``, ``"percentile"`` or ``"percentile_99.9"``, see
+            :meth:`kdq.quant.activations.Histogram.quantizer`.
+        correct: after each layer, the means of biased channels are put right (``"bias"``), or the means and variances
+            of BatchNorms too (``"batchnorm"``), see :mod:`kdq.quant.calibrate.correction`; None leaves both.
+        moments: what sums the moments of a layer's inputs, called with ``(layer, symmetric)``; None is
+            :class:`kdq.quant.calibrate.moments.Moments`.
     """
 
     solver: str | Solver = "gpfq"
@@ -48,20 +67,41 @@ class QuantConfig:
     scale: str = "weight"
     order: str = "natural"
     refine: int = 0
+    first_last_bits: int | None = None
+    keep_float: tuple[str, ...] = ()
+    float_dtype: str | None = None
+    act_bits: int | None = None
+    act_range: str = "mse"
+    correct: str | None = None
+    moments: Callable[[nn.Module, bool], Any] | None = None
 
     def __post_init__(self) -> None:
-        """Raises KdqError for an unknown choice."""
+        """Raises KdqError for an unknown choice, and for choices that exclude each other."""
         _named(SOLVERS, self.solver, "solver")
         _named(ALPHABETS, self.alphabet, "alphabet")
-        for value, known, what in ((self.order, ORDERS, "order"), (self.scale, SCALES, "scale")):
-            if value not in known:
-                raise KdqError(f"{what}={value!r} is unknown: use one of {', '.join(known)}")
+        one_of("order", self.order, ORDERS)
+        one_of("scale", self.scale, SCALES)
+        one_of("act_range", self.act_range, RANGES)
+        one_of("correct", self.correct, CORRECTIONS)
+        one_of("per_channel", self.per_channel, (True, False))
         if isinstance(self.refine, bool) or not isinstance(self.refine, int) or self.refine < 0:
             raise KdqError(f"refine={self.refine!r} is not a number of sweeps: use 0 or more")
         if self.refine and not self.per_channel:
             raise KdqError("refine fits a scale to every output channel: use per_channel=true, or refine=0")
         if self.scale == "gram" and not self.per_channel:
             raise KdqError("scale=gram fits a scale to every output channel: use per_channel=true, or scale=weight")
+        if self.first_last_bits is not None:
+            check_bits(self.first_last_bits, "first_last_bits")
+        bits = self.act_bits
+        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
+            raise KdqError(f"act_bits={bits!r} must be a whole number from 2 to 8, or None (null)")
+        if self.float_dtype is not None:
+            check_float_dtype(self.float_dtype)
+        if isinstance(self.keep_float, str) or not all(isinstance(name, str) for name in self.keep_float):
+            raise KdqError(f"keep_float={self.keep_float!r}: give a list of names, [{self.keep_float}]")
+        object.__setattr__(self, "keep_float", tuple(self.keep_float))
+        if self.moments is not None and not callable(self.moments):
+            raise KdqError(f"moments={self.moments!r} is no function: leave it None (null), or give a _target_")
 
     @property
     def covers(self) -> bool:
@@ -92,6 +132,40 @@ class QuantConfig:
         if self.refine and alphabet.levels < 2**8:  # beyond, the scale is already exact to the last code
             return refine(weight, gram, cross, values, alphabet, self.refine)
         return values, alphabet
+
+
+#: Names of the options.
+OPTIONS = tuple(field.name for field in fields(QuantConfig))
+
+
+def configured(config: QuantConfig | None, options: Mapping[str, Any], others: Collection[str] = ()) -> QuantConfig:
+    """``config``, or the default one, with ``options`` in place of its own.
+
+    Args:
+        others: what the caller takes beside them, for the complaint.
+
+    Raises:
+        KdqError: an option is unknown or has a value that cannot be.
+    """
+    if config is not None and not isinstance(config, QuantConfig):
+        raise KdqError(f"config={config!r} is no QuantConfig: options have names, such as solver={config!r}")
+    refuse_unknown(options, (*others, *OPTIONS))
+    return replace(config or QuantConfig(), **options)
+
+
+def refuse_unknown(options: Collection[str], known: Collection[str]) -> None:
+    """Raise a :class:`KdqError` that names the nearest of ``known`` for an option that is none of them."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            raise KdqError(f"unknown option {name}{f' (did you mean {near[0]}?)' if near else ''}: {', '.join(known)}")
+
+
+def one_of(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raise a :class:`KdqError` that lists the ``choices`` if ``value`` is none of them."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        listed = ", ".join("None (null)" if choice is None else str(choice) for choice in choices)
+        raise KdqError(f"{name}={value!r} is unknown: use one of {listed}")
 
 
 def _named(known: Mapping[str, Any], value: Any, what: str) -> Any:

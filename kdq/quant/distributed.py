@@ -15,6 +15,11 @@ def summed(value: Tensor) -> Tensor:
     return value
 
 
+def share(count: int) -> int:
+    """This process's part of ``count`` where torch.distributed runs, rounded up; else all of it."""
+    return -(-count // (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1))
+
+
 def rank() -> int:
     """Of this process where torch.distributed runs; else 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -113,8 +113,8 @@ def packed_network(cell: Cell, path: Path) -> nn.Module:
 
 
 def calibration(cell: Cell) -> Iterator[Tensor]:
-    """The normalised batches that ``deploy.images`` asks for, without their labels."""
-    batches = cell.images.calibration(cell.cfg.deploy.images, cell.cfg.quant.seed, torch.device("cpu"))
+    """The normalised batches that ``deploy.calibration_images`` asks for, without their labels."""
+    batches = cell.images.calibration(cell.cfg.deploy.calibration_images, cell.cfg.quant.seed, torch.device("cpu"))
     return (images for images, _ in batches)
 
 

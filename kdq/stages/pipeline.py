@@ -13,7 +13,6 @@ from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns, deploy
 from kdq.stages.quantize import arch_of, quantize, row_keys, tracked_rows
 from kdq.stages.quantize_log import log_deployed
-from kdq.stages.quantize_options import Width
 from kdq.stages.train import Model, obtain, planned
 from kdq.utils.errors import KdqError
 
@@ -35,7 +34,7 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     known = {row.config_hash: row for row in read_rows(cell.output / "rows", set(keys.values()))}
     columns = asked_columns(cell)
     names = {
-        key: f"{cell.name}-b{width}" for width, key in keys.items() if key not in known or not has(known[key], columns)
+        key: f"{cell.name}-b{name}" for name, key in keys.items() if key not in known or not has(known[key], columns)
     }
     if names:
         with recorded(cell.output, names, job):
@@ -44,16 +43,16 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
 
 
 def _completed(
-    cell: Cell, model: Model, keys: Mapping[Width, str], known: Mapping[str, Row], columns: Mapping[str, Any]
+    cell: Cell, model: Model, keys: Mapping[str, str], known: Mapping[str, Row], columns: Mapping[str, Any]
 ) -> dict[str, Row]:
     """``known`` with the missing rows and columns, all told in one log."""
-    rows, missing = dict(known), {width: key for width, key in keys.items() if key not in known}
+    rows, missing = dict(known), {name: key for name, key in keys.items() if key not in known}
     entry = obtain(cell.store, model) if missing else None
     arch = arch_of(cell, entry) if entry else next(iter(rows.values())).arch
     with tracked_rows(cell, model, arch, keys) as track:
         if entry:
             made = quantize(cell, entry, missing, track)
-            rows |= {missing[width]: row for width, row in made.items()}
+            rows |= {missing[name]: row for name, row in made.items()}
         for key, row in rows.items():
             if not has(row, columns):
                 rows[key] = deploy(cell, row)

@@ -2,40 +2,94 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from kdq.data.loader import EvalLoader
-from kdq.quant.bitsearch.mixed import first_batches, search_bits
+from kdq.models.build import build
+from kdq.quant.bitsearch.bank import check_average
+from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
+from kdq.quant.bitsearch.mixed import search_bits
+from kdq.quant.config import OPTIONS, QuantConfig, refuse_unknown
 from kdq.quant.network import Report, quantizable_layers, quantize_widths
 from kdq.quant.packing.file import save_packed
 from kdq.quant.packing.weights import with_float_dtype
+from kdq.quant.solvers.alphabet import check_bits
 from kdq.records.rows import Row, write_row
 from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
-from kdq.stages.quantize_log import log_axes, log_layers, log_row, log_search, spell
-from kdq.stages.quantize_options import Width, alphabet_name, asked_widths, check_quantizer, quantize_options
+from kdq.stages.quantize_log import log_axes, log_layers, log_row, log_search
 from kdq.stages.train import Model, artifact
 from kdq.tracking.names import series
 from kdq.tracking.run import RunLogger
 from kdq.utils.config import plain
+from kdq.utils.errors import KdqError
 from kdq.utils.latency import of_networks
-from kdq.utils.metrics import bit_operations, evaluate, multiply_adds
+from kdq.utils.metrics import evaluate
+from kdq.utils.operations import bit_operations, multiply_adds
 from kdq.utils.progress import progress
 from kdq.utils.version import __version__, git_sha
 
 log = logging.getLogger(__name__)
 
 
-def row_spec(cell: Cell, model: Model | Entry, width: Width) -> dict[str, Any]:
+def quant_config(quant: DictConfig) -> QuantConfig:
+    """How the ``quant`` config quantizes layers.
+
+    Raises:
+        KdqError: it has an unknown key or a choice that cannot be.
+    """
+    refuse_unknown(quant, (*OPTIONS, "name", "bits", "calibration_images", "seed", "search"))
+    values = {name: value for name, value in plain(quant).items() if name in OPTIONS}
+    return QuantConfig(**hydra.utils.instantiate(values, _convert_="all"))
+
+
+def search_config(quant: DictConfig) -> SearchConfig | None:
+    """What the ``quant`` config asks a bit search for; None where it asks for widths.
+
+    Raises:
+        KdqError: as :func:`quant_config`.
+    """
+    if not quant.get("search"):
+        return None
+    refuse_unknown(quant.search, SEARCH_OPTIONS)
+    if quant.bits is not None:
+        raise KdqError(
+            f"quant.bits={quant.bits} but quant={quant.name} chooses the bits: give quant.bits=null, and its choices "
+            "as quant.search.candidates"
+        )
+    return SearchConfig(**plain(quant.search))
+
+
+def asked_bits(cell: Cell) -> dict[str, int | None]:
+    """What rows are named by: each width of ``quant.bits`` once, or the range of a bit search's candidates, ``2-8``,
+    which has no width yet.
+
+    Raises:
+        KdqError: there is none, or one is not a whole number from 2 to 32.
+    """
+    if search := search_config(cell.cfg.quant):
+        return {f"{min(search.candidates)}-{max(search.candidates)}": None}
+    bits = plain(cell.cfg.quant)["bits"]
+    asked = bits if isinstance(bits, list) else [bits]
+    if not asked:
+        raise KdqError("quant.bits is empty: give a width from 2 to 32, or a list of them")
+    return {str(width): check_bits(width, "quant.bits") for width in asked}
+
+
+def row_spec(cell: Cell, model: Model | Entry, bits: int | None) -> dict[str, Any]:
     """Everything that a row of ``model`` depends on; its hash is the row's ``config_hash``."""
     quant = {name: value for name, value in plain(cell.cfg.quant).items() if name != "bits"}
     images, config = cell.images, cell.cfg.data
@@ -48,19 +102,53 @@ def row_spec(cell: Cell, model: Model | Entry, width: Width) -> dict[str, Any]:
         "seed": seed,
         "data": images.spec() | test | {"name": config.name},
         "quant": quant,
-        "bits": width if isinstance(width, int) else list(width),
+        "bits": bits,
         **user_code(quant),
     }
 
 
-def row_keys(cell: Cell, model: Model) -> dict[Width, str]:
-    """The ``config_hash`` of each row that the cell asks for.
+def row_keys(cell: Cell, model: Model) -> dict[str, str]:
+    """The ``config_hash`` of each row that the cell asks for, by :func:`asked_bits`.
 
     Raises:
         KdqError: it asks for an impossible width or quantizer.
     """
+    asked = asked_bits(cell)
     check_quantizer(cell)
-    return {width: key_of(row_spec(cell, model, width)) for width in asked_widths(cell)}
+    return {name: key_of(row_spec(cell, model, bits)) for name, bits in asked.items()}
+
+
+def check_quantizer(cell: Cell) -> None:
+    """Refuse, before anything is trained for it, a quantizer that cannot be.
+
+    Raises:
+        KdqError: it cannot.
+    """
+    quant = cell.cfg.quant
+    if quant.solver is None:
+        return
+    images = quant.calibration_images
+    if isinstance(images, bool) or not isinstance(images, int) or images < 1:
+        raise KdqError(f"quant.calibration_images={images} must be at least 1")
+    config, search = quant_config(quant), search_config(quant)
+    network = _untrained(json.dumps(plain(cell.cfg[cell.role].net)))
+    layers = quantizable_layers(network, config.keep_float)
+    if search is not None:
+        check_average(network, layers, search, config)
+
+
+@lru_cache(maxsize=4)
+def _untrained(net: str) -> nn.Module:
+    # With real weights: a network of one's own may look at numbers while it is built.
+    return build(json.loads(net))
+
+
+def alphabet_name(quant: Mapping[str, Any]) -> str:
+    """The ``quant`` config's alphabet as rows name it; a function's own name, nothing where nothing is quantized."""
+    if quant["solver"] is None:
+        return ""
+    asked = quant["alphabet"]
+    return asked if isinstance(asked, str) else str(asked["_target_"]).rpartition(".")[2]
 
 
 def arch_of(cell: Cell, entry: Entry) -> str:
@@ -68,14 +156,13 @@ def arch_of(cell: Cell, entry: Entry) -> str:
     return str(entry.metrics.get("arch", cell.cfg[cell.role].name))
 
 
-def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[Width, str]) -> AbstractContextManager[RunLogger]:
+def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) -> AbstractContextManager[RunLogger]:
     """The log of the rows of ``model``.
 
     Args:
-        asked: width to ``config_hash`` of all rows of the job, those that are there already, too: they name the log.
+        asked: name to ``config_hash`` of all rows of the job, those that are there already, too: they name the log.
     """
     cfg, role, quant = cell.cfg, plain(cell.cfg[cell.role]), plain(cell.cfg.quant)
-    widths = [spell(width) for width in asked]
     act_bits = quant["act_bits"] or 32
     axes = {
         "role": cell.role,
@@ -86,7 +173,7 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[Width, str]
         "quantizer": quant["name"],
         "alphabet": alphabet_name(quant),
         "act_bits": act_bits,
-        "bits": quant["bits"],
+        "bits": quant["search"]["candidates"] if quant.get("search") else quant["bits"],
         "search": quant["search"]["method"] if quant.get("search") else "",
         "model_key": model.key,
         "series": series(cfg.method.name, arch, quant["name"], act_bits),
@@ -94,78 +181,86 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[Width, str]
     settings = {"net": role["net"], "recipe": role["recipe"], "method": plain(cfg.method), "quant": quant}
     return cell.tracked(
         "quantize",
-        f"{cell.name}-b{','.join(widths)}",
+        f"{cell.name}-b{','.join(asked)}",
         key_of({"rows": sorted(asked.values())}),
         axes,
         settings,
         inputs=[artifact(cell.store, model)],
-        tags=[f"{width}bit" for width in widths],
+        tags=[f"{name}bit" for name in asked],
     )
 
 
-def quantize(cell: Cell, entry: Entry, keys: Mapping[Width, str], track: RunLogger) -> dict[Width, Row]:
-    """Quantize the model to the widths of ``keys`` in one pass, measure each on the test set, and write its packed
-    file and its row.
+def quantize(cell: Cell, entry: Entry, keys: Mapping[str, str], track: RunLogger) -> dict[str, Row]:
+    """Quantize the model for the rows of ``keys`` in one pass, measure each on the test set, and write its packed file
+    and its row.
 
     Args:
-        keys: width to ``config_hash``.
+        keys: name, as :func:`asked_bits` has it, to ``config_hash``.
     """
     cfg = cell.cfg
     network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
     log_axes(track)
-    versions = _versions(cell, entry, network, list(keys), track)
-    log_layers(track, {spell(width): report for width, (_, report) in versions.items()})
+    versions = _versions(cell, entry, network, keys, track)
+    log_layers(track, {name: report for name, (_, report) in versions.items()})
     with progress(f"evaluating {cell.name}", len(keys) + 1, "width") as bar:
         test = cell.images.evaluation("test", cell.device)
         unquantized = evaluate(network, test, cfg.data.num_classes)
         bar.update()
         common = _common(cell, entry, network) | {"wandb_run": track.folder}
         rows = {}
-        for width, key in keys.items():
-            version, report = versions[width]
+        for name, key in keys.items():
+            version, report = versions[name]
             found = unquantized if version is network else evaluate(version, test, cfg.data.num_classes)
-            bits = width if isinstance(width, int) else math.ceil(report.avg_bits)
-            rows[width] = _row(cell, bits, key, version, report, unquantized, found, common)
-            write_row(cell.output / "rows", rows[width])
-            log_row(track, rows[width], cell.output / rows[width].artifact)
+            bits = asked_bits(cell)[name] or math.ceil(report.avg_bits)
+            rows[name] = _row(cell, bits, key, version, report, unquantized, found, common)
+            write_row(cell.output / "rows", rows[name])
+            log_row(track, rows[name], cell.output / rows[name].artifact)
             bar.update()
     return rows
 
 
 def _versions(
-    cell: Cell, entry: Entry, network: nn.Module, widths: list[Width], track: RunLogger
-) -> dict[Width, tuple[nn.Module, Report]]:
-    """The quantized networks by width; with ``quant=none`` the float network itself."""
+    cell: Cell, entry: Entry, network: nn.Module, keys: Mapping[str, str], track: RunLogger
+) -> dict[str, tuple[nn.Module, Report]]:
+    """The quantized networks by the names of their rows; with ``quant=none`` the float network itself."""
     quant = cell.cfg.quant
     if quant.solver is None:
         version = network if quant.float_dtype is None else with_float_dtype(network, quant.float_dtype)
-        return {width: (version, Report(float_bits=32 if version is network else 16)) for width in widths}
-    if quant.images > (there := len(cell.images.split.train)):
-        log.warning("quant.images=%d, but there are %d training images: all are used", quant.images, there)
-    calibration = cell.images.calibration(quant.images, quant.seed, cell.device)
-    if quant.get("search"):
-        return {width: _searched(cell, entry, network, calibration, width, track) for width in widths}
-    layers = len(quantizable_layers(network, list(quant.keep_float)))
+        return {name: (version, Report(float_bits=32 if version is network else 16)) for name in keys}
+    if quant.calibration_images > (there := len(cell.images.split.train)):
+        log.warning(
+            "quant.calibration_images=%d, but there are %d training images: all are used",
+            quant.calibration_images,
+            there,
+        )
+    calibration = cell.images.calibration(quant.calibration_images, quant.seed, cell.device)
+    config, search = quant_config(quant), search_config(quant)
+    if search is not None:
+        ((name, key),) = keys.items()
+        return {name: _searched(cell, entry, network, calibration, config, search, key, track)}
+    layers = len(quantizable_layers(network, config.keep_float))
     with progress(f"quantizing with {quant.name}", layers, "layer") as bar:
-
-        def on_layer(name: str) -> None:
-            bar.update()
-
-        results = quantize_widths(network, calibration, widths, **quantize_options(cell), on_layer=on_layer)  # type: ignore[arg-type]
-    return dict(zip(widths, results, strict=True))
+        widths = [int(name) for name in keys]
+        results = quantize_widths(network, calibration, widths, config, on_layer=lambda name: bar.update())
+    return dict(zip(keys, results, strict=True))
 
 
 def _searched(
-    cell: Cell, entry: Entry, network: nn.Module, calibration: EvalLoader, width: Width, track: RunLogger
+    cell: Cell,
+    entry: Entry,
+    network: nn.Module,
+    calibration: EvalLoader,
+    config: QuantConfig,
+    search: SearchConfig,
+    key: str,
+    track: RunLogger,
 ) -> tuple[nn.Module, Report]:
     """The network with the widths that the bit search chooses. What it measures depends on everything but the budget,
     so searches of the same model with other budgets share one trace."""
-    assert isinstance(width, tuple)
-    search = plain(cell.cfg.quant.search)
-    images, budgets = search.pop("images"), ("avg_bits", "size_bytes", "max_drop", "cost", "method", "context")
-    quant = {**plain(cell.cfg.quant), "search": {name: v for name, v in search.items() if name not in budgets}}
-    spec = {"model": entry.key, "data": cell.images.spec(), "quant": quant, "images": images}
-    measured = key_of({"stage": "search", **spec, **user_code(quant)})
+    shared = ("candidates", "validation_images")
+    quant = plain(cell.cfg.quant) | {"search": {name: plain(cell.cfg.quant.search)[name] for name in shared}}
+    spec = {"stage": "search", "model": entry.key, "data": cell.images.spec(), "quant": quant, **user_code(quant)}
+    measured = key_of(spec)
     folder = cell.output / "store" / "search"
     with progress("searching bits", None, "step") as bar:
 
@@ -173,18 +268,12 @@ def _searched(
             bar.set_postfix_str(line, refresh=False)
             bar.update()
 
+        validation = cell.images.evaluation("val", cell.device)
+        trace = folder / f"trace-{measured}.json"
         found = search_bits(
-            network,
-            calibration,
-            first_batches(cell.images.evaluation("val", cell.device), images),
-            candidates=width,
-            trace=folder / f"trace-{measured}.json",
-            key=measured,
-            on_step=on_step,
-            **search,
-            **quantize_options(cell),
+            network, calibration, validation, search, config, trace=trace, key=measured, on_step=on_step
         )
-    found.write_frontier(folder / f"frontier-{key_of(row_spec(cell, entry, width))}.json")
+    found.write_frontier(folder / f"frontier-{key}.json")
     log.info(
         "bit search: %d evaluations, %.1f s, %.1f s of them to quantize every layer at every width",
         found.found.evaluations,
@@ -199,7 +288,11 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
     """The columns that all widths of one model share."""
     cfg, role = cell.cfg, cell.cfg[cell.role]
     image = _image(cell)
-    images = 0 if cfg.quant.solver is None else len(cell.images.split.calibration(cfg.quant.images, cfg.quant.seed))
+    images = (
+        0
+        if cfg.quant.solver is None
+        else len(cell.images.split.calibration(cfg.quant.calibration_images, cfg.quant.seed))
+    )
     return {
         "data": cfg.data.name,
         "method": cfg.method.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from kdq.quant.bitsearch.mixed import MixedPrecision
@@ -71,8 +71,3 @@ def log_deployed(track: RunLogger, row: Row) -> None:
     log_axes(track)
     found = {f"quantize/{name}": getattr(row, name) for name in DEPLOYED if getattr(row, name) is not None}
     track.metrics({"quantize/bits": row.bits} | found)
-
-
-def spell(width: int | Sequence[int]) -> str:
-    """A width, or the range of a bit search's candidates."""
-    return str(width) if isinstance(width, int) else f"{min(width)}-{max(width)}"

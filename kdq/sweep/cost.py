@@ -32,7 +32,7 @@ def row_work(cell: Cell, rows: int) -> float:
     """Of quantizing one model to ``rows`` widths together and evaluating each; solvers come on top."""
     data, images = cell.cfg.data, cell.images
     tested = min(len(images.set.test_images), data.test_limit or len(images.set.test_images))
-    calibrated = 0 if cell.cfg.quant.solver is None else cell.cfg.quant.images
+    calibrated = 0 if cell.cfg.quant.solver is None else cell.cfg.quant.calibration_images
     net = json.dumps(plain(cell.cfg[cell.role].net))
     return (rows + 1) * (calibrated + tested) * _forward(net, (data.in_channels, images.height, images.width))
 

@@ -23,7 +23,6 @@ from kdq.records.rows import has, read_rows
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns
 from kdq.stages.quantize import row_keys
-from kdq.stages.quantize_options import Width
 from kdq.stages.train import Model, planned
 from kdq.sweep.cost import model_work, row_work
 from kdq.utils.errors import KdqError
@@ -101,11 +100,11 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
     plan, models, jobs = Plan(output, cells), _Models(), list[Job]()
     for group in _by_bits(cells):
         for cell, overrides, model, keys in _planned(group, compose, plan):
-            new = {width: key for width, key in keys.items() if key not in plan.rows}  # cells may mean the same row
+            new = {name: key for name, key in keys.items() if key not in plan.rows}  # cells may mean the same row
             plan.rows |= dict.fromkeys(new.values(), cell.name)
             columns = asked_columns(cell)
             there = {row.config_hash for row in read_rows(output / "rows", set(new.values())) if has(row, columns)}
-            missing = {width: key for width, key in new.items() if key not in there}
+            missing = {name: key for name, key in new.items() if key not in there}
             if not missing:
                 continue
             try:
@@ -130,7 +129,7 @@ def _by_bits(cells: Sequence[Overrides]) -> list[list[Overrides]]:
 
 def _planned(
     group: list[Overrides], compose: Compose, plan: Plan
-) -> Iterator[tuple[Cell, Overrides, Model, dict[Width, str]]]:
+) -> Iterator[tuple[Cell, Overrides, Model, dict[str, str]]]:
     """The cells of a group, with their models and the keys of their rows: as one cell with a list of bits, where that
     means the same, else one by one. What cannot be planned is noted in ``plan``."""
     configs = {}
@@ -139,7 +138,7 @@ def _planned(
         values = [parser.parse_override(o).value() for cell in group for o in cell if o.startswith(_BITS)]
         bits = [width for value in values for width in (value if isinstance(value, list) else [value])]
         together = (*(o for o in group[0] if not o.startswith(_BITS)), f"{_BITS}{bits}".replace(" ", ""))
-        # A wrong width must not take the others with it; for a bit search a list is the candidates of one row.
+        # A wrong width must not take the others with it.
         if all(isinstance(width, int) and 2 <= width <= 32 for width in bits):
             configs[together] = compose(together)
             if not configs[together].quant.get("search"):
@@ -156,10 +155,9 @@ def _planned(
             plan.impossible.append((overrides, describe(error)))
 
 
-def _rows_job(cell: Cell, overrides: Overrides, missing: dict[Width, str], needs: frozenset[str]) -> Job:
-    names = {width: "-".join(map(str, width)) if isinstance(width, tuple) else str(width) for width in missing}
-    makes = {key: f"{cell.name}-b{names[width]}" for width, key in missing.items()}
-    what = f"{len(missing)} row{'s' * (len(missing) > 1)} at {' '.join(names.values())} bits"
+def _rows_job(cell: Cell, overrides: Overrides, missing: dict[str, str], needs: frozenset[str]) -> Job:
+    makes = {key: f"{cell.name}-b{name}" for name, key in missing.items()}
+    what = f"{len(missing)} row{'s' * (len(missing) > 1)} at {' '.join(missing)} bits"
     work = row_work(cell, len(missing))
     return Job(cell.name, "rows", what, overrides, makes, needs, work, asked_columns(cell))
 

@@ -16,7 +16,7 @@ from tests.conftest import TINY
 
 
 def test_every_format_is_compared_and_memory_is_near_the_packed_size(tmp_path: Path) -> None:
-    quick = ["deploy.runs=2", "deploy.batch=4", "deploy.images=64", "bench.threads=1", "bench.repeats=2"]
+    quick = ["deploy.runs=2", "deploy.batch=4", "deploy.calibration_images=64", "bench.threads=1", "bench.repeats=2"]
     main([*TINY, "method=baseline", "quant.bits=3", *quick, f"paths.output_dir={tmp_path}"])
     (found,) = json.loads((tmp_path / "report" / "bench_deploy.json").read_text())
     (row,) = read_rows(tmp_path / "rows")

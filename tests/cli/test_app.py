@@ -200,7 +200,7 @@ MISTAKES = [
         r"cannot meet its budget of 10 bytes: the smallest packed file with these candidates takes \d{4}",
     ),
     (["quant.act_bits=9", "method=baseline"], r"act_bits=9 must be a whole number from 2 to 8"),
-    (["quant.images=0", "method=baseline"], r"quant.images=0 must be at least 1"),
+    (["quant.calibration_images=0", "method=baseline"], r"quant.calibration_images=0 must be at least 1"),
     (["quant=greedy", "quant.search.method=anneal", "method=baseline"], r"method='anneal' is unknown"),
     (["trainer.precision=8", "method=baseline"], r"trainer.precision=8 is unknown: use auto or one of 32-true"),
     (["quant.keep_float=[layer9]", "method=baseline"], r"the network has no layer9 to leave float"),

@@ -22,7 +22,7 @@ def test_cifar10_as_a_folder_of_images(cli: Any, tmp_path: Path) -> None:
         "student.recipe.epochs=1",
         "data.train_limit=15000",
         "data.test_limit=2000",
-        "quant.images=256",
+        "quant.calibration_images=256",
         "quant.bits=[2,4,32]",
         "logger=none",
     )

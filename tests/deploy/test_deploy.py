@@ -27,7 +27,7 @@ from tests.conftest import TINY, data_config
 ROOT = Path(__file__).parent.parent.parent
 
 
-QUICK = ["deploy.runs=5", "deploy.batch=8", "deploy.threads=1", "deploy.images=64"]
+QUICK = ["deploy.runs=5", "deploy.batch=8", "deploy.threads=1", "deploy.calibration_images=64"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_finished_row_gets_the_columns_it_lacks(run: Any) -> None:
 def test_ones_own_network_is_deployed_by_its_config(cli: Any, export: Any, tmp_path: Path) -> None:
     """Its packed file alone is not trusted to name what is called."""
     own = ["model@student=custom", "student.name=small", "student.net._target_=tests.networks.small"]
-    quick = ["deploy=onnx", "deploy.runs=3", "deploy.batch=8", "deploy.threads=1", "deploy.images=64"]
+    quick = ["deploy=onnx", "deploy.runs=3", "deploy.batch=8", "deploy.threads=1", "deploy.calibration_images=64"]
     tiny = [override for override in TINY if not override.startswith(("student.net.", "model@student"))]
     code, _, error = cli(*tiny, *own, *quick, "method=baseline", "quant.bits=4", f"paths.output_dir={tmp_path}")
     assert code == 0, error
@@ -167,7 +167,7 @@ def test_every_format_of_a_cell(run: Any, export: Any, tmp_path: Path) -> None:
     assert (tmp_path / "model.int8.onnx").stat().st_size == row.onnx_int8_bytes
 
     # Settings of its own are measured and said; the row is of the grid.
-    said = export(output / row.artifact, "--format", "onnx-int8", "--to", tmp_path / "other.onnx", "deploy.images=32")
+    said = export(output / row.artifact, "--format", "onnx-int8", "--to", tmp_path / "other.onnx", "deploy.calibration_images=32")
     found = float(re.search(r"top-1 ([\d.]+) on the test set, .* as evaluated", said).group(1))  # type: ignore[union-attr]
     models = (tmp_path / "other.onnx").read_bytes(), (tmp_path / "model.int8.onnx").read_bytes()
     assert models[0] != models[1]

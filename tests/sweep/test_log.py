@@ -31,7 +31,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[OfflineR
     with pytest.MonkeyPatch.context() as patch:
         for arguments in (
             ["-m", "sweep=study", "method=teacher,dkd", "quant.bits=[2,4]"],
-            ["-m", "sweep=search", "method=teacher", "quant=greedy", "quant.bits=[2,4,8]", "quant.search.images=64"],
+            ["-m", "sweep=search", "method=teacher", "quant=greedy", "quant.search.candidates=[2,4,8]", "quant.search.validation_images=64"],
         ):
             patch.setattr("sys.argv", ["kdq", *arguments, *ARGUMENTS, f"paths.output_dir={output}"])
             GlobalHydra.instance().clear()

@@ -12,7 +12,7 @@ from kdq.stages.quantize_log import DEPLOYED
 from tests.conftest import TINY
 from tests.offline_runs import OfflineRun, offline_runs
 
-QUICK = ["deploy=onnx", "deploy.runs=3", "deploy.batch=4", "deploy.images=64"]
+QUICK = ["deploy=onnx", "deploy.runs=3", "deploy.batch=4", "deploy.calibration_images=64"]
 
 
 @pytest.fixture

@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.search import Assignment, Budget, Costs, cost_of
-from kdq.quant.bitsearch.stitch import bit_operations
+from kdq.quant.config import QuantConfig
 from kdq.quant.network import float_weights, quantizable_layers, quantize_widths
 from kdq.quant.packing.file import save_packed, stored_bytes
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.utils.errors import KdqError
+from kdq.utils.operations import multiply_adds_by_module
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,30 @@ class Bank:
         return self.other_bytes + round(cost_of(self.bytes, assignment))
 
     def prices(self, cost: str, model: nn.Module, image: Tensor) -> Costs:
-        """What a step of the search saves, by the name of the ``cost``; see :mod:`kdq.quant.bitsearch.mixed`.
+        """What a step of the search saves, by the name of the ``cost``, one of those of SearchConfig.
 
         Args:
             image: one input of ``model`` ``(1, ...)``.
         """
         if cost == "bops":
-            return bit_operations(model, self.bits, image)
+            counts = multiply_adds_by_module(model, image)
+            return {
+                name: {width: float(weight.bits * counts.get(name, 0)) for width, weight in choices.items()}
+                for name, choices in self.weights.items()
+            }
         return {"weight_bits": self.bits, "bytes": self.bytes}[cost]
 
-    def budget(self, avg_bits: float | None, size_bytes: float | None, max_drop: float | None, top1: float) -> Budget:
-        """The limits given, as what the choices may cost; ``top1`` is the float network's, for ``max_drop``.
+    def budget(self, search: SearchConfig, spare: int, top1: float) -> Budget:
+        """The limits of ``search``, ``spare`` bytes less, as what the choices may cost.
+
+        Args:
+            top1: the float network's, which ``max_drop`` is counted from.
 
         Raises:
             KdqError: no choice is so small.
         """
         limits: list[tuple[Costs, float]] = []
+        avg_bits, size_bytes = search.avg_bits, None if search.size_bytes is None else search.size_bytes - spare
         smallest = self.other_bytes + sum(min(sizes.values()) for sizes in self.bytes.values())
         if size_bytes is not None and size_bytes < smallest:
             raise KdqError(
@@ -83,10 +93,15 @@ class Bank:
             limits.append((self.bits, avg_bits * self.count - self.float_bits))
         if size_bytes is not None:
             limits.append((self.bytes, size_bytes - self.other_bytes))
-        return Budget(limits, max_drop, top1)
+        return Budget(limits, search.max_drop, top1)
 
 
-def fill_bank(model: nn.Module, batches: Iterable[Any], widths: Sequence[int], **options: Any) -> Bank:
+def fill_bank(
+    model: nn.Module,
+    batches: Iterable[Any],
+    widths: Sequence[int],
+    config: QuantConfig = QuantConfig(),  # noqa: B008
+) -> Bank:
     """Quantize every layer of ``model`` at every width, in one pass.
 
     Each layer is solved on the float network's inputs. Solved on those of a network whose layers all have its own
@@ -96,11 +111,10 @@ def fill_bank(model: nn.Module, batches: Iterable[Any], widths: Sequence[int], *
 
     Args:
         widths: ascending.
-        options: of :func:`kdq.quant.network.quantize_widths`.
     """
     start = time.perf_counter()
-    layers = quantizable_layers(model, options.get("exclude", ()))
-    versions, reports = zip(*quantize_widths(model, batches, widths, isolated=True, **options), strict=True)
+    layers = quantizable_layers(model, config.keep_float)
+    versions, reports = zip(*quantize_widths(model, batches, widths, config, isolated=True), strict=True)
     by_width: list[Any] = [version.quantized_weights for version in versions]
     weights = {name: {bits: by_width[i][name] for i, bits in enumerate(widths)} for name in layers}
     size = {name: {bits: float(stored_bytes(weight)) for bits, weight in weights[name].items()} for name in layers}
@@ -111,20 +125,21 @@ def fill_bank(model: nn.Module, batches: Iterable[Any], widths: Sequence[int], *
     return Bank(weights, bits, size, other, left, left * reports[-1].float_bits, time.perf_counter() - start)
 
 
-def check_average(
-    model: nn.Module, layers: Sequence[str], narrowest: int, avg_bits: float, float_dtype: str | None
-) -> None:
+def check_average(model: nn.Module, layers: Sequence[str], search: SearchConfig, config: QuantConfig) -> None:
     """Refuse, before anything is quantized, an average that the layers left float put out of reach.
 
     Args:
-        layers: those to quantize; ``narrowest``: what they may have at least.
+        layers: those to quantize.
 
     Raises:
         KdqError: it is.
     """
-    left, bits = float_weights(model, layers), 32 if float_dtype is None else 16
+    if search.avg_bits is None:
+        return
+    left, bits = float_weights(model, layers), 32 if config.float_dtype is None else 16
+    narrowest = min(*search.candidates, config.first_last_bits or 32)
     others = sum(weight.numel() for name in layers if isinstance(weight := model.get_submodule(name).weight, Tensor))
-    _check_average(avg_bits, (left * bits + others * narrowest) / (left + others), left)
+    _check_average(search.avg_bits, (left * bits + others * narrowest) / (left + others), left)
 
 
 def _check_average(avg_bits: float, least: float, left: int) -> None:

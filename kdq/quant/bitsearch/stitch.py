@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.quant.bitsearch.search import Assignment, Costs, Measure
-from kdq.quant.calibrate.layer import channel_axis
+from kdq.quant.bitsearch.search import Assignment, Measure
 from kdq.quant.distributed import gathered, summed
-from kdq.quant.network import QuantizedWeight
+from kdq.quant.packing.weights import QuantizedWeight
 from kdq.utils.errors import KdqError
 
 #: Bytes of layer outputs kept between evaluations.
@@ -133,23 +132,3 @@ class Stitched:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def bit_operations(model: nn.Module, bits: Costs, image: Tensor) -> Costs:
-    """BOPs of each layer at each width: the ``bits`` of its weights times their uses for one ``image`` ``(1, ...)``."""
-    uses = dict.fromkeys(bits, 0)
-
-    def count(name: str, output: Tensor) -> None:
-        uses[name] += output.numel() // output.shape[channel_axis(model.get_submodule(name))]
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: count(name, output))
-        for name in bits
-    ]
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: {width: cost * uses[name] for width, cost in costs.items()} for name, costs in bits.items()}

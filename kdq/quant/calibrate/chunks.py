@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdq.quant.batches import images_of
 from kdq.quant.calibrate.lanes import Lanes, Values
 
 #: Images pushed through a layer at a time, whatever batches the caller has, so that sums, and hence codes, do not
@@ -75,7 +76,7 @@ def in_chunks(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Te
     waiting: list[Tensor] = []
     size = None
     for batch in batches:
-        waiting.append((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+        waiting.append(images_of(batch).to(device))
         if sum(map(len, waiting)) < CHUNK:
             continue
         together, size = torch.cat(waiting), CHUNK

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs, ``G = X~'X~`` and ``H = X~'X``, without unfolding a single patch.
+"""Second moments of a layer's inputs, ``G = X~'X~`` and ``C = X~'X``, without unfolding a single patch.
 
 The rows of ``X`` are the patches a convolution multiplies with its weights, one per image and output position o, and
 its columns are the patch's pixels: channel c at tap a. With stride s, dilation e and padding p they hold

@@ -20,7 +20,7 @@ class SampledMoments:
     Args:
         share: of the patches, at least one.
         apart: false: at the layer's own stride, as the layer meets them.
-        seed: draws them, the same for both sides and for G and H.
+        seed: draws them, the same for both sides and for G and C.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
 """One forward pass that meets every layer in the order it runs, quantizes it for every width, and goes on.
 
 The calibration images run as :class:`~kdq.quant.calibrate.lanes.Lanes`: the float network's activations X beside each
-quantized network's X~. At a layer, G and H are summed over all chunks of images, the weight is solved, and the float
+quantized network's X~. At a layer, G and C are summed over all chunks of images, the weight is solved, and the float
 lane passes through W, the others through their Q. No layer is evaluated twice: O(L) for L layers.
 
 From :data:`WIDE` bits up, X~ agrees with X to the precision of what is solved, so wide widths have no lane: they take
-``G = H = X'X`` from the float lane, whichever widths share the pass. (Where the alphabet has room for all weights: one
+``G = C = X'X`` from the float lane, whichever widths share the pass. (Where the alphabet has room for all weights: one
 that cuts the largest off, as the published study's does, leaves errors at any width.)
 """
 
@@ -25,6 +25,7 @@ from kdq.quant.calibrate.chunks import Chunks, in_chunks
 from kdq.quant.calibrate.correction import ChannelSums, Norm, corrected_norm
 from kdq.quant.calibrate.lanes import Lanes, Tape
 from kdq.quant.calibrate.layer import channel_axis, weight_matrix
+from kdq.quant.calibrate.moments import Moments
 from kdq.quant.config import QuantConfig
 from kdq.quant.distributed import summed
 from kdq.quant.packing.weights import QuantizedWeight
@@ -53,8 +54,7 @@ class Walk:
 
     Args:
         widths: for each width, the bits of every layer by name.
-        act_bits: quantize the inputs of every layer too, to that many bits.
-        correct: one of :data:`kdq.quant.calibrate.correction.CORRECTIONS`.
+        config: how.
         isolated: no width has a lane: every layer is solved as if it alone were quantized.
         on_layer: called with a layer's name when it is solved.
     """
@@ -63,20 +63,15 @@ class Walk:
         self,
         model: nn.Module,
         widths: Sequence[Mapping[str, int]],
-        recipe: QuantConfig,
-        act_bits: int | None,
-        act_range: str,
-        correct: str | None,
+        config: QuantConfig,
         isolated: bool,
-        sampled: Callable[[nn.Module, bool], Any],
         on_layer: Callable[[str], None],
     ) -> None:
-        self.model, self.recipe, self.correct, self.on_layer = model, recipe, correct, on_layer
-        self.act_bits, self.act_range, self.sampled = act_bits, act_range, sampled
+        self.model, self.config, self.on_layer = model, config, on_layer
         self.versions: list[Version] = []
         lanes = 1
         for bits in widths:
-            shared = isolated or (act_bits is None and recipe.covers and min(bits.values()) >= WIDE)
+            shared = isolated or (config.act_bits is None and config.covers and min(bits.values()) >= WIDE)
             self.versions.append(Version(bits, 0 if shared else lanes))
             lanes += not shared
         self.lanes = lanes
@@ -115,11 +110,11 @@ class Walk:
         """
         first_time = name not in self.versions[0].weights
         if first_time:
-            if self.act_bits is not None:
-                self._fit_activations(name, inputs, self.act_bits)
+            if self.config.act_bits is not None:
+                self._fit_activations(name, inputs, self.config.act_bits)
             self._solve(name, layer, inputs)
         outputs = self._noted(self._forward(name, layer), inputs)
-        if self.correct is not None and layer.bias is not None:
+        if self.config.correct is not None and layer.bias is not None:
             if first_time:
                 self._correct_bias(name, layer, outputs)
             outputs = self._noted(self._shift(name, layer), outputs)
@@ -148,7 +143,7 @@ class Walk:
         modules = {name: self.model.get_submodule(name) for name in self.versions[0].bits}
         found: list[tuple[nn.Module, Callable[[Lanes], Lanes]]] = []
         found += [(module, partial(self.visit, name, module)) for name, module in modules.items()]
-        if self.correct == "batchnorm":
+        if self.config.correct == "batchnorm":
             norms = ((name, module) for name, module in self.model.named_modules() if isinstance(module, Norm))
             found += [(m, partial(self.visit_norm, name, m)) for name, m in norms if m.running_mean is not None]
         return found
@@ -234,7 +229,7 @@ class Walk:
             for lane, histogram in histograms.items():
                 histogram.add(chunk.lanes[lane])
         for version in self.versions:
-            version.activations[name] = histograms[version.lane].quantizer(bits, self.act_range)
+            version.activations[name] = histograms[version.lane].quantizer(bits, self.config.act_range)
 
     def _solve(self, name: str, layer: nn.Module, inputs: Lanes) -> None:
         weight = weight_matrix(layer)
@@ -242,7 +237,7 @@ class Walk:
             if not (gram.isfinite().all() and cross.isfinite().all()):
                 raise KdqError(f"the inputs of {name} are not finite: look at the calibration images and the network")
             try:
-                values, alphabet = self.recipe.solve(weight, gram, cross, version.bits[name])
+                values, alphabet = self.config.solve(weight, gram, cross, version.bits[name])
             except KdqError as refused:
                 raise KdqError(f"{name}: {refused}") from refused
             assert isinstance(layer.weight, Tensor)
@@ -259,7 +254,7 @@ class Walk:
             version.report.layers.append(LayerReport(name, kind, shape, weights.bits, weights.levels, error))
 
     def _moments(self, name: str, layer: nn.Module, inputs: Lanes) -> Iterator[tuple[Version, Tensor, Tensor]]:
-        """``G = X~'X~`` and ``H = X~'X`` for every version, each ``(groups, d, d)``.
+        """``G = X~'X~`` and ``C = X~'X`` for every version, each ``(groups, d, d)``.
 
         Lanes that still agree with the float lane share one matrix, which then is both.
         """
@@ -268,10 +263,11 @@ class Walk:
             for version in self.versions
             if inputs.lanes[version.lane] is not inputs.lanes[0] or name in version.activations
         }
-        grams = {lane: self.sampled(layer, True) for lane in own}
-        crosses = {lane: self.sampled(layer, False) for lane in own}
+        moments = self.config.moments or Moments
+        grams = {lane: moments(layer, True) for lane in own}
+        crosses = {lane: moments(layer, False) for lane in own}
         if shared := len(own) < len({version.lane for version in self.versions}):
-            grams[0] = self.sampled(layer, True)
+            grams[0] = moments(layer, True)
         for chunk in self._each_chunk(inputs):
             x = chunk.lanes[0]
             if shared:

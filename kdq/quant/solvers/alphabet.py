@@ -63,12 +63,12 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
     return codes.to(dtype, copy=True).sub_(zero.to(dtype)).mul_(scale.to(dtype)).to(scale.dtype)
 
 
-def check_bits(bits: object) -> int:
-    """``bits`` as an int.
+def check_bits(bits: object, name: str = "bits") -> int:
+    """``bits`` as an int; ``name`` is what the complaint calls them.
 
     Raises:
         KdqError: it is not a whole number from 2 to 32.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise KdqError(f"bits={bits!r} must be a whole number from {MIN_BITS} to {MAX_BITS}")
+        raise KdqError(f"{name}={bits!r} must be a whole number from {MIN_BITS} to {MAX_BITS}")
     return bits

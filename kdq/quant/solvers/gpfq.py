@@ -9,11 +9,11 @@ the other and carries the error ``u`` (m) made so far:
     u <- u + w_t x_t;    q_t = Q(<x~_t, u> / ||x~_t||^2);    u <- u - q_t x~_t.
 
 Unrolled, ``u`` before step t's rounding is ``sum_{j<=t} w_j x_j - sum_{j<t} q_j x~_j``, and only its inner product
-with ``x~_t`` is used. With ``G = X~'X~`` and ``H = X~'X`` (both d x d)
+with ``x~_t`` is used. With ``G = X~'X~`` and ``C = X~'X`` (both d x d)
 
-    q_t = Q((sum_{j<=t} w_j H[t,j] - sum_{j<t} q_j G[t,j]) / G[t,t]),
+    q_t = Q((sum_{j<=t} w_j C[t,j] - sum_{j<t} q_j G[t,j]) / G[t,t]),
 
-so the images enter through G and H alone: sums over batches, of a size that does not depend on their number.
+so the images enter through G and C alone: sums over batches, of a size that does not depend on their number.
 
 Complexity for N neurons: O(N d^2) and one rounding per column, against O(N m d) memory traffic for the recursion with
 m >> d rows. The first sum is one matrix product before the loop; the second is subtracted for the rest of a block of
@@ -22,7 +22,7 @@ columns after each rounding, and for all later columns by one product after each
 The float32 sums here are rounded in another order than the recursion's, by about 1e-6 of a value. A code differs from
 the recursion's only where a value lies that close to the middle between two levels, which is a tie.
 
-A worked example: one neuron, two inputs, levels -2 .. 1 (2 bits, scale 1), and X~ = X, so H = G.
+A worked example: one neuron, two inputs, levels -2 .. 1 (2 bits, scale 1), and X~ = X, so C = G.
 
 >>> import torch
 >>> X = torch.tensor([[1., 1.], [0., 1.]])
@@ -51,7 +51,7 @@ def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, block:
     Args:
         weight: ``W`` ``(..., N, d)``.
         gram: ``G = X~'X~`` ``(..., d, d)``, the inputs of the quantized network.
-        cross: ``H = X~'X`` ``(..., d, d)``, row t belonging to ``x~_t``; equal to ``gram`` for the first layer.
+        cross: ``C = X~'X`` ``(..., d, d)``, row t belonging to ``x~_t``; equal to ``gram`` for the first layer.
         alphabet: the values allowed, per row.
         block: columns finished before the later ones are updated by one product.
 

@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): round a column, and let the later ones make up for it.
 
 With ``G^-1 = U'U``, U upper triangular, the best answer of all later weights to an error e in column t is
-``w_j <- w_j - e U[t, j] / U[t, t]``. It looks at the quantized network's inputs alone, H plays no part;
+``w_j <- w_j - e U[t, j] / U[t, t]``. It looks at the quantized network's inputs alone, C plays no part;
 :mod:`kdq.quant.solvers.qronos` puts that right. O(N d^2 + d^3).
 
 The example of :mod:`kdq.quant.solvers.gpfq`, where U[1, 2] / U[1, 1] = -G[1, 2] / G[2, 2] = -1/2 (but for the damping):

@@ -1,6 +1,6 @@
 """Qronos (Zhang et al. 2025, arXiv 2505.11695): first correct the error of the layers before, then diffuse one's own.
 
-The best real weight on the quantized network's inputs is the ridge projection ``V = W H' (G + lambda I)^-1``, with
+The best real weight on the quantized network's inputs is the ridge projection ``V = W C' (G + lambda I)^-1``, with
 ``X~ V' ~ X W'``; the diffusion of :mod:`~kdq.quant.solvers.gptq` then rounds V. The order of the steps is what GPFQ and
 GPTQ do each in their own way, one column at a time. O(N d^2 + d^3).
 """
@@ -24,7 +24,7 @@ def qronos(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet) -> T
 
 
 def project(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
-    """``V = W H' (G + lambda I)^-1`` ``(..., N, d)``, in float64: what full precision would do in the layer's place."""
+    """``V = W C' (G + lambda I)^-1`` ``(..., N, d)``, in float64: what full precision would do in the layer's place."""
     G = gram.double()
     # The largest row sum bounds the largest eigenvalue (on real inputs it is 1.1 to 1.8 times that) and costs one pass.
     largest = G.abs().sum(-1).amax(-1)[..., None, None]

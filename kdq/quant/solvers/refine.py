@@ -1,12 +1,12 @@
 """Coordinate descent on a layer's true error, from any start, with the scales refit (cf. COMQ, arXiv 2403.07134).
 
-The error ``||X W' - X~ Q'||^2`` has in Q the gradient ``2 (Q G - W H')``, so the best value of one column while the
+The error ``||X W' - X~ Q'||^2`` has in Q the gradient ``2 (Q G - W C')``, so the best value of one column while the
 others stand still is
 
-    q_t <- Q(q_t + (W H' - Q G)_t / G_tt),
+    q_t <- Q(q_t + (W C' - Q G)_t / G_tt),
 
 and no step increases the error. One sweep visits every column once, O(N d^2). With the codes fixed, ``Q = s Z`` for a
-row's scale s, the error is a parabola in s whose minimum is ``s = <Z, W H'> / <Z, Z G>``: the refit costs one product.
+row's scale s, the error is a parabola in s whose minimum is ``s = <Z, W C'> / <Z, Z G>``: the refit costs one product.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def refine(
 
 
 def refit(target: Tensor, gram: Tensor, quantized: Tensor, alphabet: Alphabet) -> tuple[Tensor, Alphabet]:
-    """The same codes with the scales of least error, for ``target = W H'``. A row whose best scale is not positive,
+    """The same codes with the scales of least error, for ``target = W C'``. A row whose best scale is not positive,
     such as one of zeros, keeps its own."""
     units = quantized / alphabet.scale
     best = (units * target).sum(-1, keepdim=True) / (units * (units @ gram)).sum(-1, keepdim=True)
