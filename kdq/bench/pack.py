@@ -61,7 +61,9 @@ def measure(name: str, repeats: int = 3) -> list[dict[str, Any]]:
         save_file(network.state_dict(), path)
         float_bytes = path.stat().st_size
         for dtype in (None, "bf16"):
-            versions = quantize_widths(network, images, list(widths.values()), QuantConfig(solver="rtn", float_dtype=dtype))
+            versions = quantize_widths(
+                network, images, list(widths.values()), QuantConfig(solver="rtn", float_dtype=dtype)
+            )
             for width, (version, report) in zip(widths, versions, strict=True):
                 save_s = min(_seconds(save_packed, version, path) for _ in range(repeats))
                 load_s = min(_seconds(load_packed, path) for _ in range(repeats))

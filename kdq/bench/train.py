@@ -38,7 +38,7 @@ from kdq.data.loader import TrainLoader
 from kdq.data.source import Resident
 from kdq.models.build import build
 from kdq.utils.files import write_text
-from kdq.utils.metrics import multiply_adds
+from kdq.utils.operations import multiply_adds
 
 METHODS = ("baseline", "vkd", "mixup", "dkd", "dml")
 PARTS = ("methods", "pairs", "batch", "precision", "compile", "processes", "data")

@@ -46,7 +46,9 @@ def histograms(model: Any, tensors: Collection[str], images: Iterable[Tensor]) -
             for name in tensors:
                 found[name].add(_sample(chunk if name in inputs else torch.from_numpy(values[name])))
     if any(histogram.counts is None for histogram in found.values()):
-        raise KdqError("INT8 needs calibration images and got none: give deploy.calibration_images of them, or some batches")
+        raise KdqError(
+            "INT8 needs calibration images and got none: give deploy.calibration_images of them, or some batches"
+        )
     return found
 
 

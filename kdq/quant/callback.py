@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from kdq.quant.bitsearch.mixed import MixedPrecision, check_search, first_batches, search_bits
-from kdq.quant.config import QuantConfig
-from kdq.quant.network import quantize_widths
+from kdq.quant.batches import first_pairs
+from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
+from kdq.quant.bitsearch.mixed import MixedPrecision, search_bits
+from kdq.quant.config import OPTIONS, QuantConfig, refuse_unknown
+from kdq.quant.distributed import share
 from kdq.utils.errors import KdqError
 
 
@@ -35,29 +36,24 @@ class GreedyBitSearch(Callback):
     Args:
         network: name of the module's attribute that holds the network; empty: the module itself, called on images.
         calibration_images: taken from the training loader, by all ranks together.
-        validation_images: taken from the first validation loader; both loaders give ``(images, labels)``.
-        options: budget, candidates, solver and whatever else :func:`kdq.quant.bitsearch.mixed.search_bits` takes. With
-            ``trace=Path("search.json")`` every evaluation is written there at once, and a later search of the same
-            weights takes what it finds there if it gets the same images: a training loader that shuffles gives others.
+        trace: every evaluation is written to this file at once, and a later search of the same weights takes what it
+            finds there if it gets the same images: a training loader that shuffles gives others.
+        options: fields of :class:`~kdq.quant.bitsearch.config.SearchConfig` and of
+            :class:`~kdq.quant.config.QuantConfig`.
 
     Attributes:
         result: the :class:`~kdq.quant.bitsearch.mixed.MixedPrecision` found; None before.
     """
 
     def __init__(
-        self, network: str = "", calibration_images: int = 1024, validation_images: int = 512, **options: Any
+        self, network: str = "", calibration_images: int = 1024, trace: Path | None = None, **options: Any
     ) -> None:
-        self.network, self.options = network, options
-        self.calibration_images, self.validation_images = calibration_images, validation_images
+        self.network, self.calibration_images, self.trace = network, calibration_images, trace
         self.result: MixedPrecision | None = None
         self._restored: set[str] = set()
-        search = inspect.signature(search_bits).bind(None, (), (), **options)
-        search.apply_defaults()
-        asked = search.arguments
-        check_search(**{name: asked[name] for name in inspect.signature(check_search).parameters})
-        known = {*inspect.signature(quantize_widths).parameters, *inspect.signature(QuantConfig).parameters}
-        if unknown := asked["options"].keys() - known:
-            raise KdqError(f"GreedyBitSearch has no option {', '.join(sorted(unknown))}")
+        refuse_unknown(options, (*SEARCH_OPTIONS, *OPTIONS))
+        self.search = SearchConfig(**{name: value for name, value in options.items() if name in SEARCH_OPTIONS})
+        self.config = QuantConfig(**{name: value for name, value in options.items() if name in OPTIONS})
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         try:
@@ -76,13 +72,15 @@ class GreedyBitSearch(Callback):
             validation = validation[0]
         if training is None or validation is None:
             raise KdqError("GreedyBitSearch needs a training and a validation loader: pass both to trainer.fit")
-        device, ranks = pl_module.device, trainer.world_size
+        device = pl_module.device
         self.result = search_bits(
             model.to(device),
-            [images.to(device) for images, _ in first_batches(training, -(-self.calibration_images // ranks))],
-            first_batches(validation, -(-self.validation_images // ranks)),
+            [images.to(device) for images, _ in first_pairs(training, share(self.calibration_images))],
+            validation,
+            self.search,
+            self.config,
+            trace=self.trace,
             on_step=lambda line: rank_zero_info(f"bit search: {line}"),
-            **self.options,
         )
         for logger in trainer.loggers if trainer.is_global_zero else []:
             for metrics in self.result.metrics():

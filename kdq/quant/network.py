@@ -82,7 +82,7 @@ def quantize_widths(
     config: QuantConfig = QuantConfig(),  # noqa: B008
     *,
     isolated: bool = False,
-    on_layer: Callable[[str], None] = lambda name: None,
+    on_layer: Callable[[str], object] = lambda name: None,
 ) -> list[Quantized]:
     """:func:`quantize` for several widths in one pass that shares the float network's part.
 
@@ -187,8 +187,8 @@ def _check_layer(name: str, layer: nn.Module) -> None:
     weight = layer._parameters.get("weight")
     if not isinstance(weight, nn.Parameter):
         raise KdqError(
-            f"the weight of {name} is computed, by pruning, weight_norm, another parametrization or decode='layer': make "
-            "it permanent (prune.remove, parametrize.remove_parametrizations, decode='once'), or name it in keep_float"
+            f"the weight of {name} is computed, by pruning, weight_norm, another parametrization or decode='layer': "
+            "undo that (prune.remove, parametrize.remove_parametrizations, decode='once'), or name it in keep_float"
         )
     if weight.dtype not in (torch.float32, torch.float64):
         raise KdqError(f"the weight of {name} is {weight.dtype}: quantize model.float()")

@@ -190,7 +190,7 @@ MISTAKES = [
         r"alphabet=datetime.timedelta\(0\) is neither one of uniform, .* nor a function",
     ),
     (["student=resnet20"], r"student=resnet20 is no choice: a network is chosen with model@student=resnet20"),
-    (["quant.keep_float=fc", "method=baseline"], r"quant.keep_float=fc: give a list of names, \[fc\]"),
+    (["quant.keep_float=fc", "method=baseline"], r"keep_float='fc': give a list of names, \[fc\]"),
     (["hydra.sweeper.dry_run=true"], r"dry_run=true shows the plan of several runs: add -m"),
     (["data.name=a/b"], r"data.name='a/b' must be letters, digits"),
     (["seed=abc"], r"seed=abc must be a whole number from 0 up"),

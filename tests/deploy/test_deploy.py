@@ -167,7 +167,9 @@ def test_every_format_of_a_cell(run: Any, export: Any, tmp_path: Path) -> None:
     assert (tmp_path / "model.int8.onnx").stat().st_size == row.onnx_int8_bytes
 
     # Settings of its own are measured and said; the row is of the grid.
-    said = export(output / row.artifact, "--format", "onnx-int8", "--to", tmp_path / "other.onnx", "deploy.calibration_images=32")
+    said = export(
+        output / row.artifact, "--format", "onnx-int8", "--to", tmp_path / "other.onnx", "deploy.calibration_images=32"
+    )
     found = float(re.search(r"top-1 ([\d.]+) on the test set, .* as evaluated", said).group(1))  # type: ignore[union-attr]
     models = (tmp_path / "other.onnx").read_bytes(), (tmp_path / "model.int8.onnx").read_bytes()
     assert models[0] != models[1]

@@ -13,6 +13,7 @@ from kdq.quant.activations import ActivationQuantizer, Histogram
 from kdq.quant.calibrate import chunks
 from kdq.quant.calibrate.lanes import Values
 from kdq.quant.calibrate.layer import QUANTIZABLE
+from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize_widths
 
 
@@ -38,10 +39,10 @@ def test_chunks_in_a_temporary_folder_give_the_same_codes(
     relu_net: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, act_bits: int | None
 ) -> None:
     images = torch.randn(200, 3, 9, 9)
-    reference = quantize_widths(relu_net, [images], [2, 4, 8], act_bits=act_bits)
+    reference = quantize_widths(relu_net, [images], [2, 4, 8], QuantConfig(act_bits=act_bits))
     monkeypatch.setattr(chunks, "IN_MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    spilled = quantize_widths(relu_net, [images], [2, 4, 8], act_bits=act_bits)
+    spilled = quantize_widths(relu_net, [images], [2, 4, 8], QuantConfig(act_bits=act_bits))
     for (one, report), (other, other_report) in zip(reference, spilled, strict=True):
         for name, weight in one.quantized_weights.items():
             assert torch.equal(weight.codes, other.quantized_weights[name].codes)
@@ -111,7 +112,7 @@ def test_the_range_is_near_the_best_of_all_ranges(choice: str) -> None:
 
 def test_layers_left_float_count_with_32_bits_and_ends_with_theirs(relu_net: nn.Module) -> None:
     images = torch.randn(9, 3, 9, 9)
-    _, report = kdq.quantize(relu_net, [images], bits=2, exclude=["mix"], first_last_bits=8)
+    _, report = kdq.quantize(relu_net, [images], bits=2, keep_float=["mix"], first_last_bits=8)
     bits = {layer.name: layer.bits for layer in report.layers}
     assert bits == {"stem": 8, "grouped": 2, "depthwise": 2, "shortcut": 2, "head": 8}
     count = {name: relu_net.get_submodule(name).weight.numel() for name in [*bits, "mix"]}

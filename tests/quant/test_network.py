@@ -13,6 +13,7 @@ import kdq
 from kdq import KdqError
 from kdq.bench import literal
 from kdq.quant.calibrate.chunks import in_chunks
+from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize, quantize_widths
 
 Conv = Callable[..., nn.Module]
@@ -114,7 +115,7 @@ def test_error_falls_with_bits_and_gpfq_beats_rounding(relu_net: nn.Module) -> N
     images = torch.randn(200, 3, 9, 9)
     final = {}
     for solver in ("rtn", "gpfq"):
-        results = quantize_widths(relu_net, [images], [2, 3, 4, 8], solver)
+        results = quantize_widths(relu_net, [images], [2, 3, 4, 8], QuantConfig(solver))
         final[solver] = [report.layers[-1].error for _, report in results]
         assert final[solver] == sorted(final[solver], reverse=True)
     assert final["gpfq"][0] < final["rtn"][0]
@@ -157,7 +158,7 @@ def test_bits_by_layer(relu_net: nn.Module) -> None:
 
 def test_excluded_layers_stay_float_and_feed_the_quantized_inputs(relu_net: nn.Module) -> None:
     images = torch.randn(20, 3, 9, 9)
-    quantized, report = kdq.quantize(relu_net, [images], bits=2, exclude=["stem", "mix"])
+    quantized, report = kdq.quantize(relu_net, [images], bits=2, keep_float=["stem", "mix"])
     assert "stem" not in {layer.name for layer in report.layers}
     assert torch.equal(quantized.stem.weight, relu_net.stem.weight)
     expected = literal.quantize_network(relu_net, images, quantized.quantized_weights)
@@ -179,7 +180,7 @@ def test_errors_say_what_to_do(relu_net: nn.Module) -> None:
         (relu_net, [image], {"bits": {"stem": 4}}, "no width for the layer"),
         (relu_net, [image], {"solver": "magic"}, "gpfq"),
         (relu_net, [image], {"alphabet": "greek"}, "uniform"),
-        (relu_net, [image], {"exclude": ["nothing"]}, "nothing"),
+        (relu_net, [image], {"keep_float": ["nothing"]}, "nothing"),
         (nn.Sequential(nn.ConvTranspose2d(3, 3, 2)), [image], {}, "ConvTranspose2d"),
         (nn.Sequential(nn.ReLU()), [image], {}, "no convolution or linear"),
         (Unused(linear, nn.Linear(4, 4)), [torch.randn(2, 4)], {}, "never ran"),
@@ -189,7 +190,7 @@ def test_errors_say_what_to_do(relu_net: nn.Module) -> None:
         with pytest.raises(KdqError, match=message) as caught:
             kdq.quantize(model, batches, **options)
         assert "\n" not in str(caught.value)
-    kdq.quantize(Unused(linear, nn.Linear(4, 4)), [torch.randn(2, 4)], exclude=["1"])
+    kdq.quantize(Unused(linear, nn.Linear(4, 4)), [torch.randn(2, 4)], keep_float=["1"])
 
 
 class Functions(nn.Module):
@@ -253,11 +254,11 @@ def test_isolated_layers_get_the_codes_of_a_network_where_they_alone_are_quantiz
     relu_net: nn.Module, act_bits: int | None
 ) -> None:
     images, layers = torch.randn(70, 3, 9, 9), ["stem", "grouped", "depthwise", "shortcut", "mix", "head"]
-    together = quantize_widths(relu_net, [images], [2, 4], isolated=True, act_bits=act_bits)
+    together = quantize_widths(relu_net, [images], [2, 4], QuantConfig(act_bits=act_bits), isolated=True)
     for bits, (quantized, _) in zip((2, 4), together, strict=True):
         for name in layers:
             others = [other for other in layers if other != name]
-            alone, _ = kdq.quantize(relu_net, [images], bits=bits, exclude=others, act_bits=act_bits)
+            alone, _ = kdq.quantize(relu_net, [images], bits=bits, keep_float=others, act_bits=act_bits)
             assert torch.equal(codes(quantized)[name], codes(alone)[name]), (bits, name)
 
 
@@ -285,8 +286,8 @@ def _normed() -> nn.Sequential:
         (_normed(), (3, 6, 6), {}, r"the weight of 0 is computed.*remove_parametrizations"),
         (_tied(), (4,), {}, r"0 and 1 share a weight"),
         (nn.Linear(4, 4), (4,), {}, r"wrap it, nn.Sequential\(layer\)"),
-        (_conv(), (3, 6, 6), {"exclude": "3"}, r"give a list of names, \[3\]"),
-        (_conv(), (3, 6, 6), {"exclude": ["4"]}, r"no 4 to leave float.*there is 0, 1, 2, 3"),
+        (_conv(), (3, 6, 6), {"keep_float": "3"}, r"give a list of names, \[3\]"),
+        (_conv(), (3, 6, 6), {"keep_float": ["4"]}, r"no 4 to leave float.*there is 0, 1, 2, 3"),
         (_conv(), (3, 6, 6), {"scale": "gram", "per_channel": False}, r"use per_channel=true, or scale=weight"),
     ],
 )

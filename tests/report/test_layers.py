@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import kdq
+from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.mixed import search_bits
 from kdq.records.rows import Row
 from kdq.report.layers import frontiers, mixed_widths
@@ -55,7 +56,7 @@ def test_a_damaged_file_is_named_and_none_is_read_elsewhere(
 
 def test_frontiers_are_what_the_search_found(tmp_path: Path, network: nn.Module, row: Callable[..., Row]) -> None:
     batches = [(torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8,)))]
-    found = search_bits(network, batches, batches, candidates=(2, 4, 8), avg_bits=3.0)
+    found = search_bits(network, batches, batches, SearchConfig(avg_bits=3.0, candidates=(2, 4, 8)))
     found.write_frontier(tmp_path / "store" / "search" / "frontier-abc.json")
     read = frontiers(tmp_path, [row(config_hash="abc"), row(config_hash="../abc"), row(config_hash="none")])
     assert list(read) == ["abc"]

@@ -31,7 +31,14 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[OfflineR
     with pytest.MonkeyPatch.context() as patch:
         for arguments in (
             ["-m", "sweep=study", "method=teacher,dkd", "quant.bits=[2,4]"],
-            ["-m", "sweep=search", "method=teacher", "quant=greedy", "quant.search.candidates=[2,4,8]", "quant.search.validation_images=64"],
+            [
+                "-m",
+                "sweep=search",
+                "method=teacher",
+                "quant=greedy",
+                "quant.search.candidates=[2,4,8]",
+                "quant.search.validation_images=64",
+            ],
         ):
             patch.setattr("sys.argv", ["kdq", *arguments, *ARGUMENTS, f"paths.output_dir={output}"])
             GlobalHydra.instance().clear()
@@ -81,7 +88,7 @@ def test_every_axis_is_a_flat_key(sweep: Any) -> None:
         "net/width": 0.25,
         "recipe/epochs": 2,
         "method/temperature": 4.0,
-        "quant/images": 64,
+        "quant/calibration_images": 64,
         "data/train_limit": 256,
     }
     assert {name: cell.config[name] for name in expected} == expected

@@ -113,7 +113,7 @@ def test_cells_that_mean_the_same_row_are_one(tmp_path: Path) -> None:
 def test_lists_of_bits_join_and_candidates_of_a_search_do_not(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, [("quant.bits=[2,3]",), ("quant.bits=[3,4]",), ("quant.bits=8",)])
     assert [job.what for job in plan.waves[-1]] == ["4 rows at 2 3 4 8 bits"]
-    plan = plan_of(tmp_path, [("quant=greedy", "quant.bits=[2,4]"), ("quant=greedy", "quant.bits=[2,8]")])
+    plan = plan_of(tmp_path, [("quant=greedy", f"quant.search.candidates={c}") for c in ("[2,4]", "[2,8]")])
     assert [job.what for job in plan.waves[-1]] == ["1 row at 2-4 bits", "1 row at 2-8 bits"]
 
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.models import CifarResNet, resnet18, resnet50
+from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize_widths
-from kdq.utils.metrics import bit_operations, evaluate, multiply_adds
+from kdq.utils.metrics import evaluate
+from kdq.utils.operations import bit_operations, multiply_adds
 from tests.quant.conftest import ReluNet, trained_norms
 
 
@@ -78,13 +80,13 @@ def test_bit_operations_are_multiply_adds_times_both_widths() -> None:
     assert sum(positions.values()) == multiply_adds(relu_net, image)
     widths = {name: 2 + index for index, name in enumerate(positions) if name != "mix"}
     for act_bits in (None, 6):
-        network, _ = kdq.quantize(relu_net, [image], bits=widths, exclude=["mix"], act_bits=act_bits)
+        network, _ = kdq.quantize(relu_net, [image], bits=widths, keep_float=["mix"], act_bits=act_bits)
         expected = sum(positions[name] * widths[name] * (act_bits or 32) for name in widths)
         assert bit_operations(network, image) == expected + positions["mix"] * 32 * 32
 
 
 def test_lower_widths_cost_fewer_bit_operations() -> None:
     network, image = CifarResNet(8, 10, width=0.5), torch.zeros(1, 3, 8, 8)
-    (two, _), (four, _) = quantize_widths(network, [torch.randn(2, 3, 8, 8)], [2, 4], solver="rtn")
+    (two, _), (four, _) = quantize_widths(network, [torch.randn(2, 3, 8, 8)], [2, 4], QuantConfig("rtn"))
     assert math.isclose(bit_operations(four, image), 2 * bit_operations(two, image))
     assert bit_operations(network, image) == 16 * bit_operations(two, image)

@@ -65,7 +65,7 @@ class Walk:
         widths: Sequence[Mapping[str, int]],
         config: QuantConfig,
         isolated: bool,
-        on_layer: Callable[[str], None],
+        on_layer: Callable[[str], object],
     ) -> None:
         self.model, self.config, self.on_layer = model, config, on_layer
         self.versions: list[Version] = []

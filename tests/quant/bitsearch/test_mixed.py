@@ -26,12 +26,15 @@ import kdq
 from kdq.data.images import Images
 from kdq.models import CifarResNet
 from kdq.quant.bitsearch.bank import fill_bank
+from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.mixed import search_bits
 from kdq.quant.bitsearch.search import Measure
-from kdq.quant.bitsearch.stitch import Stitched, bit_operations
+from kdq.quant.bitsearch.stitch import Stitched
 from kdq.quant.callback import GreedyBitSearch
+from kdq.quant.config import QuantConfig
 from kdq.quant.network import float_weights, quantizable_layers, quantize, quantize_widths, with_quantized_weights
 from kdq.utils.errors import KdqError
+from kdq.utils.operations import multiply_adds
 
 WIDTHS = (2, 3, 4, 6, 8)
 
@@ -90,12 +93,9 @@ def test_stitched_losses_are_those_of_networks_built_one_by_one(
         assert found.top1 == expected.top1
 
 
-def test_bit_operations_are_bits_times_multiply_adds(trained: nn.Module) -> None:
-    from kdq.utils.metrics import multiply_adds
-
+def test_bops_are_bits_times_multiply_adds(trained: nn.Module, data: Any) -> None:
     image = torch.zeros(1, 1, 8, 8)
-    sizes = {name: trained.get_submodule(name).weight.numel() for name in quantizable_layers(trained)}
-    table = bit_operations(trained, {name: {2: 2.0 * size, 8: 8.0 * size} for name, size in sizes.items()}, image)
+    table = fill_bank(trained, data[0], [2, 8]).prices("bops", trained, image)
     assert sum(row[8] for row in table.values()) == 8 * multiply_adds(trained, image)
     assert all(row[8] == 4 * row[2] for row in table.values())
 
@@ -104,7 +104,7 @@ def test_bit_operations_are_bits_times_multiply_adds(trained: nn.Module) -> None
 @pytest.mark.parametrize("cost", ["weight_bits", "bytes", "bops"])
 def test_budgets_hold_on_the_file_itself(trained: nn.Module, data: Any, tmp_path: Path, budget: Any, cost: str) -> None:
     calibration, validation = data
-    found = search_bits(trained, calibration, validation, candidates=WIDTHS, cost=cost, **budget)
+    found = search_bits(trained, calibration, validation, SearchConfig(candidates=WIDTHS, cost=cost, **budget))
     size = kdq.save(found.network, tmp_path / "model.kdq")
     chosen = found.found.points.index(
         next(p for p in found.found.points if p.assignment == found.found.chosen.assignment)
@@ -122,7 +122,7 @@ def test_any_point_of_the_frontier_becomes_a_network_without_searching(
     trained: nn.Module, data: Any, tmp_path: Path
 ) -> None:
     calibration, validation = data
-    found = search_bits(trained, calibration, validation, candidates=WIDTHS, avg_bits=2.5)
+    found = search_bits(trained, calibration, validation, SearchConfig(2.5, candidates=WIDTHS))
     found.write_frontier(tmp_path / "frontier.json")
     stored = json.loads((tmp_path / "frontier.json").read_text())
     assert len(stored["points"]) == len(found.found.points)
@@ -136,7 +136,7 @@ def test_any_point_of_the_frontier_becomes_a_network_without_searching(
 
 def test_a_trace_of_another_search_is_refused(trained: nn.Module, data: Any, tmp_path: Path) -> None:
     calibration, validation = data
-    options = {"candidates": WIDTHS, "avg_bits": 4.0, "trace": tmp_path / "trace.json"}
+    options = {"search": SearchConfig(4.0, candidates=WIDTHS), "trace": tmp_path / "trace.json"}
     first = search_bits(trained, calibration, validation, key="a", **options)
     again = search_bits(trained, calibration, validation, key="a", **options)
     assert again.found == first.found
@@ -146,7 +146,7 @@ def test_a_trace_of_another_search_is_refused(trained: nn.Module, data: Any, tmp
 
 def test_a_trace_without_a_key_knows_its_network_and_its_images(trained: nn.Module, data: Any, tmp_path: Path) -> None:
     calibration, validation = data
-    options = {"candidates": WIDTHS, "avg_bits": 4.0, "trace": tmp_path / "trace.json"}
+    options = {"search": SearchConfig(4.0, candidates=WIDTHS), "trace": tmp_path / "trace.json"}
     first = search_bits(trained, calibration, validation, **options)
     assert search_bits(trained, calibration, validation, **options).found == first.found
     other = copy.deepcopy(trained)
@@ -197,7 +197,7 @@ def test_the_callback_quantizes_a_copy_of_a_foreign_modules_best_weights(images:
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             kept[trainer.current_epoch] = {k: v.clone() for k, v in pl_module.state_dict().items()}
 
-    search = GreedyBitSearch("backbone", 128, 200, avg_bits=3.0, candidates=[2, 3, 4, 8])
+    search = GreedyBitSearch("backbone", 128, validation_images=200, avg_bits=3.0, candidates=[2, 3, 4, 8])
     trainer = L.Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -223,7 +223,7 @@ def test_the_callback_quantizes_a_copy_of_a_foreign_modules_best_weights(images:
 def test_the_callback_logs_its_steps_and_says_what_it_lacks(images: Images, tmp_path: Path, validated: bool) -> None:
     pixels, labels = images.preprocess(images.set.train_images[:64]), images.set.train_labels[:64]
     loader = DataLoader(TensorDataset(pixels, labels), 32)
-    search = GreedyBitSearch("backbone", 64, 64, avg_bits=3.0, candidates=[2, 3, 4, 8])
+    search = GreedyBitSearch("backbone", 64, validation_images=64, avg_bits=3.0, candidates=[2, 3, 4, 8])
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -251,7 +251,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     training, validation = torch.load(f"{folder}/case.pt")
     torch.manual_seed(0)
-    search = GreedyBitSearch("backbone", 128, 200, avg_bits=3.0, candidates=[2, 3, 4, 8])
+    search = GreedyBitSearch("backbone", 128, validation_images=200, avg_bits=3.0, candidates=[2, 3, 4, 8])
     trainer = L.Trainer(
         max_epochs=1,
         limit_train_batches=0.5,
@@ -292,7 +292,7 @@ def test_stitched_losses_of_two_processes_are_those_of_one(trained: nn.Module, d
     images, labels = (torch.cat(parts) for parts in zip(*validation, strict=True))
     torch.save((trained, calibration, images[:200], labels[:200]), tmp_path / "case.pt")
     mp.spawn(_search_rank, (str(tmp_path),), nprocs=2)
-    alone = search_bits(trained, calibration, [(images[:200], labels[:200])], candidates=WIDTHS, avg_bits=3.0)
+    alone = search_bits(trained, calibration, [(images[:200], labels[:200])], SearchConfig(3.0, candidates=WIDTHS))
     for rank in range(2):
         assignments, losses = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert assignments == [point.assignment for point in alone.found.points]
@@ -308,7 +308,7 @@ def _search_rank(rank: int, folder: str) -> None:
     validation = [(images[rank::2], labels[rank::2])]
     # A file of its own for each process: the second has none of what the first remembers.
     trace = Path(folder) / f"trace{rank}.json"
-    options = {"candidates": WIDTHS, "avg_bits": 3.0, "trace": trace}
+    options = {"search": SearchConfig(3.0, candidates=WIDTHS), "trace": trace}
     found = search_bits(model, batches, validation, **options).found
     assert trace.exists() == (rank == 0)
     written = trace.stat().st_mtime_ns if rank == 0 else 0
@@ -325,12 +325,14 @@ def _search_rank(rank: int, folder: str) -> None:
         {"alphabet": "paper"},
         {"first_last_bits": 8},
         {"alphabet": "ternary"},
-        {"exclude": ["conv1"], "float_dtype": "bf16"},
+        {"keep_float": ["conv1"], "float_dtype": "bf16"},
     ],
 )
 def test_a_budget_of_bits_counts_what_is_stored(trained: nn.Module, data: Any, options: dict[str, Any]) -> None:
     calibration, validation = data
-    found = search_bits(trained, calibration, validation, avg_bits=5.0, candidates=(2, 4, 8), **options)
+    found = search_bits(
+        trained, calibration, validation, SearchConfig(5.0, candidates=(2, 4, 8)), QuantConfig(**options)
+    )
     assert found.avg_bits[-1] == pytest.approx(found.report.avg_bits)
     assert found.report.avg_bits <= 5
 
@@ -339,7 +341,7 @@ def test_a_budget_of_bits_counts_what_is_stored(trained: nn.Module, data: Any, o
 def test_budgets_that_exclude_each_other_are_refused(trained: nn.Module, data: Any, budget: dict[str, Any]) -> None:
     calibration, validation = data
     with pytest.raises(KdqError, match="max_drop=0 is reached before the other limits are met"):
-        search_bits(trained, calibration, validation, candidates=(2, 8), max_drop=0.0, **budget)
+        search_bits(trained, calibration, validation, SearchConfig(candidates=(2, 8), max_drop=0.0, **budget))
 
 
 def test_float_weights_that_layers_share_count_once() -> None:
@@ -351,21 +353,23 @@ def test_float_weights_that_layers_share_count_once() -> None:
 def test_layers_left_float_are_part_of_the_budget(trained: nn.Module, data: Any) -> None:
     calibration, validation = data
     with pytest.raises(KdqError, match=r"budget of 3 bits on average: the least with .* is \d.*left float included"):
-        search_bits(trained, calibration, validation, candidates=(2, 8), avg_bits=3.0, exclude=["layer3"])
+        search_bits(
+            trained, calibration, validation, SearchConfig(3.0, candidates=(2, 8)), QuantConfig(keep_float=["layer3"])
+        )
 
 
 def test_a_bank_of_other_candidates_is_refused(trained: nn.Module, data: Any) -> None:
     calibration, validation = data
     bank = fill_bank(trained, calibration, [2, 4])
     with pytest.raises(KdqError, match=r"the bank has other candidates than \[4, 8\]"):
-        search_bits(trained, calibration, validation, avg_bits=4.0, candidates=(4, 8), bank=bank)
+        search_bits(trained, calibration, validation, SearchConfig(4.0, candidates=(4, 8)), bank=bank)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({}, "has no budget"),
-        ({"avg_bits": 3, "solvr": "rtn"}, "no option solvr"),
+        ({"avg_bits": 3, "solvr": "rtn"}, r"unknown option solvr \(did you mean solver"),
         ({"avg_bits": 3, "cost": "joules"}, "cost='joules' is unknown"),
     ],
 )

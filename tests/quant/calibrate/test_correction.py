@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import kdq
 from kdq import KdqError
 from kdq.models import CifarResNet
+from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize_widths
 
 
@@ -69,7 +70,7 @@ def test_a_channel_that_never_changes_keeps_its_value() -> None:
 
 def test_wide_widths_are_left_alone_and_codes_of_others_are_their_own(relu_net: nn.Module) -> None:
     images = torch.randn(40, 3, 9, 9)
-    (narrow, _), (wide, _) = quantize_widths(relu_net, [images], [3, 8], correct="batchnorm")
+    (narrow, _), (wide, _) = quantize_widths(relu_net, [images], [3, 8], QuantConfig(correct="batchnorm"))
     alone, _ = kdq.quantize(relu_net, [images], bits=3, correct="batchnorm")
     for name, value in alone.state_dict().items():
         assert torch.equal(value, narrow.state_dict()[name]), name
@@ -88,5 +89,5 @@ def test_corrected_networks_are_stored_whole(relu_net: nn.Module, tmp_path: Path
 
 
 def test_an_unknown_correction_is_refused(relu_net: nn.Module) -> None:
-    with pytest.raises(KdqError, match="correct='both' is unknown: use bias, batchnorm or None"):
+    with pytest.raises(KdqError, match="correct='both' is unknown: use one of None"):
         kdq.quantize(relu_net, [torch.randn(4, 3, 9, 9)], bits=2, correct="both")

@@ -56,7 +56,7 @@ def _quantized(name: str, net: nn.Module) -> bool:
 
 def test_a_network_of_ones_own_needs_an_instance(tmp_path: Path, relu_net: nn.Module) -> None:
     images = torch.randn(8, 3, 9, 9)
-    quantized, _ = kdq.quantize(relu_net, [images], bits=3, exclude=["mix"])
+    quantized, _ = kdq.quantize(relu_net, [images], bits=3, keep_float=["mix"])
     kdq.save(quantized, tmp_path / "net.kdq")
     with pytest.raises(KdqError, match="architecture"):
         kdq.load(tmp_path / "net.kdq")
@@ -169,8 +169,8 @@ def test_the_documented_reader_reads_the_first_format(reader: Any) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_rounded_floats_are_evaluated_and_stored_as_they_are(tmp_path: Path, relu_net: nn.Module, dtype: str) -> None:
     images = torch.randn(8, 3, 9, 9)
-    wide, wide_report = kdq.quantize(relu_net, [images], bits=3, exclude=["mix"])
-    rounded, report = kdq.quantize(relu_net, [images], bits=3, exclude=["mix"], float_dtype=dtype)
+    wide, wide_report = kdq.quantize(relu_net, [images], bits=3, keep_float=["mix"])
+    rounded, report = kdq.quantize(relu_net, [images], bits=3, keep_float=["mix"], float_dtype=dtype)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     saved = 0
     for name, value in relu_net.state_dict().items():
