@@ -119,7 +119,7 @@ def test_lists_of_bits_join_and_candidates_of_a_search_do_not(tmp_path: Path) ->
 
 def test_a_cell_that_cannot_be_planned_is_one_failure_and_a_mistyped_command_is_none_at_all(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, grid(method=("baseline",), quant__bits=(1, 4)))
-    assert [cause for _, cause in plan.impossible] == ["bits=1 must be a whole number from 2 to 32"]
+    assert [cause for _, cause in plan.impossible] == ["quant.bits=1 must be a whole number from 2 to 32"]
     assert len(plan.rows) == 1
     with pytest.raises(HydraException):
         plan_of(tmp_path, [("method=baseline",), ("method=bseline",)])

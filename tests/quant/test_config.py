@@ -1,0 +1,142 @@
+"""Options: one place, nothing ignored, every mistake answered with what there is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kdq
+from kdq import KdqError
+from kdq.quant.batches import first_pairs, images_of, labels_of
+from kdq.quant.bitsearch.config import SearchConfig
+from kdq.quant.config import QuantConfig
+from kdq.stages.quantize import quant_config, search_config
+from kdq.utils.config import compose
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def codes(model: nn.Module) -> list[Tensor]:
+    return [weight.codes for weight in model.quantized_weights.values()]
+
+
+def test_the_config_s_defaults_are_the_library_s() -> None:
+    assert quant_config(compose(["quant=gpfq"]).quant) == QuantConfig()
+    found = search_config(compose(["quant=greedy"]).quant)
+    assert found == SearchConfig(avg_bits=3.0)
+
+
+def test_every_choice_of_the_config_is_a_quantizer() -> None:
+    best = quant_config(compose(["quant=best"]).quant)
+    assert asdict(best) == asdict(QuantConfig(solver="qronos", order="gram", refine=3))
+    spfq = quant_config(compose(["quant=spfq", "seed=7"]).quant)
+    assert callable(spfq.solver)
+    assert spfq.solver.keywords == {"seed": 7}  # type: ignore[union-attr]
+    published = quant_config(compose(["quant=published"]).quant)
+    assert published.moments is not None
+    assert published.moments(nn.Linear(2, 2), True).share == 0.25
+    assert quant_config(compose(["quant.keep_float=[a,b]"]).quant).keep_float == ("a", "b")
+
+
+def test_a_config_its_fields_and_both_give_the_same_network() -> None:
+    images = [torch.randn(40, 6)]
+    expected = codes(kdq.quantize(network(), images, 2, QuantConfig(solver="gptq", order="gram", refine=1))[0])
+    for config, options in (
+        (None, {"solver": "gptq", "order": "gram", "refine": 1}),
+        (QuantConfig(solver="rtn", order="gram", refine=1), {"solver": "gptq"}),
+    ):
+        found = codes(kdq.quantize(network(), images, 2, config, **options)[0])
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"bit": 4}, r"unknown option bit \(did you mean bits\?\)"),
+        ({"solvr": "rtn"}, r"did you mean solver\?.*alphabet"),
+        ({"zzz": 1}, r"unknown option zzz: bits, solver"),
+        ({"config": "gptq"}, r"config='gptq' is no QuantConfig: .* solver='gptq'"),
+        ({"order": "falling"}, "order='falling' is unknown: use one of natural, gram"),
+        ({"act_range": "max"}, "act_range='max' is unknown: use one of mse, percentile"),
+        ({"per_channel": "yes"}, "per_channel='yes' is unknown: use one of True, False"),
+        ({"refine": True}, "refine=True is not a number of sweeps"),
+        ({"first_last_bits": 1}, "first_last_bits=1 must be a whole number from 2 to 32"),
+        ({"act_bits": 16}, "act_bits=16 must be a whole number from 2 to 8"),
+        ({"float_dtype": "fp8"}, "float_dtype='fp8' is unknown"),
+        ({"keep_float": "0"}, r"keep_float='0': give a list of names, \[0\]"),
+        ({"moments": 3}, "moments=3 is no function"),
+    ],
+)
+def test_an_option_that_is_wrong_is_named_with_the_right_ones(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(KdqError, match=says) as caught:
+        kdq.quantize(network(), [torch.randn(4, 6)], **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["avg_bits", "size_bytes", "max_drop"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, True, "3"])
+def test_a_budget_that_is_no_number_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(KdqError, match=f"{name}=.* is no budget"):
+        SearchConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"candidates": [4]}, "at least two candidate widths"),
+        ({"candidates": [1, 4]}, "candidates=1 must be a whole number"),
+        ({"method": "anneal"}, "use one of greedy, exact"),
+        ({"context": "here"}, "use one of chosen, widest"),
+        ({"validation_images": 0}, "validation_images=0 must be at least 1"),
+        ({"avg_bits": 1.5}, "cannot meet its budget"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(KdqError, match=says):
+        SearchConfig(**({"avg_bits": 3.0} | options))
+
+
+def test_widths_of_a_search_are_its_candidates() -> None:
+    with pytest.raises(KdqError, match=r"quant.bits=\[2, 4\] .* as quant.search.candidates"):
+        search_config(compose(["quant=greedy", "quant.bits=[2,4]"]).quant)
+
+
+def test_batches_of_any_form_give_the_same_codes() -> None:
+    images, labels = torch.randn(12, 6), torch.arange(12) % 3
+    expected = codes(kdq.quantize(network(), [images], 3)[0])
+    for batch in (
+        (images, labels),
+        [images, labels, "path"],
+        {"label": labels, "image": images},
+        {"pixel_values": images, "labels": labels},
+        {"x": images, "y": labels},
+    ):
+        found = codes(kdq.quantize(network(), [batch], 3)[0])
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert torch.equal(labels_of(batch), labels)
+        assert [len(x) for x, _ in first_pairs([batch, batch], 17)] == [12, 5]
+
+
+@pytest.mark.parametrize("batch", [{"picture": torch.zeros(2, 6)}, ["a.png"], "a.png", [], {"x": "a.png"}])
+def test_a_batch_without_images_is_answered_with_what_is_expected(batch: Any) -> None:
+    with pytest.raises(KdqError, match=r"its images must be a tensor, item 0 of .* dictionary's image, images, x"):
+        images_of(batch)
+    with pytest.raises(KdqError, match="its labels must be item 1 of a tuple or list, or a dictionary's label"):
+        labels_of(batch)
+
+
+def test_networks_without_values_are_refused() -> None:
+    images = [torch.randn(4, 6)]
+    with pytest.raises(KdqError, match=r"0.weight is on the meta device.*load them first"):
+        kdq.quantize(network().to("meta"), images)
+    with pytest.raises(KdqError, match=r"0.weight is lazy.*run the network once"):
+        kdq.quantize(nn.Sequential(nn.LazyLinear(3)), images)
+    with pytest.raises(KdqError, match=r"1.weight is lazy"):
+        kdq.quantize(nn.Sequential(nn.Linear(6, 3), nn.LazyBatchNorm1d()), images)
