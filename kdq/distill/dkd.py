@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdq.distill.config import within
 from kdq.distill.losses import decoupled_kl, soft_cross_entropy
 from kdq.distill.progress import TrainingProgress
-from kdq.distill.teacher import TeacherStudent
+from kdq.distill.teacher_student import TeacherStudent
+from kdq.utils.checks import within
 
 
 class DKD(TeacherStudent):
@@ -17,18 +18,28 @@ class DKD(TeacherStudent):
 
     Args:
         alpha: weight of the target class's part.
-        beta: weight of the other classes' part.
-        warmup: the share of the training over which w rises, 0 to 1.
+        beta: weight of the other classes' part; the authors use 2 to 8.
+        warmup: the share of the training over which w rises, 0 to 1; the authors' is 20 of 240 epochs.
+        kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
     """
 
-    def __init__(self, *args: Any, alpha: float, beta: float, warmup: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        student: nn.Module | Mapping[str, Any],
+        teacher: nn.Module | None = None,
+        *,
+        alpha: float = 1.0,
+        beta: float = 2.0,
+        warmup: float = 0.0833,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, **kwargs)
         self.alpha, self.beta = within("method.alpha", alpha, 0), within("method.beta", beta, 0)
         self.warmup = within("method.warmup", warmup, 0, 1)
 
-    def losses(self, images: Tensor, labels: Tensor, moment: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         logits = self.student(images)
-        ce = soft_cross_entropy(logits, labels, self.recipe.label_smoothing)
+        ce = soft_cross_entropy(logits, labels, self.config.label_smoothing)
         tckd, nckd = decoupled_kl(*self.comparable(logits, self.teacher(images)), labels, self.temperature)
-        weight = min(1.0, moment.progress / self.warmup) if self.warmup > 0 else 1.0
+        weight = min(1.0, progress.share / self.warmup) if self.warmup > 0 else 1.0
         return {"ce": ce, "tckd": weight * self.alpha * tckd, "nckd": weight * self.beta * nckd}, logits

@@ -18,8 +18,8 @@ class Learner(nn.Module):
 
     def __init__(self, network: nn.Module, num_classes: int, ema: float | None = None) -> None:
         super().__init__()
-        self.network = network
-        self.average = None if ema is None else MovingAverage(network, ema)
+        self.network = _compiled_in_place(network)
+        self.average = None if ema is None else MovingAverage(self.network, ema)
         # Validating its arguments would make the host wait for the device at every step.
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -73,3 +73,12 @@ class MovingAverage(nn.Module):
     def train(self, mode: bool = True) -> MovingAverage:
         """It only ever predicts: it stays in eval mode."""
         return super().train(False)
+
+
+def _compiled_in_place(network: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wrapped, still compiled: its weights keep the names they have without the wrapper."""
+    plain = getattr(network, "_orig_mod", None)
+    if plain is None:
+        return network
+    plain._compiled_call_impl = network.dynamo_ctx(plain._call_impl)  # type: ignore[operator]  # as Module.compile does
+    return plain

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdq.distill.config import within
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
+from kdq.utils.checks import within
 
 
 class Mixup(VKD):
@@ -22,28 +23,37 @@ class Mixup(VKD):
     Args:
         mixup_alpha: a of the Beta distribution: 1 is uniform, 0 mixes nothing.
         per_sample: every image draws its own lam, instead of one for the batch.
+        kwargs: of :class:`~kdq.distill.vkd.VKD`.
     """
 
-    def __init__(self, *args: Any, mixup_alpha: float = 1.0, per_sample: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        student: nn.Module | Mapping[str, Any],
+        teacher: nn.Module | None = None,
+        *,
+        mixup_alpha: float = 1.0,
+        per_sample: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, **kwargs)
         self.mixup_alpha, self.per_sample = within("method.mixup_alpha", mixup_alpha, 0), per_sample
 
-    def losses(self, images: Tensor, labels: Tensor, moment: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
-        lam = self.draw(len(images), moment)
+    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
+        lam = self.draw(len(images), progress)
         if images.device.type == "cuda":  # from pageable memory the host would wait for the copy
             lam = lam.contiguous().pin_memory()
         lam = lam.to(images.device, non_blocking=True)
         probabilities = (torch.arange(self.num_classes, device=labels.device) == labels[:, None]).float()
-        return super().losses(mix(images, lam), mix(probabilities, lam), moment)
+        return super().losses(mix(images, lam), mix(probabilities, lam), progress)
 
-    def draw(self, count: int, moment: TrainingProgress) -> Tensor:
+    def draw(self, count: int, progress: TrainingProgress) -> Tensor:
         """``lam`` of this process's ``count`` images, float32 ``(count,)``."""
         if self.mixup_alpha == 0:
             return torch.ones(count)
-        everyone = count * moment.world_size if self.per_sample else 1
-        drawn = moment.random(self.seed).beta(self.mixup_alpha, self.mixup_alpha, everyone)
+        everyone = count * progress.world_size if self.per_sample else 1
+        drawn = progress.random(self.seed).beta(self.mixup_alpha, self.mixup_alpha, everyone)
         lam = torch.from_numpy(drawn).float()
-        return lam[moment.rank * count :][:count] if self.per_sample else lam.expand(count)
+        return lam[progress.rank * count :][:count] if self.per_sample else lam.expand(count)
 
 
 def mix(batch: Tensor, lam: Tensor) -> Tensor:

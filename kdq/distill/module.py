@@ -1,79 +1,143 @@
-"""Plain cross-entropy training: the control every distillation method must beat, and how a teacher is made."""
+"""What every method shares: an ordinary LightningModule around one or more networks in training.
+
+In a plain script, with one's own loaders:
+
+    module = VKD(student, teacher=teacher, num_classes=10)
+    trainer = L.Trainer(max_epochs=30, callbacks=[ModelCheckpoint(monitor="val/top1", mode="max")])
+    trainer.fit(module, train_loader, val_loader)
+    trainer.test(module, test_loader, ckpt_path="best")
+
+A method is a subclass with :meth:`DistillationModule.losses`; see :mod:`kdq.distill.vkd` for a short one.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Self
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
+from kdq.distill.checkpoint import built, described, unpickled
 from kdq.distill.config import TrainConfig
 from kdq.distill.learner import Learner
 from kdq.distill.losses import soft_cross_entropy
 from kdq.distill.progress import TrainingProgress
+from kdq.utils.errors import KdqError
+from kdq.utils.metrics import classification_metrics
 
 
-class Baseline(L.LightningModule):
-    """Trains ``student`` with cross-entropy. The other methods override :meth:`losses`.
+class DistillationModule(L.LightningModule):
+    """Trains ``student`` with the sum of the terms that :meth:`losses` names.
+
+    It logs ``train/loss`` and ``train/<term>`` of each step, ``train/top1``, ``val/top1`` and ``val/loss`` of each
+    epoch, ``test/top1``, ``test/top5``, ``test/ece`` and ``test/loss``; shares, not percent. Batches are ``(images,
+    labels)``: float images ``(batch, channels, height, width)`` and int64 labels ``(batch,)``.
 
     Args:
-        student: the network, called on float images ``(batch, channels, height, width)``.
-        recipe: optimizer, schedule and epochs.
+        student: the network, which gives logits ``(batch, num_classes)``.
         num_classes: classes of the data.
-        seed: of the order of the images, their augmentation, and whatever else a method draws.
+        config: optimizer, schedule and the like; override ``configure_optimizers`` for others.
+        seed: of whatever a method draws.
     """
 
     #: The networks that the method takes beside the student, as keyword arguments: ``teacher``, ``peer``.
     takes: tuple[str, ...] = ()
 
-    def __init__(self, student: nn.Module, recipe: TrainConfig, num_classes: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        student: nn.Module | Mapping[str, Any],
+        *,
+        num_classes: int,
+        config: TrainConfig | Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        self.recipe, self.num_classes, self.seed = recipe, num_classes, seed
-        self.student = Learner(student, num_classes, recipe.ema)
-        #: The last step's ``loss`` and its terms, of every learner, on the device.
-        self.latest: dict[str, Tensor] = {}
+        # Of this class's and of the method's own arguments. The teacher's network stays out of every checkpoint.
+        self.save_hyperparameters(ignore=["student", "teacher", "peer", "config"])
+        self.config = TrainConfig(**config) if isinstance(config, Mapping) else config or TrainConfig()
+        self.hparams["config"] = asdict(self.config)  # plain values: checkpoints are loaded weights-only
+        self.num_classes, self.seed = num_classes, seed
+        self.student = Learner(built(student, "student"), num_classes, self.config.ema)
+        self.test_metrics = classification_metrics(num_classes)
+        self.test_loss = MeanMetric()
+
+    @property
+    def hparams_initial(self) -> Any:
+        """What loggers record of the module."""
+        return self.hparams
 
     @property
     def learners(self) -> dict[str, Learner]:
         """The networks in training, by name. The first one's metrics have the plain names."""
         return {"student": self.student}
 
+    @property
+    def eval_network(self) -> nn.Module:
+        """The network that is validated and that the training is for: the averaged one where ``config.ema`` is set."""
+        return self.student.eval_network
+
     def networks(self) -> list[nn.Module]:
         """Every network that a step runs, the frozen ones too: what ``trainer.compile`` compiles."""
         return [learner.network for learner in self.learners.values()]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.student(images)
+        """Logits of :attr:`eval_network`."""
+        return self.eval_network(images)
 
-    def losses(self, images: Tensor, labels: Tensor, moment: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         """The named terms whose sum is minimised, and the student's logits."""
-        logits = self.student(images)
-        return {"ce": soft_cross_entropy(logits, labels, self.recipe.label_smoothing)}, logits
+        raise NotImplementedError(f"{type(self).__name__} must define losses(images, labels, progress)")
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.automatic_optimization and self.config.accumulate > 1:
+            if self.trainer.accumulate_grad_batches not in (1, self.config.accumulate):
+                raise KdqError(
+                    f"accumulate={self.config.accumulate} and Trainer(accumulate_grad_batches="
+                    f"{self.trainer.accumulate_grad_batches}) differ: give one of them"
+                )
+            self.trainer.accumulate_grad_batches = self.config.accumulate
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        terms, logits = self.losses(*batch, self.moment(batch_idx))
+        terms, logits = self.losses(*batch, self.progress(batch_idx))
         return self.total("student", terms, logits, batch[1])
 
-    def moment(self, batch_idx: int) -> TrainingProgress:
-        trainer = self.trainer
-        steps = int(trainer.num_training_batches)
+    def progress(self, batch_idx: int) -> TrainingProgress:
+        """Where in its training a batch is."""
+        trainer, steps = self.trainer, self.trainer.num_training_batches
+        epochs: float = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else math.inf  # type: ignore[assignment]
+        if trainer.max_steps > 0:
+            epochs = min(epochs, trainer.max_steps * trainer.accumulate_grad_batches / steps)
         return TrainingProgress(
-            trainer.current_epoch, batch_idx, self.recipe.epochs, steps, trainer.global_rank, trainer.world_size
+            trainer.current_epoch, batch_idx, epochs, int(steps), trainer.global_rank, trainer.world_size
         )
 
     def total(self, name: str, terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> Tensor:
-        """The sum of one learner's ``terms``; what is logged of the step is kept, without waiting for the device."""
+        """The sum of one learner's ``terms``; it and they are logged, without waiting for the device."""
         loss = torch.stack(list(terms.values())).sum()
         learner, suffix = self.learners[name], self.suffix(name)
         learner.train_top1.update(logits.detach(), labels)
-        self.latest |= {f"{term}{suffix}": value.detach() for term, value in {"loss": loss, **terms}.items()}
+        values = {f"train/{term}{suffix}": value.detach() for term, value in {"loss": loss, **terms}.items()}
+        self.log_dict(values, on_step=True, on_epoch=False)
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        for learner in self.learners.values():
+            learner.train_top1.reset()
 
     def on_train_epoch_end(self) -> None:
         for name, learner in self.learners.items():
             self.log(f"train/top1{self.suffix(name)}", learner.train_top1)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        value = self.config.clip_grad if gradient_clip_val is None else gradient_clip_val
+        self.clip_gradients(optimizer, value, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -85,6 +149,9 @@ class Baseline(L.LightningModule):
             for buffer in self.buffers():
                 if buffer.is_floating_point():
                     buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))
+        for learner in self.learners.values():  # as they were left by a loop under inference_mode they cannot go on
+            learner.val_top1.reset()
+            learner.val_loss.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -95,21 +162,63 @@ class Baseline(L.LightningModule):
             self.log(f"val/top1{suffix}", learner.val_top1, prog_bar=True)
             self.log(f"val/loss{suffix}", learner.val_loss)
 
+    def on_test_epoch_start(self) -> None:
+        self.test_metrics.reset()
+        self.test_loss.reset()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images).float()
+        self.test_metrics.update(logits.softmax(1), labels)
+        self.test_loss.update(soft_cross_entropy(logits, labels), weight=len(labels))
+        self.log_dict({f"test/{name}": metric for name, metric in self.test_metrics.items(keep_base=True)})
+        self.log("test/loss", self.test_loss)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits ``(batch, classes)``; ``batch`` is images, or a tuple that begins with them."""
+        return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
     def last_validated(self, metric: str, name: str) -> float:
         """A learner's ``top1`` (0 to 1) or ``loss`` in the last validation."""
         return float(self.trainer.callback_metrics[f"val/{metric}{self.suffix(name)}"])
 
     def configure_optimizers(self) -> Any:
-        # A trainer of a module that steps by hand accumulates nothing: it counts every batch as a step.
-        batches = int(self.trainer.estimated_stepping_batches) * self.trainer.accumulate_grad_batches
-        steps = batches // self.recipe.accumulate
+        steps = self.trainer.estimated_stepping_batches
+        if not self.automatic_optimization and not math.isinf(steps):  # its Trainer counts every batch as a step
+            steps = math.ceil(steps / self.config.accumulate)
+        if math.isinf(steps) and self.config.schedule != "constant":
+            raise KdqError(
+                f"schedule={self.config.schedule} needs an end: give Trainer(max_epochs=...) or max_steps, or "
+                "TrainConfig(schedule='constant')"
+            )
         return [self._optimizer(learner, steps) for learner in self.learners.values()]
 
-    def _optimizer(self, learner: Learner, steps: int) -> dict[str, Any]:
-        optimizer = self.recipe.optimizer(learner.network.parameters())
-        scheduler = {"scheduler": self.recipe.scheduler(optimizer, steps), "interval": "step"}
+    def _optimizer(self, learner: Learner, steps: float) -> dict[str, Any]:
+        # Lightning cannot clip the gradients of a fused optimizer under autocast.
+        fused = self.config.clip_grad is None and self.trainer.gradient_clip_val is None
+        optimizer = self.config.optimizer(learner.network.parameters(), fused)
+        scheduler = {"scheduler": self.config.scheduler(optimizer, steps), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def suffix(self, name: str) -> str:
         """What a learner's metrics have behind their names."""
         return "" if name == next(iter(self.learners)) else f"_{name}"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the trained networks are, so that ``load_from_checkpoint(path)`` needs no more."""
+        described_networks = {name: described(learner.network) for name, learner in self.learners.items()}
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] |= described_networks
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """The module of a checkpoint, as :meth:`lightning.LightningModule.load_from_checkpoint` gives it.
+
+        Networks of kdq's and torchvision's are built again; others are given, ``student=network``, or read from the
+        file with ``weights_only=False``, which runs code that is in it. The teacher is in no checkpoint: give
+        ``teacher=network`` to train on.
+        """
+        if kwargs.get("weights_only") is False:
+            found = torch.load(checkpoint_path, map_location="cpu", weights_only=False)
+            hyper = found.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+            kwargs |= {k: unpickled(hyper[k]) for k in ("student", "peer") if k in hyper and k not in kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -18,16 +18,16 @@ class TrainingProgress:
 
     epoch: int = 0
     step: int = 0
-    epochs: int = 1
+    epochs: float = 1
     steps: int = 1
     rank: int = 0
     world_size: int = 1
 
     @property
-    def progress(self) -> float:
-        """The share of the training that is done, 0 to just below 1; 1 where a Trainer goes on beyond ``epochs``."""
+    def share(self) -> float:
+        """The share of the training that is done, 0 to just below 1; 0 in one without an end."""
         return min(1.0, (self.epoch + self.step / self.steps) / self.epochs)
 
     def random(self, seed: int) -> np.random.Generator:
-        """A generator of this moment's own."""
+        """A generator of this batch's own."""
         return np.random.default_rng((seed, self.epoch, self.step))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdq.distill.config import within
 from kdq.distill.losses import distillation_kl, soft_cross_entropy
 from kdq.distill.progress import TrainingProgress
-from kdq.distill.teacher import TeacherStudent
+from kdq.distill.teacher_student import TeacherStudent
+from kdq.utils.checks import within
 
 
 class VKD(TeacherStudent):
@@ -17,15 +18,23 @@ class VKD(TeacherStudent):
 
     Args:
         alpha: the teacher's share of the loss.
+        kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
     """
 
-    def __init__(self, *args: Any, alpha: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        student: nn.Module | Mapping[str, Any],
+        teacher: nn.Module | None = None,
+        *,
+        alpha: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, **kwargs)
         self.alpha = within("method.alpha", alpha, 0, 1)
 
-    def losses(self, images: Tensor, labels: Tensor, moment: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         """``labels`` are indices ``(batch,)`` or probabilities ``(batch, classes)``."""
         logits = self.student(images)
-        ce = soft_cross_entropy(logits, labels, self.recipe.label_smoothing)
+        ce = soft_cross_entropy(logits, labels, self.config.label_smoothing)
         kl = distillation_kl(*self.comparable(logits, self.teacher(images)), self.temperature)
         return {"ce": (1 - self.alpha) * ce, "kl": self.alpha * kl}, logits

@@ -6,6 +6,11 @@ state dicts, so that weights trained elsewhere load by name.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,16 +19,39 @@ from torchvision.models import resnet as tv
 from kdq.utils.errors import KdqError
 
 
+def _says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes ``builder``, a function or the ``__init__`` of a class, note on every network what it is.
+
+    ``network.kdq_net`` holds the name and the arguments, so that files and checkpoints can name the network instead of
+    holding its code.
+    """
+    signature = inspect.signature(builder)
+    name = builder.__qualname__.partition(".")[0]
+
+    @functools.wraps(builder)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        result = builder(*args, **kwargs)
+        bound = dict(signature.bind(*args, **kwargs).arguments)
+        network = bound.pop("self", result)
+        network.kdq_net = {"_target_": f"kdq.models.{name}", **bound}
+        return result
+
+    return wrapper
+
+
+@_says_what_it_is
 def resnet18(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
     """ResNet-18 (He et al. 2016, arXiv 1512.03385): 11.17 M parameters with ten classes."""
     return _resnet(tv.BasicBlock, [2, 2, 2, 2], num_classes, in_channels, stem)
 
 
+@_says_what_it_is
 def resnet34(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
     """ResNet-34 (He et al. 2016): 21.28 M parameters with ten classes."""
     return _resnet(tv.BasicBlock, [3, 4, 6, 3], num_classes, in_channels, stem)
 
 
+@_says_what_it_is
 def resnet50(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
     """ResNet-50 (He et al. 2016): 23.52 M parameters with ten classes."""
     return _resnet(tv.Bottleneck, [3, 4, 6, 3], num_classes, in_channels, stem)
@@ -58,6 +86,7 @@ class CifarResNet(nn.Module):
     Input ``(batch, in_channels, height, width)``, output logits ``(batch, num_classes)``.
     """
 
+    @_says_what_it_is
     def __init__(self, depth: int, num_classes: int, in_channels: int = 3, width: float = 1.0) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
@@ -101,6 +130,7 @@ class WhitenedNet(nn.Module):
     1.97 M parameters at width 1 with ten classes.
     """
 
+    @_says_what_it_is
     def __init__(self, num_classes: int, in_channels: int = 3, width: float = 1.0) -> None:
         super().__init__()
         planes = [round(width * channels) for channels in (64, 256, 256)]

@@ -22,6 +22,7 @@ from kdq.models.build import build
 from kdq.records.store import Entry, Store
 from kdq.tracking.open import tracked
 from kdq.tracking.run import RunInfo, RunLogger, flat
+from kdq.train.trainer import check_trainer, weights_flags, with_trainer_flags
 from kdq.utils.config import plain
 from kdq.utils.errors import KdqError
 from kdq.utils.version import __version__, git_sha
@@ -42,9 +43,20 @@ class Cell:
         for part in ("data", "method", "teacher", "student", "quant"):
             if not re.fullmatch(r"[\w.+-]+", str(cfg[part].name)):
                 raise KdqError(f"{part}.name={cfg[part].name!r} must be letters, digits, and any of _ . + -")
+        check_trainer(plain(cfg.trainer))
         for name, seed in (("seed", cfg.seed), ("teacher.seed", cfg.teacher.seed), ("student.seed", cfg.student.seed)):
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise KdqError(f"{name}={seed} must be a whole number from 0 up")
+
+    def of_role(self, role: str) -> dict[str, Any]:
+        """The config of ``teacher`` or ``student``; what ``trainer`` says for all trainings is in its recipe."""
+        config = plain(self.cfg[role])
+        return config | {"recipe": with_trainer_flags(config["recipe"], plain(self.cfg.trainer))}
+
+    def training_flags(self) -> dict[str, Any]:
+        """What else a trained model depends on, where it is given: flags of the Trainer, and callbacks."""
+        flags = {"trainer": weights_flags(plain(self.cfg.trainer)), "callbacks": plain(self.cfg.callbacks)}
+        return {name: value for name, value in flags.items() if value}
 
     @property
     def output(self) -> Path:

@@ -16,7 +16,6 @@ from typing import Any
 import hydra.utils
 from torch import Tensor
 
-from kdq.distill.config import TrainConfig
 from kdq.models.build import build
 from kdq.models.pretrained import IMAGENET
 from kdq.models.weights import load_weights, locate
@@ -27,12 +26,13 @@ from kdq.stages.train_processes import run_training
 from kdq.stages.training import NetworkSpec, TrainingSpec, check_fit, log_model
 from kdq.tracking.names import reference
 from kdq.train.fit import ranked
+from kdq.train.recipe import Recipe
 from kdq.utils.config import plain
 from kdq.utils.files import file_digest
 from kdq.utils.metrics import evaluate
 
 #: How a teacher is trained, and the network that a student may start from.
-CROSS_ENTROPY = {"_target_": "kdq.distill.module.Baseline"}
+CROSS_ENTROPY = {"_target_": "kdq.distill.CrossEntropy"}
 #: The value of ``weights`` that asks for the stored cross-entropy network of the same data, net, recipe and seed.
 BASELINE = "baseline"
 
@@ -94,7 +94,7 @@ def planned(cell: Cell) -> Model:
         return _teacher(cell)
     method = plain(cell.cfg.method)
     name, peer = method.pop("name"), method.pop("peer", None)
-    role = plain(cell.cfg.student)
+    role = cell.of_role("student")
     role["weights"] = method.pop("weights", role["weights"])
     takes = getattr(hydra.utils.get_class(method["_target_"]), "takes", ())
     others: dict[str, _Start] = {}
@@ -110,7 +110,7 @@ def planned(cell: Cell) -> Model:
 
 def _teacher(cell: Cell) -> Model:
     """The teacher: read from ``teacher.weights``, or trained with cross-entropy when there are none."""
-    role = plain(cell.cfg.teacher)
+    role = cell.of_role("teacher")
     if role["weights"] is None:
         return _trained(cell, "teacher", "baseline", role, CROSS_ENTROPY, {})
     path = locate(role["weights"])
@@ -167,7 +167,7 @@ def _trained(
         role: ``name, net, weights, recipe, seed``.
         others: the networks that the method takes beside it.
     """
-    TrainConfig(**role["recipe"])  # an impossible one is refused before anything is trained
+    Recipe(**role["recipe"])  # an impossible one is refused before anything is trained
     start = _start(cell, role)
     spec = {
         "stage": "train",
@@ -177,12 +177,13 @@ def _trained(
         "method": dict(method),
         "recipe": role["recipe"],
         "precision": cell.cfg.trainer.precision,
+        **cell.training_flags(),
         "seed": role["seed"],
         "others": {
             name: {"net": other.network.net, "seed": other.network.seed, "weights": other.identity}
             for name, other in others.items()
         },
-        **user_code(role["net"], method, *(other.network.net for other in others.values())),
+        **user_code(role["net"], method, plain(cell.cfg.callbacks), *(other.network.net for other in others.values())),
     }
     label, job_type = ("teacher", "teacher") if role_name == "teacher" else (method_name, "distill")
     # A teacher is a baseline, too: the store has one entry for both.

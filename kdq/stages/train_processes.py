@@ -32,9 +32,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from kdq.stages.cell import Cell
-from kdq.stages.training import ALL_DEVICES, TrainingSpec, train
+from kdq.stages.training import TrainingSpec, train
 from kdq.train import slurm as cluster
 from kdq.train.fit import Best
+from kdq.train.trainer import ALL_DEVICES
 from kdq.utils.cpu import keep_freed_memory, usable_cores
 from kdq.utils.errors import KdqError
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.data.images import Images
-from kdq.distill.config import TrainConfig
-from kdq.distill.module import Baseline
+from kdq.distill.module import DistillationModule
 from kdq.models.build import build
 from kdq.models.pretrained import IMAGENET, load_imagenet
 from kdq.models.weights import load_weights
@@ -22,11 +21,10 @@ from kdq.records.store import Store, weights_file
 from kdq.stages.cell import Cell
 from kdq.tracking.run import Artifact, RunLogger
 from kdq.train.fit import Best, fit, ranked
+from kdq.train.recipe import Recipe
+from kdq.train.trainer import ALL_DEVICES
 from kdq.utils.config import plain
 from kdq.utils.errors import KdqError
-
-#: What ``trainer.devices`` may say beside a number or a list.
-ALL_DEVICES = (-1, "-1", "auto")
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class TrainingSpec:
     Attributes:
         label: the method's name for people and logs.
         job_type: ``teacher`` or ``distill``: what the logger files it under.
-        method: ``_target_``, a :class:`~kdq.distill.module.Baseline`, and its options.
-        recipe: the fields of :class:`~kdq.distill.config.TrainConfig`.
+        method: ``_target_``, a :class:`~kdq.distill.module.DistillationModule`, and its options.
+        recipe: the fields of :class:`~kdq.train.recipe.Recipe`.
         networks: ``student`` and what else the method takes.
         slug, name, key: of the model that it makes; see :class:`kdq.stages.train.Model`.
         inputs: references to the stored models that it takes, for its log.
@@ -99,13 +97,18 @@ def train(
         if spec.networks[name].weights is None and callable(see):
             see(_first_images(cell.images))
     student, others = spec.networks["student"], {n: net for n, net in networks.items() if n != "student"}
-    recipe, classes = TrainConfig(**spec.recipe), cell.cfg.data.num_classes
+    recipe = Recipe(**spec.recipe)
     target, options = spec.method["_target_"], {key: v for key, v in spec.method.items() if key != "_target_"}
     kind = hydra.utils.get_class(target)
-    if not issubclass(kind, Baseline):
-        raise KdqError(f"{target} is not a kdq.distill.module.Baseline: derive your method from it")
+    if not issubclass(kind, DistillationModule):
+        raise KdqError(f"{target} is not a kdq.distill.DistillationModule: derive your method from it")
+    shared: dict[str, Any] = {
+        "num_classes": cell.cfg.data.num_classes,
+        "config": recipe.of_module(),
+        "seed": student.seed,
+    }
     try:
-        module = kind(networks["student"], recipe, classes, student.seed, **others, **options)
+        module = kind(networks["student"], **{**others, **shared, **options})
     except TypeError as error:
         raise KdqError(f"{target} does not take these options ({error}): {', '.join(options)}") from error
     trainer, title = plain(cell.cfg.trainer), f"training {spec.label} {student.name}"
@@ -113,10 +116,12 @@ def train(
         trainer["devices"] = world_size // trainer["num_nodes"]
     if world_size == 1:
         trainer["strategy"] = "auto"
+    callbacks = [hydra.utils.instantiate(callback) for callback in plain(cell.cfg.callbacks).values()]
     if rank > 0:
-        return fit(module, cell.images, trainer, work)
+        return fit(module, cell.images, trainer, recipe, work, callbacks=callbacks)
     with _tracked(cell, spec) as track:
-        best, metrics = fit(module, cell.images, trainer, work, track.logger or False, title)
+        loggers = [track.logger] if track.logger else []
+        best, metrics = fit(module, cell.images, trainer, recipe, work, loggers, callbacks, title)
         winner = best[ranked(best)[0]]
         facts = {"val_top1": 100 * winner.top1, "best_epoch": winner.epoch} | metrics
         track.summary(facts)

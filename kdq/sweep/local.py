@@ -107,7 +107,7 @@ def usable_gpus() -> list[str]:
 
 def _devices(asked: Any, gpus: int) -> int:
     """GPUs, or processes on CPUs, of a job with ``trainer.devices=asked``."""
-    from kdq.stages.training import ALL_DEVICES
+    from kdq.train.trainer import ALL_DEVICES
 
     if asked in ALL_DEVICES:
         return max(1, gpus)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,18 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from tqdm import tqdm
 
 from kdq.data.images import Images
 from kdq.data.module import ImageDataModule
-from kdq.distill.module import Baseline
+from kdq.distill.module import DistillationModule
 from kdq.train.monitor import Monitor
-from kdq.train.slurm import environment
+from kdq.train.recipe import Recipe
+from kdq.train.trainer import training_trainer
 from kdq.utils.errors import KdqError
 from kdq.utils.files import replacing
 from kdq.utils.progress import progress
-
-#: Lightning's names of the precisions that a training may have.
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
-#: Others would shard weights, which are read here as a whole.
-STRATEGIES = ("auto", "ddp")
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +63,14 @@ class KeepBest(Callback):
         self._since = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Baseline)
+        assert isinstance(pl_module, DistillationModule)
         self.seconds += time.perf_counter() - self._since
         for name, learner in pl_module.learners.items():
             top1, loss = pl_module.last_validated("top1", name), pl_module.last_validated("loss", name)
             if not math.isfinite(loss):
                 raise KdqError(
                     f"the validation loss became {loss} at epoch {trainer.current_epoch}: "
-                    f"lower the learning rate (recipe.lr={pl_module.recipe.lr}) or set recipe.clip_grad=1"
+                    f"lower the learning rate (recipe.lr={pl_module.config.lr}) or set recipe.clip_grad=1"
                 )
             if name not in self.best or top1 >= self.best[name].top1:
                 state = learner.eval_network.state_dict()
@@ -143,42 +137,47 @@ class _SeedEpoch(Callback):
 
 
 def fit(
-    module: Baseline,
+    module: DistillationModule,
     images: Images,
     trainer: Mapping[str, Any],
+    recipe: Recipe,
     work: Path,
-    logger: Logger | bool = False,
+    loggers: Iterable[Logger] = (),
+    callbacks: Iterable[Callback] = (),
     title: str = "training",
 ) -> tuple[dict[str, Best], dict[str, Any]]:
     """Train ``module`` and return its learners at their best (by validation accuracy) and how it went.
 
     Args:
-        module: carries its networks, its recipe, its seed and its losses.
-        trainer: the ``trainer`` config: ``accelerator, devices, num_nodes, strategy, precision, compile``. With several
-            devices this process must be one of :mod:`kdq.stages.train_processes`.
+        module: carries its networks, its seed and its losses.
+        trainer: the ``trainer`` config, see :mod:`kdq.train.trainer`. With several devices this process must be one of
+            :mod:`kdq.train.processes`.
         work: where the checkpoint of the last finished epoch lives; a training found there is continued.
+        callbacks: the user's.
 
     Raises:
         KdqError: the loss became NaN, or the checkpoint in ``work`` cannot be read.
     """
-    recipe, best, checkpoint = module.recipe, KeepBest(), work / "last.ckpt"
+    best, checkpoint = KeepBest(), work / "last.ckpt"
     steps = len(images.split.train) // recipe.batch_size
-    every = max(1, min(20, steps))  # logs at least once an epoch
+    every = trainer.get("log_every_n_steps") or max(1, min(20, steps))  # at least once an epoch
     _quiet_lightning()
-    callbacks = [
-        best,
-        _SeedEpoch(module.seed),
-        _Progress(title),
-        Monitor(every),
-        ModelCheckpoint(work, "last", save_on_train_epoch_end=True, enable_version_counter=False),
-    ]
-    lightning = _trainer(
-        module,
+    bar = [] if trainer.get("enable_progress_bar") is False else [_Progress(title)]
+    lightning = training_trainer(
         trainer,
-        callbacks=callbacks,
-        logger=logger,
+        recipe.epochs,
+        callbacks=[
+            *callbacks,
+            best,
+            _SeedEpoch(module.seed),
+            *bar,
+            Monitor(every),
+            ModelCheckpoint(work, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+        ],
+        logger=list(loggers) or False,
         log_every_n_steps=every,
         default_root_dir=work,
+        plugins=[_Beside()],
     )
     try:
         for network in module.networks():
@@ -201,9 +200,9 @@ def fit(
         raise KeyboardInterrupt
     if not best.best:
         raise KdqError("the training ended without a validated epoch")
-    trained_images = max(1, steps) * min(recipe.batch_size, len(images.split.train)) * recipe.epochs
+    trained_images = max(1, steps) * min(recipe.batch_size, len(images.split.train)) * lightning.current_epoch
     metrics = {
-        "epochs": recipe.epochs,
+        "epochs": lightning.current_epoch,
         "train_seconds": best.seconds,
         "images_per_second": trained_images / max(best.seconds, 1e-9),
         "precision": str(lightning.precision),
@@ -211,54 +210,6 @@ def fit(
         "torch": torch.__version__,
     }
     return best.best, metrics
-
-
-def _trainer(module: Baseline, config: Mapping[str, Any], **kwargs: Any) -> L.Trainer:
-    recipe = module.recipe
-    # Part of torch's deterministic mode, for finding reads of memory that nothing wrote; it costs 3 % of a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if module.automatic_optimization:  # a module that steps by hand clips and accumulates by hand
-        kwargs |= {"gradient_clip_val": recipe.clip_grad, "accumulate_grad_batches": recipe.accumulate}
-    precision = resolve_precision(config["precision"], config["accelerator"])
-    if str(precision) not in PRECISIONS:
-        raise KdqError(f"trainer.precision={precision} is unknown: use auto or one of {', '.join(PRECISIONS)}")
-    if str(precision) == "16-mixed" and not module.automatic_optimization:
-        # Lightning would scale the losses and clip before it takes the scale off; and one scale serves two optimizers.
-        raise KdqError("trainer.precision=16-mixed does not go with two learners: use bf16-mixed or 32-true")
-    strategy: Any = config["strategy"]
-    if strategy not in STRATEGIES:
-        raise KdqError(f"trainer.strategy={strategy} is unknown: use one of {', '.join(STRATEGIES)}")
-    if strategy == "ddp" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Each process keeps the BatchNorm statistics of its own images: the default overwrites them at every step with
-        # those of the first process, whose images are a part only.
-        strategy = DDPStrategy(broadcast_buffers=False)
-    return L.Trainer(
-        accelerator=config["accelerator"],
-        devices=config["devices"],
-        strategy=strategy,
-        precision=precision,
-        num_nodes=config.get("num_nodes", 1),
-        # kdq starts the processes of a training itself; in any Slurm job Lightning would look for Slurm's.
-        plugins=[environment(), _Beside()],
-        max_epochs=recipe.epochs,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        deterministic="warn",
-        **kwargs,
-    )
-
-
-def resolve_precision(requested: str, accelerator: str) -> Any:
-    """Lightning's precision for ``requested``; ``auto`` is bf16 autocast where the hardware multiplies bf16 (CUDA
-    from Ampere, CPUs with AMX or AVX-512-BF16), else float32."""
-    if requested != "auto":
-        return requested
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if fast else "32-true"
 
 
 def _finished_epochs(checkpoint: Path) -> int:

@@ -1,4 +1,4 @@
-"""What a training logs every few steps, and whether it still goes well."""
+"""What a training logs beside its losses, and whether it still goes well."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from kdq.distill.module import Baseline
+from kdq.distill.module import DistillationModule
 from kdq.utils.errors import KdqError
 
 
 class Monitor(Callback):
     """Logs after ``every`` steps and at the end of each epoch; between these the host never waits for the device.
 
-    ``train/loss`` and its named terms are those of the last step; ``train/lr`` (one for each learner);
-    ``train/images_per_second`` over the steps since it last did, all processes together and without validation; on a
-    GPU ``train/gpu_memory_gib``, the most that tensors took so far.
+    ``train/lr`` (one for each learner); ``train/images_per_second`` over the steps since it last did, all processes
+    together and without validation; on a GPU ``train/gpu_memory_gib``, the most that tensors took so far.
 
     Raises:
         KdqError: a loss is not finite; it says at which epoch and step that was seen, and what usually helps. (Once a
@@ -39,22 +38,22 @@ class Monitor(Callback):
         self._images += len(batch[1]) * trainer.world_size
         if (batch_idx + 1) % self.every and not trainer.is_last_batch:
             return
-        assert isinstance(pl_module, Baseline)
-        losses = dict(zip(pl_module.latest, torch.stack(list(pl_module.latest.values())).tolist(), strict=True))
-        if not all(math.isfinite(loss) for loss in losses.values()):
+        assert isinstance(pl_module, DistillationModule)
+        names = [name for name in trainer.callback_metrics if name.startswith("train/loss")]
+        losses = torch.stack([trainer.callback_metrics[name] for name in names]).tolist()
+        if not all(math.isfinite(loss) for loss in losses):
             raise KdqError(
-                f"the loss became {losses['loss']} at epoch {trainer.current_epoch}, by step {batch_idx}: "
-                f"lower the learning rate (recipe.lr={pl_module.recipe.lr}) or set recipe.clip_grad=1"
+                f"the loss became {losses[0]} at epoch {trainer.current_epoch}, by step {batch_idx}: "
+                f"lower the learning rate (recipe.lr={pl_module.config.lr}) or set recipe.clip_grad=1"
             )
         now = time.perf_counter()
-        values: dict[str, float] = {f"train/{name}": loss for name, loss in losses.items()}
-        values["train/images_per_second"] = self._images / max(now - self._since, 1e-9)
+        values: dict[str, float] = {"train/images_per_second": self._images / max(now - self._since, 1e-9)}
         self._images, self._since = 0, now
         for learner, optimizer in zip(pl_module.learners, trainer.optimizers, strict=True):
             values[f"train/lr{pl_module.suffix(learner)}"] = float(optimizer.param_groups[0]["lr"])
         if pl_module.device.type == "cuda":
             values["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
-        if trainer.logger is not None:
-            # The step that Lightning gives to what modules log; `global_step` counts every optimizer of a module.
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            trainer.logger.log_metrics(values | {"epoch": trainer.current_epoch}, step=step)
+        # The step that Lightning gives to what modules log; `global_step` counts every optimizer of a module.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics(values | {"epoch": trainer.current_epoch}, step=step)

@@ -20,14 +20,7 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_c
     """
     network = network.eval()
     device = next(network.parameters()).device
-    # "micro" counts images; torchmetrics' default averages over classes.
-    accuracy = MetricCollection(
-        {
-            "top1": MulticlassAccuracy(num_classes, average="micro"),
-            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
-        }
-    ).to(device)
+    accuracy = classification_metrics(num_classes).to(device)
     nll = MeanMetric().to(device)
     cudnn = torch.backends.cudnn
     with torch.inference_mode(), cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
@@ -38,3 +31,18 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_c
     # float32 carries seven digits: the rest would be noise in the tables.
     result = {name: round(100 * float(value), 4) for name, value in accuracy.compute().items()}
     return result | {"nll": round(float(nll.compute()), 6)}
+
+
+def classification_metrics(num_classes: int) -> MetricCollection:
+    """``top1``, ``top5`` (of fewer classes: all of them) and ``ece``, the expected calibration error with 15 bins.
+
+    They are shares, and are updated with probabilities ``(batch, classes)`` and labels ``(batch,)``.
+    """
+    return MetricCollection(
+        {
+            # "micro" counts images; torchmetrics' default averages over classes.
+            "top1": MulticlassAccuracy(num_classes, average="micro"),
+            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+        }
+    )

@@ -10,16 +10,15 @@ from torch import nn
 
 from kdq.bench.loops import Step, random_images
 from kdq.bench.train import gflops_per_image, roofline
-from kdq.distill.config import TrainConfig
+from kdq.distill import CrossEntropy
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
-from kdq.distill.module import Baseline
+from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
 
-RECIPE = TrainConfig(epochs=1, batch_size=16, lr=0.01)
-KINDS: dict[str, tuple[type[Baseline], dict[str, Any]]] = {
-    "baseline": (Baseline, {}),
+KINDS: dict[str, tuple[type[DistillationModule], dict[str, Any]]] = {
+    "baseline": (CrossEntropy, {}),
     "vkd": (VKD, {"alpha": 0.9, "temperature": 4.0}),
     "dkd": (DKD, {"alpha": 1.0, "beta": 2.0, "temperature": 4.0, "warmup": 0.0}),
     "dml": (DML, {"weight": 1.0, "temperature": 1.0}),
@@ -36,7 +35,7 @@ def test_the_loops_take_the_loss_that_kdq_takes(method: str) -> None:
     kind, options = KINDS[method]
     images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
     others = {name: network(2) for name in kind.takes}
-    module = kind(network(1), RECIPE, 10, 0, **others, **options)
+    module = kind(network(1), **others, num_classes=10, **options)
     if isinstance(module, DML):
         mine, theirs = module.student(images), module.peer(images)
         terms = [module.terms(mine, theirs, labels, 1.0), module.terms(theirs, mine, labels, 1.0)]

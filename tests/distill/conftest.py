@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.distill.config import TrainConfig
-from kdq.distill.module import Baseline
+from kdq.distill.module import DistillationModule
 
 
 def network(seed: int) -> nn.Module:
@@ -32,10 +32,9 @@ def make() -> Callable[..., Any]:
     """``make(Method, recipe={...}, **options)``: a module around the student of seed 1; ``teacher`` and ``peer`` are
     networks of their own where the method takes them."""
 
-    def build(method: type[Baseline], recipe: dict[str, Any] | None = None, **options: Any) -> Any:
+    def build(method: type[DistillationModule], recipe: dict[str, Any] | None = None, **options: Any) -> Any:
         others = {name: network(seed) for name, seed in (("teacher", 2), ("peer", 3)) if name in method.takes}
-        values = {"epochs": 2, "batch_size": 12, "lr": 0.1} | (recipe or {})
-        return method(network(1), TrainConfig(**values), 5, 0, **(others | options))
+        return method(network(1), num_classes=5, config=TrainConfig(**(recipe or {})), **(others | options))
 
     return build
 
@@ -44,7 +43,7 @@ def make() -> Callable[..., Any]:
 def gradients(batch: tuple[Tensor, Tensor]) -> Callable[..., dict[str, Tensor]]:
     """``gradients(module, moment)``: of the total loss on the batch, by parameter, always with the same dropout."""
 
-    def compute(module: Baseline, moment: Any) -> dict[str, Tensor]:
+    def compute(module: DistillationModule, moment: Any) -> dict[str, Tensor]:
         torch.manual_seed(7)
         module.zero_grad()
         terms, _ = module.losses(*batch, moment)

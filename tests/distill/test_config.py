@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from kdq.distill.config import SCHEDULES, TrainConfig
+from kdq.distill.config import SCHEDULES
+from kdq.train.recipe import Recipe
 from kdq.utils.errors import KdqError
 
 
-def recipe(**changes: Any) -> TrainConfig:
-    return TrainConfig(**({"epochs": 10, "batch_size": 32, "lr": 0.1} | changes))
+def recipe(**changes: Any) -> Recipe:
+    return Recipe(**({"epochs": 10, "batch_size": 32, "lr": 0.1} | changes))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,11 @@ def test_the_scheduler_follows_the_optimizer_steps() -> None:
         ({"warmup": 1.5}, "recipe.warmup=1.5 must be a number from 0 to 1"),
         ({"label_smoothing": -0.1}, "less than 1"),
         ({"ema": 1.0}, "less than 1"),
+        ({"epochs": "ten"}, "recipe.epochs='ten' must be a whole number"),
+        ({"epochs": 2.5}, "a whole number"),
+        ({"lr": True}, "recipe.lr=True must be a number"),
+        ({"clip_grad": "1"}, "must be a number or null"),
+        ({"schedule": None}, "must be a name"),
     ],
 )
 def test_impossible_recipes(changes: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
@@ -79,4 +80,12 @@ def test_schedules(make: Callable[..., Any]) -> None:
 def test_equal_students_are_refused(make: Callable[..., Any]) -> None:
     module = make(DML)
     with pytest.raises(KdqError, match="equal weights"):
-        make(DML, peer=module.student.network)
+        make(DML, peer=module.student.network).setup("fit")
+
+
+def test_one_scale_cannot_serve_two_optimizers(make: Callable[..., Any]) -> None:
+    module = make(DML)
+    module.trainer = L.Trainer(logger=False, accelerator="cpu")
+    module.trainer.strategy.precision_plugin.precision = "16-mixed"
+    with pytest.raises(KdqError, match="does not go with two learners"):
+        module.setup("fit")

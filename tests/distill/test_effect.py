@@ -10,12 +10,13 @@ from torch import nn
 
 from kdq.data.images import Images
 from kdq.data.sets import digits
-from kdq.distill.config import TrainConfig
+from kdq.distill import CrossEntropy
 from kdq.distill.dkd import DKD
-from kdq.distill.module import Baseline
+from kdq.distill.module import DistillationModule
 from kdq.distill.vkd import VKD
 from kdq.models import CifarResNet
 from kdq.train.fit import fit
+from kdq.train.recipe import Recipe
 from kdq.utils.metrics import evaluate
 from tests.conftest import data_config
 
@@ -28,24 +29,31 @@ def labelled(train_limit: int | None) -> Images:
 
 
 def trained(
-    work: Path, method: type[Baseline], images: Images, recipe: TrainConfig, width: float, seed: int, **options: Any
+    work: Path,
+    method: type[DistillationModule],
+    images: Images,
+    recipe: Recipe,
+    width: float,
+    seed: int,
+    **options: Any,
 ) -> tuple[nn.Module, float]:
     """The best network on validation, and its top-1 on the test images."""
     torch.manual_seed(seed)
     network = CifarResNet(8, 10, in_channels=1, width=width)
-    best, _ = fit(method(network, recipe, 10, seed, **options), images, TRAINER, work)
+    module = method(network, num_classes=10, config=recipe.of_module(), seed=seed, **options)
+    best, _ = fit(module, images, TRAINER, recipe, work)
     network.load_state_dict(best["student"].weights)
     return network, evaluate(network, images.evaluation("test", torch.device("cpu")), 10)["top1"]
 
 
 def test_a_taught_student_beats_the_baseline_with_few_labels(tmp_path: Path) -> None:
     """A hundred labels for the students; the teacher has seen all 1 294."""
-    lesson = TrainConfig(epochs=15, batch_size=32, lr=0.1)
-    teacher, score = trained(tmp_path / "teacher", Baseline, labelled(None), lesson, 1.0, 0)
+    lesson = Recipe(epochs=15, batch_size=32, lr=0.1)
+    teacher, score = trained(tmp_path / "teacher", CrossEntropy, labelled(None), lesson, 1.0, 0)
     assert score > 97
-    images, recipe = labelled(100), TrainConfig(epochs=60, batch_size=20, lr=0.05)
-    methods: dict[str, tuple[type[Baseline], dict[str, Any]]] = {
-        "baseline": (Baseline, {}),
+    images, recipe = labelled(100), Recipe(epochs=60, batch_size=20, lr=0.05)
+    methods: dict[str, tuple[type[DistillationModule], dict[str, Any]]] = {
+        "baseline": (CrossEntropy, {}),
         "vkd": (VKD, {"teacher": teacher, "alpha": 0.9, "temperature": 4.0}),
         "dkd": (DKD, {"teacher": teacher, "alpha": 1.0, "beta": 2.0, "temperature": 4.0, "warmup": 0.0833}),
     }

@@ -10,25 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdq.distill import CrossEntropy
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
 from kdq.distill.losses import distillation_kl, dkd_loss, kd_loss, standardized
 from kdq.distill.mixup import Mixup, mix
-from kdq.distill.module import Baseline
+from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
 from kdq.utils.errors import KdqError
 
 Gradients = Callable[..., dict[str, Tensor]]
-TAUGHT: dict[type[Baseline], dict[str, Any]] = {
+TAUGHT: dict[type[DistillationModule], dict[str, Any]] = {
     VKD: {"alpha": 0.9, "temperature": 4.0},
     Mixup: {"alpha": 0.9, "temperature": 4.0},
     DKD: {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup": 0.5},
 }
 
 
-def total(module: Baseline, batch: tuple[Tensor, Tensor], moment: TrainingProgress | None = None) -> Tensor:
+def total(module: DistillationModule, batch: tuple[Tensor, Tensor], moment: TrainingProgress | None = None) -> Tensor:
     torch.manual_seed(7)
     terms, _ = module.losses(*batch, moment or TrainingProgress())
     return torch.stack(list(terms.values())).sum()
@@ -46,14 +47,14 @@ def test_vkd_is_the_loss_of_hinton(make: Callable[..., Any], batch: tuple[Tensor
 
 def test_vkd_without_its_teacher_is_the_baseline(make: Callable[..., Any], gradients: Gradients) -> None:
     moment = TrainingProgress(epoch=1, epochs=2)
-    taught, alone = make(VKD, alpha=0.0, temperature=4.0), make(Baseline)
+    taught, alone = make(VKD, alpha=0.0, temperature=4.0), make(CrossEntropy)
     torch.testing.assert_close(gradients(taught, moment), gradients(alone, moment), rtol=0, atol=0)
 
 
 def test_a_trainer_may_go_on_beyond_the_recipe(make: Callable[..., Any]) -> None:
-    assert TrainingProgress(epoch=1, epochs=2, step=1, steps=4).progress == 0.625
-    assert TrainingProgress(epoch=3, epochs=1).progress == 1
-    assert make(DML, schedule="kl_first").weight_at(TrainingProgress(epoch=3, epochs=1).progress) == 0  # not below
+    assert TrainingProgress(epoch=1, epochs=2, step=1, steps=4).share == 0.625
+    assert TrainingProgress(epoch=3, epochs=1).share == 1
+    assert make(DML, schedule="kl_first").weight_at(TrainingProgress(epoch=3, epochs=1).share) == 0  # not below
 
 
 @pytest.mark.parametrize(("progress", "weight"), [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.75, 1.0)])
@@ -130,7 +131,7 @@ def test_mix_of_an_odd_number() -> None:
     ],
 )
 def test_impossible_options(
-    make: Callable[..., Any], kind: type[Baseline], changes: dict[str, Any], message: str
+    make: Callable[..., Any], kind: type[DistillationModule], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(KdqError, match=message):
         make(kind, **{**TAUGHT[kind], **changes})
@@ -138,7 +139,7 @@ def test_impossible_options(
 
 @pytest.mark.parametrize("method", [VKD, DKD])
 def test_standardize_compares_z_scores(
-    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[Baseline]
+    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[DistillationModule]
 ) -> None:
     """The cross-entropy keeps the raw logits, the teacher's part sees z-scores."""
     module = make(method, standardize=True, **TAUGHT[method])
@@ -153,9 +154,9 @@ def test_standardize_compares_z_scores(
     torch.testing.assert_close(total(module, batch, moment), expected)
 
 
-@pytest.mark.parametrize("method", [Baseline, *TAUGHT])
+@pytest.mark.parametrize("method", [CrossEntropy, *TAUGHT])
 def test_label_smoothing_reaches_every_method(
-    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[Baseline]
+    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[DistillationModule]
 ) -> None:
     options = TAUGHT.get(method, {})
     plain, smooth = make(method, **options), make(method, recipe={"label_smoothing": 0.2}, **options)
@@ -167,7 +168,7 @@ def test_label_smoothing_reaches_every_method(
 
 @pytest.mark.parametrize("method", TAUGHT)
 def test_the_teacher_is_out_of_sight(
-    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[Baseline]
+    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[DistillationModule]
 ) -> None:
     module = make(method, **TAUGHT[method])
     teacher = module.teacher.network
@@ -179,7 +180,7 @@ def test_the_teacher_is_out_of_sight(
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     mine = {id(p) for p in module.parameters()}
     assert not any(id(p) in mine for p in teacher.parameters())
-    assert set(module.state_dict()) == set(make(Baseline).state_dict())
+    assert set(module.state_dict()) == set(make(CrossEntropy).state_dict())
 
 
 def test_moving_average_against_its_formula() -> None:

@@ -41,7 +41,13 @@ def test_only_files_of_ones_own_count(own: Path) -> None:
     assert found == {"code": {"own_net": digest}}
     found = user_code([{"_target_": "hydra.utils.get_method", "path": "own_package.own_solver.mine"}])
     assert list(found["code"]) == ["own_package.own_solver"]
-    installed = ("torchvision.models.resnet18", "kdq.distill.module.Baseline", "json.loads", "len", "nowhere.at.all")
+    installed = (
+        "torchvision.models.resnet18",
+        "kdq.distill.CrossEntropy",
+        "json.loads",
+        "len",
+        "nowhere.at.all",
+    )
     assert user_code(*({"_target_": name} for name in installed), None, 3, "own_net.net", os.fspath(own)) == {}
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdq.distill import CrossEntropy
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.mixup import Mixup
-from kdq.distill.module import Baseline
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
 
@@ -23,7 +23,7 @@ def plain_net(num_classes: int, in_channels: int) -> nn.Module:
     )
 
 
-class Probe(Baseline):
+class Probe(CrossEntropy):
     """Every process leaves ``folder/<rank>.pt``: its final state, what DDP synchronises, what it validated."""
 
     def __init__(self, *args: Any, folder: str, **kwargs: Any) -> None:

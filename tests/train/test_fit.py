@@ -5,6 +5,7 @@ Run as a script, ``python test_fit.py FOLDER``, this file starts a training of e
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -13,31 +14,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdq.data.images import Images
 from kdq.data.loader import TrainLoader
 from kdq.data.sets import digits
-from kdq.distill.config import TrainConfig
+from kdq.distill import CrossEntropy
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
 from kdq.distill.losses import mutual_loss
 from kdq.distill.mixup import Mixup
-from kdq.distill.module import Baseline
+from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
-from kdq.train.fit import _Beside, fit, resolve_precision
+from kdq.train.fit import Best, _Beside, fit
+from kdq.train.recipe import Recipe
+from kdq.train.trainer import OWN, REFUSED, resolve_precision
 from kdq.utils.errors import KdqError
 
 EPOCHS = 3
 TRAINER = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", "compile": False}
-METHODS: dict[str, tuple[type[Baseline], dict[str, Any], dict[str, Any]]] = {
-    "baseline": (Baseline, {}, {"accumulate": 2}),
+METHODS: dict[str, tuple[type[DistillationModule], dict[str, Any], dict[str, Any]]] = {
+    "baseline": (CrossEntropy, {}, {"accumulate": 2}),
     "vkd": (VKD, {"alpha": 0.9, "temperature": 4.0}, {"clip_grad": 1.0}),
     "mixup": (Mixup, {"alpha": 0.9, "temperature": 4.0, "per_sample": True}, {"ema": 0.9}),
     "dkd": (DKD, {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup": 0.5}, {"schedule": "cosine"}),
@@ -58,16 +63,29 @@ def network(seed: int, norm: bool = True) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 8, 3), *middle, nn.Flatten(), nn.Linear(8 * 36, 10))
 
 
-def module(method: str, **changes: Any) -> Baseline:
+def module(method: str, **changes: Any) -> DistillationModule:
     kind, options, recipe = METHODS[method]
     others = {name: network(seed) for name, seed in (("teacher", 2), ("peer", 3)) if name in kind.takes}
     values = {"epochs": EPOCHS, "batch_size": 32, "lr": 0.05} | recipe | changes
-    return kind(network(1), TrainConfig(**values), 10, 5, **others, **options)
+    trained = kind(network(1), **others, num_classes=10, config=Recipe(**values).of_module(), seed=5, **options)
+    RECIPES[id(trained)] = Recipe(**values)
+    return trained
 
 
-def result(trained: Baseline, work: Path, images: Images | None = None) -> dict[str, Tensor]:
+#: What :func:`module` made, and the recipe that it is to be trained with.
+RECIPES: dict[int, Recipe] = {}
+
+
+def train(
+    trained: DistillationModule, images: Images, trainer: dict[str, Any], work: Path
+) -> tuple[dict[str, Best], dict[str, Any]]:
+    """:func:`kdq.train.fit.fit` with the module's own recipe."""
+    return fit(trained, images, trainer, RECIPES[id(trained)], work)
+
+
+def result(trained: DistillationModule, work: Path, images: Images | None = None) -> dict[str, Tensor]:
     """Train, and return the best and the last weights of every learner."""
-    best, _ = fit(trained, images or small_images(), TRAINER, work)
+    best, _ = train(trained, images or small_images(), TRAINER, work)
     weights = {f"best.{learner}.{name}": w for learner, one in best.items() for name, w in one.weights.items()}
     return weights | {f"last.{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
 
@@ -76,7 +94,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def batches(images: Images, recipe: TrainConfig, epoch: int) -> TrainLoader:
+def batches(images: Images, recipe: Recipe, epoch: int) -> TrainLoader:
     return TrainLoader(
         images.source("train", torch.device("cpu")),
         images.split.train,
@@ -118,8 +136,8 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
 
 def test_a_finished_training_is_returned_as_it_ended(tmp_path: Path) -> None:
     """A crash between the last epoch and the store costs nothing."""
-    first, _ = fit(module("dml"), small_images(), TRAINER, tmp_path)
-    again, metrics = fit(module("dml"), small_images(), TRAINER, tmp_path)
+    first, _ = train(module("dml"), small_images(), TRAINER, tmp_path)
+    again, metrics = train(module("dml"), small_images(), TRAINER, tmp_path)
     assert [vars(best)["top1"] for best in first.values()] == [vars(best)["top1"] for best in again.values()]
     assert all(equal(first[name].weights, again[name].weights) for name in ("student", "peer"))
     assert metrics["train_seconds"] > 0
@@ -140,7 +158,7 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
 
     trained.on_train_epoch_end = record  # type: ignore[method-assign]
     trained.lr_scheduler_step = lambda *_: None  # type: ignore[method-assign]
-    best, metrics = fit(trained, small_images(), TRAINER, tmp_path)
+    best, metrics = train(trained, small_images(), TRAINER, tmp_path)
     scores = [score for score, _ in history]
     kept = best["student"]
     assert kept.top1 == max(scores) > scores[-1]
@@ -154,7 +172,7 @@ def test_the_teacher_neither_changes_nor_is_saved(method: str, tmp_path: Path) -
     trained: Any = module(method)
     teacher = trained.teacher.network
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    fit(trained, small_images(), TRAINER, tmp_path)
+    train(trained, small_images(), TRAINER, tmp_path)
     assert equal(dict(teacher.state_dict()), before)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert not any("teacher" in name for name in checkpoint["state_dict"])
@@ -180,7 +198,7 @@ def test_a_nan_loss_stops_before_it_is_kept(tmp_path: Path) -> None:
 
     trained.losses = poisoned  # type: ignore[method-assign]
     with pytest.raises(KdqError, match=r"became nan at epoch 1, by step 7: lower the learning rate \(recipe.lr=0.05\)"):
-        fit(trained, small_images(), TRAINER, tmp_path)
+        train(trained, small_images(), TRAINER, tmp_path)
     assert steps[-1] == 7  # the last of the epoch: checked there, and every so many steps
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
 
@@ -206,29 +224,30 @@ def test_steps_between_two_logged_ones_never_wait_for_the_device(method: str, tm
     for number, images in enumerate((128, 256)):  # 4 and 8 steps of 32 images, logged at their ends
         trained = module(method, epochs=1, ema=0.9, clip_grad=None, accumulate=1)
         with Reads() as reads:
-            fit(trained, small_images(images), TRAINER, tmp_path / str(number))
+            train(trained, small_images(images), TRAINER, tmp_path / str(number))
         counts.append(reads.count)
     assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])
 def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
-    fit(module("baseline", epochs=1), small_images(), TRAINER, tmp_path)
+    train(module("baseline", epochs=1), small_images(), TRAINER, tmp_path)
     file = tmp_path / "last.ckpt"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"not a checkpoint")
     with pytest.raises(KdqError, match=r"last\.ckpt is damaged: delete"):
-        fit(module("baseline", epochs=2), small_images(), TRAINER, tmp_path)
+        train(module("baseline", epochs=2), small_images(), TRAINER, tmp_path)
 
 
 def test_fit_equals_a_loop_by_hand(tmp_path: Path) -> None:
     """SGD with clipping and a moving average, in bare PyTorch."""
     images = small_images()
-    recipe = TrainConfig(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, ema=0.9)
-    found, _ = fit(Baseline(network(1), recipe, 10, 5), images, TRAINER, tmp_path)
+    recipe = Recipe(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, ema=0.9)
+    trained = CrossEntropy(network(1), num_classes=10, config=recipe.of_module(), seed=5)
+    found, _ = fit(trained, images, TRAINER, recipe, tmp_path)
     net = network(1)
     average = MovingAverage(net, 0.9)
-    optimizer = recipe.optimizer(net.parameters())
+    optimizer = recipe.optimizer(net.parameters(), fused=False)
     scheduler = recipe.scheduler(optimizer, 2 * len(batches(images, recipe, 0)))
     for epoch in range(2):
         torch.manual_seed(5 * 1_000_003 + epoch)
@@ -268,11 +287,12 @@ def test_bf16_has_the_losses_and_gradients_of_float32(method: str) -> None:
 def test_dml_equals_a_loop_by_hand(tmp_path: Path) -> None:
     """Two students, each with its own clipping, schedule and accumulation over two portions."""
     images = small_images()
-    recipe = TrainConfig(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, accumulate=2)
-    trained = DML(network(1), recipe, 10, 5, peer=network(3), weight=0.5, schedule="kl_first")
-    fit(trained, images, TRAINER, tmp_path)
+    recipe = Recipe(epochs=2, batch_size=32, lr=0.05, clip_grad=0.3, accumulate=2)
+    config = recipe.of_module()
+    trained = DML(network(1), network(3), num_classes=10, config=config, seed=5, weight=0.5, schedule="kl_first")
+    fit(trained, images, TRAINER, recipe, tmp_path)
     nets = [network(1), network(3)]
-    optimizers = [recipe.optimizer(net.parameters()) for net in nets]
+    optimizers = [recipe.optimizer(net.parameters(), fused=False) for net in nets]
     portions = len(batches(images, recipe, 0))
     schedulers = [recipe.scheduler(optimizer, 2 * portions // 2) for optimizer in optimizers]
     for epoch in range(2):
@@ -299,10 +319,11 @@ def test_portions_do_not_change_the_step(method: str, tmp_path: Path) -> None:
     states = []
     for accumulate in (1, 4):
         others = {"peer": network(3, norm=False)} if "peer" in kind.takes else {}
-        recipe = TrainConfig(epochs=2, batch_size=32, lr=0.05, clip_grad=1.0, accumulate=accumulate)
+        recipe = Recipe(epochs=2, batch_size=32, lr=0.05, clip_grad=1.0, accumulate=accumulate)
+        shared = {"num_classes": 10, "config": recipe.of_module(), "seed": 5}
         constant = options | ({"schedule": "constant"} if options else {})
-        trained = kind(network(1, norm=False), recipe, 10, 5, **others, **constant)
-        fit(trained, small_images(), TRAINER, tmp_path / str(accumulate))
+        trained = kind(network(1, norm=False), **others, **shared, **constant)
+        fit(trained, small_images(), TRAINER, recipe, tmp_path / str(accumulate))
         states.append({k: v for k, v in trained.state_dict().items() if "network" in k})
     torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
 
@@ -314,7 +335,7 @@ def test_bf16_and_compile_reach_every_network(tmp_path: Path, monkeypatch: pytes
     dtypes: list[torch.dtype] = []
     for net in (trained.student.network, trained.teacher.network):
         net.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
-    best, metrics = fit(trained, small_images(), TRAINER | {"precision": "bf16-mixed", "compile": True}, tmp_path)
+    best, metrics = train(trained, small_images(), TRAINER | {"precision": "bf16-mixed", "compile": True}, tmp_path)
     assert compiled == [trained.student.network, trained.teacher.network]
     assert set(dtypes) == {torch.bfloat16}
     assert metrics["precision"] == "bf16-mixed"
@@ -333,7 +354,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for one in inner for tensor in _tensors(one)]
 
 
-def _die_in_the_second_epoch(trained: Baseline) -> None:
+def _die_in_the_second_epoch(trained: DistillationModule) -> None:
     step: Callable[..., Any] = trained.training_step
 
     def training_step(batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
@@ -361,18 +382,32 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_whole_trainings_in_another_precision(tmp_path: Path, method: str, precision: str) -> None:
-    best, metrics = fit(module(method, epochs=1), small_images(), {**TRAINER, "precision": precision}, tmp_path)
+    best, metrics = train(module(method, epochs=1), small_images(), {**TRAINER, "precision": precision}, tmp_path)
     assert metrics["precision"] == precision
     dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
     assert {w.dtype for w in best["student"].weights.values() if w.is_floating_point()} == {dtype}
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"precision": "16-mixed"}, "does not go with two"), ({"strategy": "fsdp"}, "auto, ddp")]
+    ("changes", "says"),
+    [
+        ({"strategy": "fsdp"}, "auto, ddp"),
+        ({"precision": "8-mixed"}, "auto, 32-true"),
+        ({"max_time": "00:01:00:00"}, "how fast this machine is"),
+        ({"max_epoch": 3}, r"no flag of lightning.Trainer \(did you mean max_epochs"),
+    ],
 )
 def test_trainers_that_would_train_wrongly_are_refused(tmp_path: Path, changes: dict[str, str], says: str) -> None:
     with pytest.raises(KdqError, match=says):
-        fit(module("dml"), small_images(), {**TRAINER, **changes}, tmp_path)
+        train(module("dml"), small_images(), {**TRAINER, **changes}, tmp_path)
+
+
+def test_every_flag_of_lightnings_trainer_is_taken_or_refused_with_a_reason() -> None:
+    flags = set(inspect.signature(L.Trainer).parameters)
+    taken = set(OmegaConf.load(Path(__file__).parents[2] / "conf/trainer/auto.yaml"))
+    assert flags <= taken | REFUSED.keys()
+    assert not taken & REFUSED.keys()
+    assert taken - flags <= {"_target_", *OWN}
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,4 +430,4 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: py
 
 def test_more_processes_and_portions_than_images_are_refused() -> None:
     with pytest.raises(KdqError, match="3 training images are too few for 1 devices x 4 portions"):
-        fit(module("baseline", accumulate=4), small_images(3), TRAINER, Path())
+        train(module("baseline", accumulate=4), small_images(3), TRAINER, Path())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.config import within
 from kdq.distill.losses import standardized
-from kdq.distill.module import Baseline
+from kdq.distill.module import DistillationModule
+from kdq.utils.checks import within
+from kdq.utils.errors import KdqError
 
 
 class FrozenTeacher:
@@ -33,23 +35,50 @@ class FrozenTeacher:
         return logits.clone()  # an inference tensor may not take part in the student's backward pass
 
 
-class TeacherStudent(Baseline):
-    """What the methods with a teacher share.
+class TeacherStudent(DistillationModule):
+    """A student that learns from a frozen teacher: what such methods share.
 
     Args:
-        teacher: the trained network; it is frozen, and the student's checkpoint does not hold it.
+        teacher: the trained network; it is frozen, and no checkpoint holds it. Needed to train, not to evaluate.
         temperature: softens both distributions.
         standardize: compare z-scored logits (Sun et al. 2024, arXiv 2403.01427).
+        kwargs: of :class:`~kdq.distill.module.DistillationModule`.
     """
 
     takes = ("teacher",)
 
     def __init__(
-        self, *args: Any, teacher: nn.Module, temperature: float, standardize: bool = False, **kwargs: Any
+        self,
+        student: nn.Module | Mapping[str, Any],
+        teacher: nn.Module | None = None,
+        *,
+        temperature: float = 4.0,
+        standardize: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.teacher, self.standardize = FrozenTeacher(teacher), standardize
+        super().__init__(student, **kwargs)
+        self._teacher, self.standardize = None if teacher is None else FrozenTeacher(teacher), standardize
         self.temperature = within("method.temperature", temperature, 0.01)
+
+    @property
+    def teacher(self) -> FrozenTeacher:
+        """The teacher, which is called on images and gives logits.
+
+        Raises:
+            KdqError: there is none: the module was loaded from a checkpoint, to be evaluated.
+        """
+        if self._teacher is None:
+            name = type(self).__name__
+            raise KdqError(
+                f"{name} has no teacher to learn from: {name}(student, teacher=network, ...), or "
+                f"{name}.load_from_checkpoint(path, teacher=network)"
+            )
+        return self._teacher
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            _ = self.teacher
 
     def networks(self) -> list[nn.Module]:
         return [*super().networks(), self.teacher.network]

@@ -1,0 +1,76 @@
+"""What a checkpoint says of a network's architecture, so that ``load_from_checkpoint(path)`` can build it again.
+
+Networks that kdq builds say what they are: a name of its table and the arguments. Of others, the checkpoint holds the
+pickled structure, as bytes: these run code when they are read, so nothing reads them unless the caller says
+``weights_only=False``. Either way a checkpoint is loaded weights-only by Lightning, which is its default.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdq.models.build import build_trusted
+from kdq.utils.errors import KdqError
+
+log = logging.getLogger(__name__)
+
+
+def described(network: nn.Module) -> dict[str, Any] | Tensor | None:
+    """The architecture of ``network`` for a checkpoint; None where Python cannot pickle it."""
+    if (net := getattr(network, "kdq_net", None)) is not None:
+        return dict(net)
+    stream = io.BytesIO()
+    try:
+        torch.save(_without_weights(network), stream)
+    except Exception as error:  # classes inside functions, lambdas, and whatever else cannot be pickled
+        log.debug("the structure of %s is not in its checkpoints: %s", type(network).__name__, error)
+        return None
+    return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
+
+
+def built(description: Any, name: str) -> nn.Module:
+    """The network of a :func:`described` architecture, or ``description`` itself if it is a network.
+
+    Raises:
+        KdqError: it is neither, or is the pickled structure of a network that kdq does not know; ``name`` is the
+            argument that the caller should give.
+    """
+    if isinstance(description, nn.Module):
+        return description
+    if isinstance(description, Mapping):
+        return build_trusted(description)
+    raise KdqError(
+        f"the checkpoint names no network that kdq builds by itself: give load_from_checkpoint(path, {name}=network), "
+        "or weights_only=False if you trust whoever wrote the file"
+    )
+
+
+def unpickled(description: Any) -> Any:
+    """The structure behind pickled bytes, which runs what they say; anything else as it is."""
+    if not isinstance(description, Tensor):
+        return description
+    network = torch.load(io.BytesIO(description.cpu().numpy().tobytes()), weights_only=False)
+    for module in network.modules():  # the weights come with the state dict
+        for group in (module._parameters, module._buffers):
+            for key, value in group.items():
+                if value is not None and value.is_meta:
+                    empty = torch.empty_like(value, device="cpu")
+                    group[key] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+    return network
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """A copy whose state dict takes no memory; buffers that are not in it are kept."""
+    stored = {id(value): value.to("meta") for value in network.state_dict(keep_vars=True).values()}
+    memo: dict[int, Any] = {
+        key: nn.Parameter(value.detach(), value.requires_grad) if isinstance(value, nn.Parameter) else value.detach()
+        for key, value in stored.items()
+    }
+    return copy.deepcopy(network, memo)

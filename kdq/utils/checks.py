@@ -1,0 +1,67 @@
+"""Checks of options, each with one line that says what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from kdq.utils.errors import KdqError
+
+_WORDS = {int: "a whole number", float: "a number", str: "a name", bool: "true or false"}
+
+
+def within(option: str, value: float, low: float, high: float = math.inf) -> float:
+    """``value``, a number from ``low`` to ``high``.
+
+    >>> within("method.alpha", 0.9, 0, 1)
+    0.9
+
+    Raises:
+        KdqError: it is not; ``option`` is its name for people.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        allowed = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+        raise KdqError(f"{option}={value!r} must be a number {allowed}")
+    return value
+
+
+def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
+    """``value``, which must be one of ``known``.
+
+    Raises:
+        KdqError: it is not; the message lists them.
+    """
+    choices = list(known)
+    if value not in choices:
+        listed = ", ".join("null" if choice is None else str(choice) for choice in choices)
+        raise KdqError(f"{option}={value!r} is unknown: use one of {listed}{nearest(value, choices)}")
+    return value
+
+
+def check_types(instance: Any, prefix: str) -> None:
+    """The fields of a dataclass hold what their annotations say, of plain types and ``None``; others are not looked at.
+
+    Raises:
+        KdqError: one does not; ``prefix`` goes before its name.
+    """
+    hints = get_type_hints(type(instance))
+    for field in fields(instance):
+        hint, value = hints[field.name], getattr(instance, field.name)
+        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if not all(option in _WORDS or option is type(None) for option in options):
+            continue
+        taken = tuple(option for option in options) + ((int,) if float in options else ())
+        wrong_bool = isinstance(value, bool) and bool not in options
+        if wrong_bool or not isinstance(value, taken):
+            words = " or ".join("null" if option is type(None) else _WORDS[option] for option in options)
+            raise KdqError(f"{prefix}{field.name}={value!r} must be {words}")
+
+
+def nearest(name: Any, options: Iterable[Any]) -> str:
+    """`` (did you mean X?)`` where an option is close to ``name``, else nothing."""
+    near = difflib.get_close_matches(str(name), [str(option) for option in options], n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
