@@ -1,0 +1,206 @@
+"""Every method in a stranger's script: his own loaders, Trainer, callbacks and loggers."""
+
+from __future__ import annotations
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kdq.distill import DKD, DML, VKD, CrossEntropy, DistillationModule, Mixup, TrainConfig
+from kdq.models import CifarResNet
+from kdq.utils.errors import KdqError
+
+METHODS = (CrossEntropy, VKD, Mixup, DKD, DML)
+QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+SILENT: dict[str, Any] = QUIET | {"logger": False, "enable_checkpointing": False}
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return CifarResNet(8, num_classes=4, in_channels=1, width=0.25)
+
+
+def foreign(seed: int) -> nn.Module:
+    """Built by somebody else: with BatchNorm and dropout, whose modes matter."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(4 * 36, 4))
+    )
+
+
+def make(kind: type[DistillationModule], build: Any = network, **options: Any) -> Any:
+    others = {name: build(seed) for name, seed in (("teacher", 2), ("peer", 3)) if name in kind.takes}
+    return kind(build(1), **others, num_classes=4, **options)
+
+
+def loader(seed: int = 0, count: int = 96) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (count,), generator=generator)
+    images = torch.randn(count, 1, 8, 8, generator=generator) + labels[:, None, None, None]
+    return DataLoader(TensorDataset(images, labels), 16)
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_whole_script(kind: type[DistillationModule], ema: float | None, tmp_path: Path) -> None:
+    """Fit, test the best checkpoint, predict, and load it again without another word."""
+    module = make(kind, config=TrainConfig(lr=0.05, ema=ema))
+    callbacks = [ModelCheckpoint(monitor="val/top1", mode="max"), EarlyStopping("val/loss"), LearningRateMonitor()]
+    clipped = {} if kind is DML else {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
+    logger = CSVLogger(tmp_path)
+    trainer = L.Trainer(
+        **QUIET,
+        max_epochs=2,
+        logger=logger,
+        callbacks=callbacks,
+        log_every_n_steps=1,
+        default_root_dir=tmp_path,
+        **clipped,
+    )
+    trainer.fit(module, loader(), loader(1))
+    (tested,) = trainer.test(module, loader(2), ckpt_path="best", verbose=False)
+    logits = torch.cat(trainer.predict(module, loader(2)))  # type: ignore[arg-type]
+    labels = loader(2).dataset.tensors[1]  # type: ignore[attr-defined]
+    assert tested["test/top1"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert tested["test/loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    logged = set(pd.read_csv(Path(logger.log_dir) / "metrics.csv").columns)
+    assert {"train/loss", "train/ce", "train/top1", "val/top1", "val/loss", "test/top5", "test/ece"} <= logged
+    loaded = kind.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    assert loaded.hparams["num_classes"] == 4
+    assert loaded.config == module.config
+    assert L.Trainer(**SILENT).test(loaded, loader(2), verbose=False) == [tested]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_forward_is_the_network_that_was_validated(kind: type[DistillationModule]) -> None:
+    module = make(kind, config=TrainConfig(lr=0.05, ema=0.5))
+    trainer = L.Trainer(**SILENT, max_epochs=2)
+    trainer.fit(module, loader(), loader(1))
+    module.eval()
+    images, labels = loader(1).dataset.tensors  # type: ignore[attr-defined]
+    top1 = float((module(images).argmax(1) == labels).float().mean())
+    validated = [float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/top1")]
+    assert top1 == pytest.approx(max(validated))
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_module_is_fitted_validated_and_fitted_again(kind: type[DistillationModule]) -> None:
+    """Under a Trainer that limits, profiles or overfits, too."""
+    module = make(kind, build=foreign, config=TrainConfig(ema=0.5))
+    for flags in (
+        {"max_epochs": 1},
+        {"fast_dev_run": True},
+        {"max_epochs": 1, "overfit_batches": 2},
+        {"max_epochs": 2, "limit_train_batches": 0.5, "limit_val_batches": 1, "profiler": "simple"},
+        {"max_steps": 3},
+    ):
+        trainer = L.Trainer(**SILENT, **flags)  # type: ignore[arg-type]
+        trainer.fit(module, loader(), loader(1))
+        trainer.validate(module, loader(1), verbose=False)
+        trainer.test(module, loader(1), verbose=False)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_compiled_networks_keep_the_names_of_their_weights(kind: type[DistillationModule]) -> None:
+    module = make(kind, build=lambda seed: torch.compile(foreign(seed), backend="eager"))
+    L.Trainer(**SILENT, max_epochs=1).fit(module, loader(), loader(1))
+    assert set(module.state_dict()) == set(make(kind, build=foreign).state_dict())
+
+
+def test_what_dml_cannot_take_from_a_trainer_says_where_it_goes() -> None:
+    for flag, option in (("gradient_clip_val", "clip_grad=1.0"), ("accumulate_grad_batches", "accumulate=2")):
+        value: Any = float(option.partition("=")[2]) if flag == "gradient_clip_val" else 2
+        with pytest.raises(KdqError, match=f"config=TrainConfig\\({option}"):
+            L.Trainer(**SILENT, max_epochs=1, **{flag: value}).fit(make(DML), loader(), loader(1))
+
+
+def test_the_trainers_flags_do_what_the_config_does() -> None:
+    """Clipping and accumulation by either are one training."""
+    states = []
+    for flags, config in (
+        ({"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}, TrainConfig()),
+        ({}, TrainConfig(clip_grad=0.1, accumulate=2)),
+        ({}, TrainConfig()),
+    ):
+        module = make(VKD, config=config)
+        L.Trainer(**SILENT, max_epochs=2, **flags).fit(module, loader(), loader(1))
+        states.append(module.student.network.fc.weight.detach().clone())
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+    with pytest.raises(KdqError, match="differ: give one of them"):
+        L.Trainer(**SILENT, max_epochs=1, accumulate_grad_batches=3).fit(
+            make(VKD, config=TrainConfig(accumulate=2)), loader(), loader(1)
+        )
+
+
+def test_a_schedule_needs_an_end() -> None:
+    with pytest.raises(KdqError, match="needs an end: give Trainer"):
+        L.Trainer(**SILENT, max_epochs=-1).fit(make(CrossEntropy), loader(), loader(1))
+    with pytest.raises(KdqError, match="VKD has no teacher"):
+        L.Trainer(**SILENT, max_epochs=1).fit(VKD(network(1), num_classes=4), loader(), loader(1))
+
+
+def test_ones_own_optimizer() -> None:
+    class Mine(VKD):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.student.network.parameters(), lr=1e-3)
+
+    module = make(Mine)
+    before = copy.deepcopy(module.student.network.state_dict())
+    trainer = L.Trainer(**SILENT, max_epochs=1)
+    trainer.fit(module, loader(), loader(1))
+    assert isinstance(trainer.optimizers[0], torch.optim.AdamW)
+    assert not torch.equal(before["fc.weight"], module.student.network.fc.weight)
+
+
+def test_a_foreign_network_is_given_or_its_file_trusted(tmp_path: Path) -> None:
+    module = make(VKD, build=foreign)
+    trainer = L.Trainer(**QUIET, logger=False, max_epochs=1, default_root_dir=tmp_path)
+    trainer.fit(module, loader(), loader(1))
+    path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    trainer.test(module, loader(1), ckpt_path=path, verbose=False)  # weights-only, Lightning's default
+    with pytest.raises(KdqError, match=r"student=network\), or weights_only=False"):
+        VKD.load_from_checkpoint(path)
+    for loaded in (
+        VKD.load_from_checkpoint(path, student=foreign(7)),
+        VKD.load_from_checkpoint(path, weights_only=False),
+    ):
+        images = torch.randn(4, 1, 8, 8)
+        assert torch.equal(loaded.eval()(images), module.eval()(images))
+    teacher = foreign(2)
+    again = VKD.load_from_checkpoint(path, student=foreign(7), teacher=teacher)
+    L.Trainer(**SILENT, max_epochs=1).fit(again, loader(), loader(1))
+
+
+def _rank(rank: int, kind: type[DistillationModule], folder: str, port: int) -> None:
+    import os
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    module = make(kind, config=TrainConfig(ema=0.5))
+    trainer = L.Trainer(**SILENT, max_epochs=2, devices=2, strategy="ddp")
+    trainer.fit(module, loader(), loader(1))
+    (tested,) = trainer.test(module, loader(2), verbose=False)
+    torch.save((dict(module.eval_network.state_dict()), tested), f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_two_processes_end_with_one_network(kind: type[DistillationModule], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (kind, str(tmp_path), port), nprocs=2)
+    (state, tested), (other, other_tested) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert tested == other_tested
+    assert all(torch.equal(state[name], tensor) for name, tensor in other.items() if isinstance(tensor, Tensor))
