@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra.utils
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 from kdq.data.images import Images
@@ -116,7 +117,7 @@ def train(
         trainer["devices"] = world_size // trainer["num_nodes"]
     if world_size == 1:
         trainer["strategy"] = "auto"
-    callbacks = [hydra.utils.instantiate(callback) for callback in plain(cell.cfg.callbacks).values()]
+    callbacks = _callbacks(cell, spec)
     if rank > 0:
         return fit(module, cell.images, trainer, recipe, work, callbacks=callbacks)
     with _tracked(cell, spec) as track:
@@ -127,6 +128,26 @@ def train(
         track.summary(facts)
         log_model(track, cell.store, spec.slug, spec.key, winner.weights, facts)
     return best, metrics
+
+
+def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:
+    """The user's; checkpoints that they keep lie in a folder for each training, unless they say where.
+
+    Raises:
+        KdqError: one cannot be made.
+    """
+    found = []
+    for name, config in plain(cell.cfg.callbacks).items():
+        try:
+            callback = hydra.utils.instantiate(config)
+        except Exception as error:
+            raise KdqError(f"callbacks.{name}: {' '.join(str(error.__cause__ or error).split())}") from error
+        if not isinstance(callback, Callback):
+            raise KdqError(f"callbacks.{name} is no Lightning callback: give it a _target_ that makes one")
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(cell.output / "checkpoints" / f"{spec.slug}-{spec.key}")
+        found.append(callback)
+    return found
 
 
 def _first_images(images: Images, count: int = 5000) -> Tensor:

@@ -12,10 +12,11 @@ from torchvision.models import ResNet18_Weights, resnet18
 
 import kdq.stages.train
 from kdq.cli.app import CONFIG_PATH
+from kdq.distill import CrossEntropy
 from kdq.models import WhitenedNet
 from kdq.stages.cell import Cell
 from kdq.stages.pipeline import run
-from kdq.stages.train import float_model
+from kdq.stages.train import float_model, planned
 from kdq.stages.training import TrainingSpec
 from kdq.train.fit import Best
 from kdq.utils.errors import KdqError
@@ -172,3 +173,49 @@ def test_a_network_that_begins_with_a_look_at_the_data_gets_one(tmp_path: Path) 
     expected = WhitenedNet(10)
     expected.see(made.images.preprocess(made.images.set.train_images[made.images.split.train]))
     torch.testing.assert_close(weights["whiten.weight"], expected.whiten.weight.data)
+
+
+def test_the_trainers_epochs_are_the_recipes(tmp_path: Path, specs: list[TrainingSpec]) -> None:
+    """One thing under two names: the same model."""
+    two = float_model(cell(tmp_path, "method=baseline", "student.recipe.epochs=2"))
+    assert float_model(cell(tmp_path, "method=baseline", "trainer.max_epochs=2")).key == two.key
+    clipped = float_model(cell(tmp_path, "method=baseline", "student.recipe.clip_grad=0.5"))
+    assert float_model(cell(tmp_path, "method=baseline", "trainer.gradient_clip_val=0.5")).key == clipped.key
+    assert len(specs) == 2
+    assert two.metrics["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "another"),
+    [
+        ("trainer.limit_train_batches=1", True),
+        ("trainer.fast_dev_run=true", True),
+        ("trainer.gradient_clip_algorithm=value", True),
+        ("callbacks=early_stopping", True),
+        ("trainer.profiler=simple", False),
+        ("trainer.log_every_n_steps=1", False),
+        ("trainer.enable_progress_bar=false", False),
+    ],
+)
+def test_flags_that_change_the_weights_make_another_model(override: str, another: bool, tmp_path: Path) -> None:
+    plain_key = planned(cell(tmp_path, "method=baseline")).key
+    found = float_model(cell(tmp_path, "method=baseline", override))
+    assert (found.key != plain_key) == another
+
+
+def test_callbacks_of_ones_own(tmp_path: Path) -> None:
+    """They are called, may end the training, and keep Lightning's checkpoints, which load without kdq's pipeline."""
+    choice = "callbacks=[early_stopping,model_checkpoint,lr_monitor]"
+    frozen = ["student.recipe.lr=0", "student.recipe.epochs=9", "callbacks.early_stopping.patience=2"]
+    stopped = float_model(cell(tmp_path, "method=baseline", "logger=csv", choice, *frozen))
+    assert stopped.metrics["epochs"] == 3
+    (checkpoint,) = (tmp_path / "checkpoints").rglob("*.ckpt")
+    assert checkpoint.parent.name == stopped.path.name
+    loaded = CrossEntropy.load_from_checkpoint(checkpoint)
+    assert torch.equal(loaded.eval_network.state_dict()["conv1.weight"].cpu(), stopped.weights()["conv1.weight"])
+    with pytest.raises(KdqError, match=r"callbacks.mine is no Lightning callback"):
+        float_model(cell(tmp_path, "method=baseline", "+callbacks.mine._target_=builtins.dict"))
+    with pytest.raises(KdqError, match=r"callbacks.early_stopping: .*patence"):
+        float_model(
+            cell(tmp_path, "method=baseline", "callbacks=early_stopping", "+callbacks.early_stopping.patence=2")
+        )
