@@ -23,7 +23,7 @@ PURE = (
     "kdq.data.loader",
     "kdq.data.source",
 )
-SHELLS = {"kdq.quant.callback"}
+SHELLS = {"kdq.quant.callback", "kdq.quant.trainer"}
 
 
 def name_of(file: Path) -> str:

@@ -39,8 +39,8 @@ from kdq.models import resnet18
 from kdq.models.weights import load_weights
 from kdq.quant.calibrate.layer import patches
 from kdq.quant.network import quantize_widths
+from kdq.train.evaluate import evaluate
 from kdq.utils.config import compose, plain
-from kdq.utils.metrics import evaluate
 
 WIDTHS = [2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 26, 32]
 PARTS = ("kdq", "literal", "brevitas", "widths", "memory")

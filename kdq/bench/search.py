@@ -30,12 +30,12 @@ from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.mixed import search_bits
 from kdq.quant.bitsearch.search import Assignment
 from kdq.quant.network import quantizable_layers, quantize
+from kdq.stages.asked import quant_config
 from kdq.stages.cell import Cell
-from kdq.stages.quantize import quant_config
 from kdq.stages.train import float_model
+from kdq.train.evaluate import evaluate
 from kdq.utils.config import compose, plain
 from kdq.utils.files import write_text
-from kdq.utils.metrics import evaluate
 
 COLUMNS = ("seed", "budget", "how", "avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")
 MEANS = ("avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")

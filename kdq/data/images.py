@@ -88,10 +88,12 @@ class Images:
             indices = torch.arange(count) * there // max(count, 1)
         return EvalLoader(found, indices, EVAL_BATCH, preprocess=self.preprocess, rank=rank, world_size=world_size)
 
-    def calibration(self, count: int, seed: int, device: torch.device) -> EvalLoader:
+    def calibration(
+        self, count: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
+    ) -> EvalLoader:
         """``count`` training images without augmentation, for the quantizer."""
-        indices = self.split.calibration(count, seed)
-        return EvalLoader(self.source("train", device), indices, EVAL_BATCH, preprocess=self.preprocess)
+        indices, found = self.split.calibration(count, seed), self.source("train", device)
+        return EvalLoader(found, indices, EVAL_BATCH, preprocess=self.preprocess, rank=rank, world_size=world_size)
 
 
 def _channel_moments(images: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning as L
+import torch
 
 from kdq.data.images import Images
 from kdq.data.loader import EvalLoader, TrainLoader
@@ -10,11 +11,25 @@ from kdq.data.loader import EvalLoader, TrainLoader
 
 class ImageDataModule(L.LightningDataModule):
     """Feeds one training: ``batch_size`` images a step over all processes and ``portions``, in the order that
-    ``seed`` gives."""
+    ``seed`` gives; an evaluation, with all test images; and a quantizer.
 
-    def __init__(self, images: Images, batch_size: int, seed: int, portions: int = 1) -> None:
+    Args:
+        calibration_images: how many of the training images a quantizer gets, without augmentation, drawn by
+            ``calibration_seed``.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int = 128,
+        seed: int = 0,
+        portions: int = 1,
+        calibration_images: int = 1024,
+        calibration_seed: int = 0,
+    ) -> None:
         super().__init__()
         self.images, self.batch_size, self.seed, self.portions = images, batch_size, seed, portions
+        self.calibration_images, self.calibration_seed = calibration_images, calibration_seed
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self._trainer()
@@ -32,8 +47,19 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> EvalLoader:
+        return self.images.evaluation("val", *self._place())
+
+    def test_dataloader(self) -> EvalLoader:
+        return self.images.evaluation("test", *self._place())
+
+    def calibration_dataloader(self) -> EvalLoader:
+        """What :mod:`kdq.quant.callback` quantizes with."""
+        return self.images.calibration(self.calibration_images, self.calibration_seed, *self._place())
+
+    def _place(self) -> tuple[torch.device, int, int]:
+        """This process's device, rank and number of processes."""
         trainer = self._trainer()
-        return self.images.evaluation("val", trainer.strategy.root_device, trainer.global_rank, trainer.world_size)
+        return trainer.strategy.root_device, trainer.global_rank, trainer.world_size
 
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:

@@ -3,7 +3,6 @@ solver."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -22,6 +21,7 @@ from kdq.quant.solvers.qronos import qronos
 from kdq.quant.solvers.refine import refine
 from kdq.quant.solvers.rtn import rtn
 from kdq.quant.solvers.spfq import spfq
+from kdq.utils.checks import check_types, nearest, one_of, within
 from kdq.utils.errors import KdqError
 
 #: ``(weight, gram, cross, alphabet) -> quantized weight``; see :func:`kdq.quant.solvers.gpfq.gpfq` for the shapes.
@@ -77,24 +77,22 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         """Raises KdqError for an unknown choice, and for choices that exclude each other."""
+        check_types(self, "")
         _named(SOLVERS, self.solver, "solver")
         _named(ALPHABETS, self.alphabet, "alphabet")
         one_of("order", self.order, ORDERS)
         one_of("scale", self.scale, SCALES)
         one_of("act_range", self.act_range, RANGES)
         one_of("correct", self.correct, CORRECTIONS)
-        one_of("per_channel", self.per_channel, (True, False))
-        if isinstance(self.refine, bool) or not isinstance(self.refine, int) or self.refine < 0:
-            raise KdqError(f"refine={self.refine!r} is not a number of sweeps: use 0 or more")
+        within("refine", self.refine, 0)
         if self.refine and not self.per_channel:
             raise KdqError("refine fits a scale to every output channel: use per_channel=true, or refine=0")
         if self.scale == "gram" and not self.per_channel:
             raise KdqError("scale=gram fits a scale to every output channel: use per_channel=true, or scale=weight")
         if self.first_last_bits is not None:
             check_bits(self.first_last_bits, "first_last_bits")
-        bits = self.act_bits
-        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8):
-            raise KdqError(f"act_bits={bits!r} must be a whole number from 2 to 8, or None (null)")
+        if self.act_bits is not None:
+            within("act_bits", self.act_bits, 2, 8)
         if self.float_dtype is not None:
             check_float_dtype(self.float_dtype)
         if isinstance(self.keep_float, str) or not all(isinstance(name, str) for name in self.keep_float):
@@ -157,15 +155,7 @@ def refuse_unknown(options: Collection[str], known: Collection[str]) -> None:
     """Raise a :class:`KdqError` that names the nearest of ``known`` for an option that is none of them."""
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            raise KdqError(f"unknown option {name}{f' (did you mean {near[0]}?)' if near else ''}: {', '.join(known)}")
-
-
-def one_of(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Raise a :class:`KdqError` that lists the ``choices`` if ``value`` is none of them."""
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        listed = ", ".join("None (null)" if choice is None else str(choice) for choice in choices)
-        raise KdqError(f"{name}={value!r} is unknown: use one of {listed}")
+            raise KdqError(f"unknown option {name}{nearest(name, known)}: {', '.join(known)}")
 
 
 def _named(known: Mapping[str, Any], value: Any, what: str) -> Any:

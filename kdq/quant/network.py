@@ -121,6 +121,18 @@ def quantize_widths(
     return results
 
 
+def check_network(model: nn.Module, images: Tensor, config: QuantConfig) -> list[str]:
+    """The layers of ``model`` that ``config`` quantizes, in the order they run, found by running the first of
+    ``images``.
+
+    Raises:
+        KdqError: as :func:`quantize`.
+    """
+    layers = quantizable_layers(model, config.keep_float)
+    check_values(model, layers)
+    return running_order(copy.deepcopy(model).eval(), images, layers)
+
+
 def check_values(model: nn.Module, layers: Collection[str]) -> None:
     """Refuse a network without numbers to quantize: on the meta device, diverged, or quantized before.
 

@@ -9,9 +9,10 @@ from omegaconf import DictConfig
 
 from kdq.records.failures import Job, recorded
 from kdq.records.rows import Row, has, read_rows
+from kdq.stages.asked import row_keys
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns, deploy
-from kdq.stages.quantize import arch_of, quantize, row_keys, tracked_rows
+from kdq.stages.quantize import arch_of, quantize, tracked_rows
 from kdq.stages.quantize_log import log_deployed
 from kdq.stages.train import Model, obtain, planned
 from kdq.utils.errors import KdqError

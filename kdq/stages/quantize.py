@@ -2,153 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from kdq.data.loader import EvalLoader
-from kdq.models.build import build
-from kdq.quant.bitsearch.bank import check_average
-from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
-from kdq.quant.bitsearch.mixed import search_bits
-from kdq.quant.config import OPTIONS, QuantConfig, refuse_unknown
-from kdq.quant.network import Report, quantizable_layers, quantize_widths
+from kdq.data.module import ImageDataModule
+from kdq.distill import CrossEntropy
+from kdq.quant.callback import GreedyBitSearch, PostTrainingQuantization, QuantizationCallback
+from kdq.quant.network import Quantized, Report
 from kdq.quant.packing.file import save_packed
 from kdq.quant.packing.weights import with_float_dtype
-from kdq.quant.solvers.alphabet import check_bits
 from kdq.records.rows import Row, write_row
 from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
+from kdq.stages.asked import alphabet_name, asked_bits, quant_config, search_config
 from kdq.stages.cell import Cell
 from kdq.stages.quantize_log import log_axes, log_layers, log_row, log_search
 from kdq.stages.train import Model, artifact
 from kdq.tracking.names import series
 from kdq.tracking.run import RunLogger
+from kdq.train.evaluate import test
+from kdq.train.trainer import evaluation_trainer
 from kdq.utils.config import plain
-from kdq.utils.errors import KdqError
 from kdq.utils.latency import of_networks
-from kdq.utils.metrics import evaluate
 from kdq.utils.operations import bit_operations, multiply_adds
 from kdq.utils.progress import progress
 from kdq.utils.version import __version__, git_sha
 
 log = logging.getLogger(__name__)
-
-
-def quant_config(quant: DictConfig) -> QuantConfig:
-    """How the ``quant`` config quantizes layers.
-
-    Raises:
-        KdqError: it has an unknown key or a choice that cannot be.
-    """
-    refuse_unknown(quant, (*OPTIONS, "name", "bits", "calibration_images", "seed", "search"))
-    values = {name: value for name, value in plain(quant).items() if name in OPTIONS}
-    return QuantConfig(**hydra.utils.instantiate(values, _convert_="all"))
-
-
-def search_config(quant: DictConfig) -> SearchConfig | None:
-    """What the ``quant`` config asks a bit search for; None where it asks for widths.
-
-    Raises:
-        KdqError: as :func:`quant_config`.
-    """
-    if not quant.get("search"):
-        return None
-    refuse_unknown(quant.search, SEARCH_OPTIONS)
-    if quant.bits is not None:
-        raise KdqError(
-            f"quant.bits={quant.bits} but quant={quant.name} chooses the bits: give quant.bits=null, and its choices "
-            "as quant.search.candidates"
-        )
-    return SearchConfig(**plain(quant.search))
-
-
-def asked_bits(cell: Cell) -> dict[str, int | None]:
-    """What rows are named by: each width of ``quant.bits`` once, or the range of a bit search's candidates, ``2-8``,
-    which has no width yet.
-
-    Raises:
-        KdqError: there is none, or one is not a whole number from 2 to 32.
-    """
-    if search := search_config(cell.cfg.quant):
-        return {f"{min(search.candidates)}-{max(search.candidates)}": None}
-    bits = plain(cell.cfg.quant)["bits"]
-    asked = bits if isinstance(bits, list) else [bits]
-    if not asked:
-        raise KdqError("quant.bits is empty: give a width from 2 to 32, or a list of them")
-    return {str(width): check_bits(width, "quant.bits") for width in asked}
-
-
-def row_spec(cell: Cell, model: Model | Entry, bits: int | None) -> dict[str, Any]:
-    """Everything that a row of ``model`` depends on; its hash is the row's ``config_hash``."""
-    quant = {name: value for name, value in plain(cell.cfg.quant).items() if name != "bits"}
-    images, config = cell.images, cell.cfg.data
-    test = {"test": images.set.test_digest, "test_limit": config.test_limit, "classes": list(images.set.classes)}
-    method, seed = cell.cfg.method.name, cell.cfg[cell.role].seed
-    return {
-        "stage": "quantize",
-        "model": model.key,
-        "method": method,
-        "seed": seed,
-        "data": images.spec() | test | {"name": config.name},
-        "quant": quant,
-        "bits": bits,
-        **user_code(quant),
-    }
-
-
-def row_keys(cell: Cell, model: Model) -> dict[str, str]:
-    """The ``config_hash`` of each row that the cell asks for, by :func:`asked_bits`.
-
-    Raises:
-        KdqError: it asks for an impossible width or quantizer.
-    """
-    asked = asked_bits(cell)
-    check_quantizer(cell)
-    return {name: key_of(row_spec(cell, model, bits)) for name, bits in asked.items()}
-
-
-def check_quantizer(cell: Cell) -> None:
-    """Refuse, before anything is trained for it, a quantizer that cannot be.
-
-    Raises:
-        KdqError: it cannot.
-    """
-    quant = cell.cfg.quant
-    if quant.solver is None:
-        return
-    images = quant.calibration_images
-    if isinstance(images, bool) or not isinstance(images, int) or images < 1:
-        raise KdqError(f"quant.calibration_images={images} must be at least 1")
-    config, search = quant_config(quant), search_config(quant)
-    network = _untrained(json.dumps(plain(cell.cfg[cell.role].net)))
-    layers = quantizable_layers(network, config.keep_float)
-    if search is not None:
-        check_average(network, layers, search, config)
-
-
-@lru_cache(maxsize=4)
-def _untrained(net: str) -> nn.Module:
-    # With real weights: a network of one's own may look at numbers while it is built.
-    return build(json.loads(net))
-
-
-def alphabet_name(quant: Mapping[str, Any]) -> str:
-    """The ``quant`` config's alphabet as rows name it; a function's own name, nothing where nothing is quantized."""
-    if quant["solver"] is None:
-        return ""
-    asked = quant["alphabet"]
-    return asked if isinstance(asked, str) else str(asked["_target_"]).rpartition(".")[2]
 
 
 def arch_of(cell: Cell, entry: Entry) -> str:
@@ -192,96 +79,105 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) 
 
 def quantize(cell: Cell, entry: Entry, keys: Mapping[str, str], track: RunLogger) -> dict[str, Row]:
     """Quantize the model for the rows of ``keys`` in one pass, measure each on the test set, and write its packed file
-    and its row.
+    and its row: evaluations of a Trainer with the quantizer's callback attached.
 
     Args:
         keys: name, as :func:`asked_bits` has it, to ``config_hash``.
     """
-    cfg = cell.cfg
     network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
     log_axes(track)
-    versions = _versions(cell, entry, network, keys, track)
-    log_layers(track, {name: report for name, (_, report) in versions.items()})
-    with progress(f"evaluating {cell.name}", len(keys) + 1, "width") as bar:
-        test = cell.images.evaluation("test", cell.device)
-        unquantized = evaluate(network, test, cfg.data.num_classes)
-        bar.update()
-        common = _common(cell, entry, network) | {"wandb_run": track.folder}
-        rows = {}
-        for name, key in keys.items():
-            version, report = versions[name]
-            found = unquantized if version is network else evaluate(version, test, cfg.data.num_classes)
-            bits = asked_bits(cell)[name] or math.ceil(report.avg_bits)
-            rows[name] = _row(cell, bits, key, version, report, unquantized, found, common)
-            write_row(cell.output / "rows", rows[name])
-            log_row(track, rows[name], cell.output / rows[name].artifact)
-            bar.update()
-    return rows
-
-
-def _versions(
-    cell: Cell, entry: Entry, network: nn.Module, keys: Mapping[str, str], track: RunLogger
-) -> dict[str, tuple[nn.Module, Report]]:
-    """The quantized networks by the names of their rows; with ``quant=none`` the float network itself."""
-    quant = cell.cfg.quant
-    if quant.solver is None:
-        version = network if quant.float_dtype is None else with_float_dtype(network, quant.float_dtype)
-        return {name: (version, Report(float_bits=32 if version is network else 16)) for name in keys}
-    if quant.calibration_images > (there := len(cell.images.split.train)):
-        log.warning(
-            "quant.calibration_images=%d, but there are %d training images: all are used",
-            quant.calibration_images,
-            there,
-        )
-    calibration = cell.images.calibration(quant.calibration_images, quant.seed, cell.device)
-    config, search = quant_config(quant), search_config(quant)
-    if search is not None:
-        ((name, key),) = keys.items()
-        return {name: _searched(cell, entry, network, calibration, config, search, key, track)}
-    layers = len(quantizable_layers(network, config.keep_float))
-    with progress(f"quantizing with {quant.name}", layers, "layer") as bar:
-        widths = [int(name) for name in keys]
-        results = quantize_widths(network, calibration, widths, config, on_layer=lambda name: bar.update())
-    return dict(zip(keys, results, strict=True))
-
-
-def _searched(
-    cell: Cell,
-    entry: Entry,
-    network: nn.Module,
-    calibration: EvalLoader,
-    config: QuantConfig,
-    search: SearchConfig,
-    key: str,
-    track: RunLogger,
-) -> tuple[nn.Module, Report]:
-    """The network with the widths that the bit search chooses. What it measures depends on everything but the budget,
-    so searches of the same model with other budgets share one trace."""
-    shared = ("candidates", "validation_images")
-    quant = plain(cell.cfg.quant) | {"search": {name: plain(cell.cfg.quant.search)[name] for name in shared}}
-    spec = {"stage": "search", "model": entry.key, "data": cell.images.spec(), "quant": quant, **user_code(quant)}
-    measured = key_of(spec)
-    folder = cell.output / "store" / "search"
-    with progress("searching bits", None, "step") as bar:
+    common = _common(cell, entry, network) | {"wandb_run": track.folder}
+    rows: dict[str, Row] = {}
+    with progress(f"quantizing {cell.name}", None, "step") as bar:
 
         def on_step(line: str) -> None:
             bar.set_postfix_str(line, refresh=False)
             bar.update()
 
-        validation = cell.images.evaluation("val", cell.device)
-        trace = folder / f"trace-{measured}.json"
-        found = search_bits(
-            network, calibration, validation, search, config, trace=trace, key=measured, on_step=on_step
+        callback = _callback(cell, entry, keys, on_step)
+        measured = _Evaluation(cell, callback)
+        reference = measured(network)
+        for name, key in keys.items():
+            if callback is None:
+                result = _left_float(network, cell.cfg.quant.float_dtype)
+                found = reference if result.network is network else measured(result.network)
+            else:
+                width = callback.names[0] if len(callback.names) == 1 else int(name)
+                found = measured(network, width)
+                result = callback.results[width]
+                if not rows:
+                    _log_quantized(cell, callback, keys, track)
+            bits = asked_bits(cell)[name] or math.ceil(result.report.avg_bits)
+            rows[name] = _row(cell, bits, key, result.network, result.report, reference, found, common)
+            write_row(cell.output / "rows", rows[name])
+            log_row(track, rows[name], cell.output / rows[name].artifact)
+    return rows
+
+
+class _Evaluation:
+    """Test metrics of a network, as it is or quantized by ``callback`` to a width."""
+
+    def __init__(self, cell: Cell, callback: QuantizationCallback | None) -> None:
+        quant, config = cell.cfg.quant, plain(cell.cfg.trainer)
+        self.callback, self.num_classes, self.device = callback, cell.cfg.data.num_classes, cell.device
+        self.data = ImageDataModule(
+            cell.images, calibration_images=quant.calibration_images, calibration_seed=quant.seed
         )
-    found.write_frontier(folder / f"frontier-{key}.json")
-    log.info(
-        "bit search: %d evaluations, %.1f s, %.1f s of them to quantize every layer at every width",
-        found.found.evaluations,
-        found.seconds,
-        found.bank.seconds,
-    )
-    log_search(track, found)
-    return found.network, found.report
+        self.trainer = evaluation_trainer(config, callbacks=[] if callback is None else [callback])
+
+    def __call__(self, network: nn.Module, width: int | str | None = None) -> dict[str, float]:
+        if self.callback is not None:
+            self.callback.use(width)
+        return test(self.trainer, CrossEntropy(network, num_classes=self.num_classes), self.data)
+
+
+def _callback(
+    cell: Cell, entry: Entry, keys: Mapping[str, str], on_step: Callable[[str], object]
+) -> QuantizationCallback | None:
+    """What quantizes as the config says; None with ``quant=none``.
+
+    What a bit search measures depends on everything but the budget, so searches of the same model with other budgets
+    share one trace.
+    """
+    quant = cell.cfg.quant
+    if quant.solver is None:
+        return None
+    images, there = quant.calibration_images, len(cell.images.split.train)
+    if images > there:
+        log.warning("quant.calibration_images=%d, but there are %d training images: all are used", images, there)
+    search = search_config(quant)
+    shared: dict[str, Any] = {"calibration_images": images, "path": None, "on_step": on_step}
+    if search is None:
+        return PostTrainingQuantization([int(name) for name in keys], quant_config(quant), **shared)
+    asked = {name: plain(quant.search)[name] for name in ("candidates", "validation_images")}
+    values = plain(quant) | {"search": asked}
+    spec = {"stage": "search", "model": entry.key, "data": cell.images.spec(), "quant": values, **user_code(values)}
+    trace = _search_folder(cell) / f"trace-{key_of(spec)}.json"
+    return GreedyBitSearch(search, quant_config(quant), trace=trace, key=key_of(spec), **shared)
+
+
+def _search_folder(cell: Cell) -> Path:
+    return cell.output / "store" / "search"
+
+
+def _log_quantized(cell: Cell, callback: QuantizationCallback, keys: Mapping[str, str], track: RunLogger) -> None:
+    """Tell every layer's error, and how a bit search came to its choice."""
+    log_layers(track, {name: x.report for name, x in zip(keys, callback.results.values(), strict=True)})
+    if isinstance(callback, GreedyBitSearch):
+        (result,), (key,) = callback.results.values(), keys.values()
+        result.write_frontier(_search_folder(cell) / f"frontier-{key}.json")
+        log.info(
+            "bit search: %d evaluations, %.1f s, %.1f s of them to quantize every layer at every width",
+            result.found.evaluations, result.seconds, result.bank.seconds,
+        )  # fmt: skip
+        log_search(track, result)
+
+
+def _left_float(network: nn.Module, float_dtype: str | None) -> Quantized:
+    """What ``quant=none`` gives: the network itself, or rounded to 16-bit floats."""
+    if float_dtype is None:
+        return Quantized(network, Report())
+    return Quantized(with_float_dtype(network, float_dtype), Report(float_bits=16))
 
 
 def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:

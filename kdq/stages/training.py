@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,12 @@ class TrainingSpec:
         return cls(**{**values, "networks": networks})
 
 
-@contextmanager
 def train(
     cell: Cell, spec: TrainingSpec, work: Path, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[dict[str, Best], dict[str, Any]]]:
-    """Run ``spec`` in this process, one of ``world_size``; see :func:`kdq.train.fit.fit` for what the block gets.
+) -> tuple[dict[str, Best], dict[str, Any]]:
+    """Run ``spec`` in this process, one of ``world_size``; see :func:`kdq.train.fit.fit` for what it returns.
 
-    Only rank 0 logs. Its log is closed, which may wait for a server, when the block is left.
+    Only rank 0 logs.
     """
     networks = {name: network.build() for name, network in spec.networks.items()}
     for name, network in networks.items():
@@ -120,8 +119,7 @@ def train(
         trainer["strategy"] = "auto"
     callbacks = _callbacks(cell, spec)
     if rank > 0:
-        yield fit(module, cell.images, trainer, recipe, work, callbacks=callbacks)
-        return
+        return fit(module, cell.images, trainer, recipe, work, callbacks=callbacks)
     with _tracked(cell, spec) as track:
         loggers = [track.logger] if track.logger else []
         best, metrics = fit(module, cell.images, trainer, recipe, work, loggers, callbacks, title)
@@ -129,7 +127,7 @@ def train(
         facts = {"val_top1": 100 * winner.top1, "best_epoch": winner.epoch} | metrics
         track.summary(facts)
         log_model(track, cell.store, spec.slug, spec.key, winner.weights, facts)
-        yield best, metrics
+    return best, metrics
 
 
 def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:

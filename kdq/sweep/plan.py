@@ -4,7 +4,7 @@
     wave 2 ...      models that need those: distilled students
     last wave       rows: every missing width of one model in one job
 
-Keys come from :func:`kdq.stages.train.planned` and :func:`kdq.stages.quantize.row_keys`, which the jobs themselves use:
+Keys come from :func:`kdq.stages.train.planned` and :func:`kdq.stages.asked.row_keys`, which the jobs themselves use:
 what a wave leaves in the store is what the next one finds there.
 """
 
@@ -20,9 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from kdq.records.rows import has, read_rows
+from kdq.stages.asked import row_keys
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns
-from kdq.stages.quantize import row_keys
 from kdq.stages.train import Model, planned
 from kdq.sweep.cost import model_work, row_work
 from kdq.utils.errors import KdqError

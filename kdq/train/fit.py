@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,7 +160,6 @@ def fit(
     best, checkpoint = KeepBest(), work / "last.ckpt"
     steps = len(images.split.train) // recipe.batch_size
     every = trainer.get("log_every_n_steps") or max(1, min(20, steps))  # at least once an epoch
-    _quiet_lightning()
     bar = [] if trainer.get("enable_progress_bar") is False else [_Progress(title)]
     lightning = training_trainer(
         trainer,
@@ -233,13 +231,3 @@ def _release(trainer: L.Trainer) -> None:
     trainer.strategy.teardown()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _quiet_lightning() -> None:
-    """Keep what is useful of Lightning's messages: errors. The rest describes choices kdq made on purpose."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # DDP's buckets have one of the two equal layouts of a 1x1 convolution, channels-last gradients the other.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -8,7 +8,9 @@ reason.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -138,6 +140,7 @@ def evaluation_trainer(
 
 def _trainer(config: Mapping[str, Any], ours: Mapping[str, Any]) -> L.Trainer:
     """The Trainer of the config's flags, of kdq's own choices where they say nothing, and of ``ours``."""
+    _quiet_lightning()
     given = {k: v for k, v in config.items() if k not in OWN and k not in RECIPE and v is not None}
     common = {
         "num_sanity_val_steps": 0,
@@ -149,6 +152,16 @@ def _trainer(config: Mapping[str, Any], ours: Mapping[str, Any]) -> L.Trainer:
     flags = {"_target_": "lightning.Trainer", **common, **given}
     flags |= {"enable_progress_bar": False}  # kdq shows one bar for a whole training
     return hydra.utils.instantiate({k: v for k, v in flags.items() if k not in ours}, **ours)
+
+
+def _quiet_lightning() -> None:
+    """Keep what is useful of Lightning's messages: errors. The rest describes choices kdq made on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # DDP's buckets have one of the two equal layouts of a 1x1 convolution, channels-last gradients the other.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def resolve_precision(requested: str, accelerator: str) -> Any:

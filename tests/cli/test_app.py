@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 import kdq
 from kdq.data.images import Images
 from kdq.data.sets import digits
+from kdq.train.evaluate import evaluate
 from kdq.utils.messages import describe
-from kdq.utils.metrics import evaluate
 from tests.conftest import TINY, data_config
 
 #: Columns that hold what a run took, or where it was, and not what it found.
@@ -199,7 +199,7 @@ MISTAKES = [
         ["quant=greedy", "quant.search.size_bytes=10", "method=baseline"],
         r"cannot meet its budget of 10 bytes: the smallest packed file with these candidates takes \d{4}",
     ),
-    (["quant.act_bits=9", "method=baseline"], r"act_bits=9 must be a whole number from 2 to 8"),
+    (["quant.act_bits=9", "method=baseline"], r"act_bits=9 must be a number from 2 to 8"),
     (["quant.calibration_images=0", "method=baseline"], r"quant.calibration_images=0 must be at least 1"),
     (["quant=greedy", "quant.search.method=anneal", "method=baseline"], r"method='anneal' is unknown"),
     (["trainer.precision=8", "method=baseline"], r"trainer.precision=8 is unknown: use auto or one of 32-true"),

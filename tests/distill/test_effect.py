@@ -15,9 +15,9 @@ from kdq.distill.dkd import DKD
 from kdq.distill.module import DistillationModule
 from kdq.distill.vkd import VKD
 from kdq.models import CifarResNet
+from kdq.train.evaluate import evaluate
 from kdq.train.fit import fit
 from kdq.train.recipe import Recipe
-from kdq.utils.metrics import evaluate
 from tests.conftest import data_config
 
 SEEDS = (0, 1, 2)

@@ -14,7 +14,7 @@ from kdq import KdqError
 from kdq.quant.batches import first_pairs, images_of, labels_of
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.config import QuantConfig
-from kdq.stages.quantize import quant_config, search_config
+from kdq.stages.asked import quant_config, search_config
 from kdq.utils.config import compose
 
 
@@ -65,10 +65,11 @@ def test_a_config_its_fields_and_both_give_the_same_network() -> None:
         ({"config": "gptq"}, r"config='gptq' is no QuantConfig: .* solver='gptq'"),
         ({"order": "falling"}, "order='falling' is unknown: use one of natural, gram"),
         ({"act_range": "max"}, "act_range='max' is unknown: use one of mse, percentile"),
-        ({"per_channel": "yes"}, "per_channel='yes' is unknown: use one of True, False"),
-        ({"refine": True}, "refine=True is not a number of sweeps"),
+        ({"per_channel": "yes"}, "per_channel='yes' must be true or false"),
+        ({"refine": True}, "refine=True must be a whole number"),
+        ({"refine": -1}, "refine=-1 must be a number of at least 0"),
         ({"first_last_bits": 1}, "first_last_bits=1 must be a whole number from 2 to 32"),
-        ({"act_bits": 16}, "act_bits=16 must be a whole number from 2 to 8"),
+        ({"act_bits": 16}, "act_bits=16 must be a number from 2 to 8"),
         ({"float_dtype": "fp8"}, "float_dtype='fp8' is unknown"),
         ({"keep_float": "0"}, r"keep_float='0': give a list of names, \[0\]"),
         ({"moments": 3}, "moments=3 is no function"),
@@ -83,7 +84,7 @@ def test_an_option_that_is_wrong_is_named_with_the_right_ones(options: dict[str,
 @pytest.mark.parametrize("name", ["avg_bits", "size_bytes", "max_drop"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, True, "3"])
 def test_a_budget_that_is_no_number_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(KdqError, match=f"{name}=.* is no budget"):
+    with pytest.raises(KdqError, match=f"{name}=.* must be"):
         SearchConfig(**{name: value})
 
 
@@ -94,7 +95,7 @@ def test_a_budget_that_is_no_number_is_refused(name: str, value: Any) -> None:
         ({"candidates": [1, 4]}, "candidates=1 must be a whole number"),
         ({"method": "anneal"}, "use one of greedy, exact"),
         ({"context": "here"}, "use one of chosen, widest"),
-        ({"validation_images": 0}, "validation_images=0 must be at least 1"),
+        ({"validation_images": 0}, "validation_images=0 must be a number of at least 1"),
         ({"avg_bits": 1.5}, "cannot meet its budget"),
     ],
 )

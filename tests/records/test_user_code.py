@@ -12,8 +12,8 @@ import pytest
 
 from kdq.cli.app import CONFIG_PATH
 from kdq.records.user_code import user_code
+from kdq.stages.asked import row_keys
 from kdq.stages.cell import Cell
-from kdq.stages.quantize import row_keys
 from kdq.stages.train import planned
 from tests.stages.test_train import SMALL
 
@@ -66,7 +66,7 @@ def test_models_and_rows_change_with_the_code_that_they_call(own: Path, tmp_path
         with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
             made = Cell(hydra.compose("config", asked))
         model = planned(made)
-        return model.key, row_keys(made, model)[2]
+        return model.key, row_keys(made, model)["2"]
 
     first = keys()
     assert keys() == first

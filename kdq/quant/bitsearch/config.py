@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 from kdq.quant.bitsearch.search import CONTEXTS, check_candidates, check_reachable
 from kdq.quant.bitsearch.sensitivity import METHODS
-from kdq.quant.config import one_of
 from kdq.quant.solvers.alphabet import check_bits
+from kdq.utils.checks import check_types, one_of, within
 from kdq.utils.errors import KdqError
 
 #: What a step of the search may count as saved.
@@ -45,6 +45,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Raises KdqError for an unknown choice, no budget, or one that the candidates cannot meet."""
+        check_types(self, "")
         one_of("cost", self.cost, COSTS)
         one_of("method", self.method, ("greedy", *METHODS))
         one_of("context", self.context, CONTEXTS)
@@ -53,16 +54,12 @@ class SearchConfig:
         object.__setattr__(self, "candidates", tuple(widths))
         if self.avg_bits is None and self.size_bytes is None and self.max_drop is None:
             raise KdqError("the bit search has no budget: give avg_bits, size_bytes or max_drop")
-        for name, least in (("avg_bits", 0), ("size_bytes", 1), ("max_drop", 0)):
+        for name, least in (("avg_bits", 0), ("size_bytes", 1), ("max_drop", 0), ("validation_images", 1)):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and math.isfinite(value) and value >= least):
-                raise KdqError(f"{name}={value!r} is no budget: give a number from {least} up, or None (null)")
+            if value is not None and not math.isfinite(within(name, value, least)):
+                raise KdqError(f"{name}={value} must be a finite number")
         if self.avg_bits is not None:
             check_reachable({"of a weight": {widths[0]: widths[0]}}, self.avg_bits)
-        images = self.validation_images
-        if isinstance(images, bool) or not isinstance(images, int) or images < 1:
-            raise KdqError(f"validation_images={images!r} must be at least 1")
 
 
 #: Names of the options.

@@ -31,6 +31,7 @@ from kdq.quant.distributed import summed
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.quant.report import LayerReport, Report
 from kdq.utils.errors import KdqError
+from kdq.utils.kernels import exact_kernels
 
 #: Bits from which a width needs no lane of its own.
 WIDE = 8
@@ -95,7 +96,7 @@ class Walk:
         if first is None:
             raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")
         try:
-            with torch.no_grad(), _exact_kernels(device), _rerouted(self._visitors()):
+            with torch.no_grad(), exact_kernels(device), _rerouted(self._visitors()):
                 self.model(self.tape.watch(Lanes([first] * self.lanes)))
                 for _ in self._each_chunk(None):
                     pass
@@ -322,22 +323,6 @@ def _rerouted(visitors: Sequence[tuple[nn.Module, Callable[[Lanes], Lanes]]]) ->
     finally:
         for module, _ in visitors:
             vars(module).pop("forward", None)
-
-
-@contextmanager
-def _exact_kernels(device: torch.device) -> Iterator[None]:
-    """Float32 sums in float32, the same every time: no TF32, no kernel that adds in a random order, whatever the caller
-    set for its own training."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with (
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _same(made: list[Tensor], of: list[Tensor]) -> list[Tensor]:

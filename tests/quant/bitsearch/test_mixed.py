@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import kdq
 from kdq.data.images import Images
@@ -30,7 +22,6 @@ from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.mixed import search_bits
 from kdq.quant.bitsearch.search import Measure
 from kdq.quant.bitsearch.stitch import Stitched
-from kdq.quant.callback import GreedyBitSearch
 from kdq.quant.config import QuantConfig
 from kdq.quant.network import float_weights, quantizable_layers, quantize, quantize_widths, with_quantized_weights
 from kdq.utils.errors import KdqError
@@ -163,130 +154,6 @@ def test_a_trace_without_a_key_knows_its_network_and_its_images(trained: nn.Modu
         assert json.loads(options["trace"].read_text())["key"] != begun["key"]
 
 
-class _Foreign(L.LightningModule):
-    """Somebody else's module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 64, 10)
-        )
-        self.save_hyperparameters({"data": Path("images")})  # nothing that torch reads weights-only
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.backbone(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        accuracy = (self.backbone(batch[0]).argmax(1) == batch[1]).float().mean()
-        self.log("val/acc", accuracy + (self.current_epoch == 1))  # the second of three epochs is made the best
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.02)
-
-
-def test_the_callback_quantizes_a_copy_of_a_foreign_modules_best_weights(images: Images, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    inputs = images.preprocess(images.set.train_images)
-    sets = (
-        TensorDataset(inputs[:512], images.set.train_labels[:512]),
-        TensorDataset(inputs[-200:], images.set.train_labels[-200:]),
-    )
-    module, kept = _Foreign(), {}
-
-    class Remember(L.Callback):
-        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            kept[trainer.current_epoch] = {k: v.clone() for k, v in pl_module.state_dict().items()}
-
-    search = GreedyBitSearch("backbone", 128, validation_images=200, avg_bits=3.0, candidates=[2, 3, 4, 8])
-    trainer = L.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[
-            search,
-            Remember(),
-            ModelCheckpoint(tmp_path / "last"),  # monitors nothing
-            ModelCheckpoint(tmp_path / "best", monitor="val/acc", mode="max"),
-        ],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, DataLoader(sets[0], 64), DataLoader(sets[1], 100))
-    assert search.result is not None
-    assert search.result.report.avg_bits <= 3.0
-    bias = search.result.network.state_dict()["0.bias"]
-    assert torch.equal(bias, kept[1]["backbone.0.bias"])
-    assert all(torch.equal(value, kept[2][name]) for name, value in module.state_dict().items())
-
-
-@pytest.mark.parametrize("validated", [True, False])
-def test_the_callback_logs_its_steps_and_says_what_it_lacks(images: Images, tmp_path: Path, validated: bool) -> None:
-    pixels, labels = images.preprocess(images.set.train_images[:64]), images.set.train_labels[:64]
-    loader = DataLoader(TensorDataset(pixels, labels), 32)
-    search = GreedyBitSearch("backbone", 64, validation_images=64, avg_bits=3.0, candidates=[2, 3, 4, 8])
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=CSVLogger(tmp_path),
-        log_every_n_steps=1,
-        callbacks=[search],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    if not validated:
-        with pytest.raises(KdqError, match="needs a training and a validation loader: pass both"):
-            trainer.fit(_Foreign(), loader)
-        return
-    trainer.fit(_Foreign(), loader, [loader, loader])  # the first of several validates
-    (file,) = tmp_path.rglob("metrics.csv")
-    logged = pd.read_csv(file)["bits/avg_bits"].dropna().tolist()
-    assert search.result is not None
-    assert logged == pytest.approx(search.result.avg_bits)
-    assert len(logged) > 2
-
-
-def _rank(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    training, validation = torch.load(f"{folder}/case.pt")
-    torch.manual_seed(0)
-    search = GreedyBitSearch("backbone", 128, validation_images=200, avg_bits=3.0, candidates=[2, 3, 4, 8])
-    trainer = L.Trainer(
-        max_epochs=1,
-        limit_train_batches=0.5,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        logger=False,
-        callbacks=[search],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(_Foreign(), DataLoader(TensorDataset(*training), 32), DataLoader(TensorDataset(*validation), 50))
-    assert search.result is not None
-    found = search.result.found
-    torch.save((asdict(found), search.result.network.state_dict()), f"{folder}/{rank}.pt")
-
-
-def test_the_callback_finds_the_same_on_every_rank(images: Images, tmp_path: Path) -> None:
-    """Each rank has half of the images, and what it finds is what one process finds on all of them."""
-    pixels, labels = images.preprocess(images.set.train_images), images.set.train_labels
-    training, validation = (pixels[:512], labels[:512]), (pixels[-200:], labels[-200:])
-    torch.save((training, validation), tmp_path / "case.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
-    (one, state), (other, other_state) = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2))
-    assert one == other
-    assert all(torch.equal(value, other_state[name]) for name, value in state.items())
-    assert len(one["points"]) > 3
-    top1 = one["chosen"]["measure"]["top1"]
-    assert top1 * 200 / 100 == pytest.approx(round(top1 * 200 / 100))  # counted over 200 images, not 100
-
-
 def test_stitched_losses_of_two_processes_are_those_of_one(trained: nn.Module, data: Any, tmp_path: Path) -> None:
     calibration, validation = data
     images, labels = (torch.cat(parts) for parts in zip(*validation, strict=True))
@@ -363,16 +230,3 @@ def test_a_bank_of_other_candidates_is_refused(trained: nn.Module, data: Any) ->
     bank = fill_bank(trained, calibration, [2, 4])
     with pytest.raises(KdqError, match=r"the bank has other candidates than \[4, 8\]"):
         search_bits(trained, calibration, validation, SearchConfig(4.0, candidates=(4, 8)), bank=bank)
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({}, "has no budget"),
-        ({"avg_bits": 3, "solvr": "rtn"}, r"unknown option solvr \(did you mean solver"),
-        ({"avg_bits": 3, "cost": "joules"}, "cost='joules' is unknown"),
-    ],
-)
-def test_the_callback_refuses_mistakes_before_the_training(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(KdqError, match=says):
-        GreedyBitSearch(**options)

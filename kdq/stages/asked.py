@@ -1,0 +1,131 @@
+"""Which rows a cell asks for, and the quantizer that makes them, checked before anything is trained for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import hydra.utils
+from omegaconf import DictConfig
+from torch import nn
+
+from kdq.models.build import build
+from kdq.quant.bitsearch.bank import check_average
+from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
+from kdq.quant.config import OPTIONS, QuantConfig, refuse_unknown
+from kdq.quant.network import quantizable_layers
+from kdq.quant.solvers.alphabet import check_bits
+from kdq.records.store import Entry, key_of
+from kdq.records.user_code import user_code
+from kdq.stages.cell import Cell
+from kdq.stages.train import Model
+from kdq.utils.config import plain
+from kdq.utils.errors import KdqError
+
+
+def quant_config(quant: DictConfig) -> QuantConfig:
+    """How the ``quant`` config quantizes layers.
+
+    Raises:
+        KdqError: it has an unknown key or a choice that cannot be.
+    """
+    refuse_unknown(quant, (*OPTIONS, "name", "bits", "calibration_images", "seed", "search"))
+    values = {name: value for name, value in plain(quant).items() if name in OPTIONS}
+    return QuantConfig(**hydra.utils.instantiate(values, _convert_="all"))
+
+
+def search_config(quant: DictConfig) -> SearchConfig | None:
+    """What the ``quant`` config asks a bit search for; None where it asks for widths.
+
+    Raises:
+        KdqError: as :func:`quant_config`.
+    """
+    if not quant.get("search"):
+        return None
+    refuse_unknown(quant.search, SEARCH_OPTIONS)
+    if quant.bits is not None:
+        raise KdqError(
+            f"quant.bits={quant.bits} but quant={quant.name} chooses the bits: give quant.bits=null, and its choices "
+            "as quant.search.candidates"
+        )
+    return SearchConfig(**plain(quant.search))
+
+
+def asked_bits(cell: Cell) -> dict[str, int | None]:
+    """What rows are named by: each width of ``quant.bits`` once, or the range of a bit search's candidates, ``2-8``,
+    which has no width yet.
+
+    Raises:
+        KdqError: there is none, or one is not a whole number from 2 to 32.
+    """
+    if search := search_config(cell.cfg.quant):
+        return {f"{min(search.candidates)}-{max(search.candidates)}": None}
+    bits = plain(cell.cfg.quant)["bits"]
+    asked = bits if isinstance(bits, list) else [bits]
+    if not asked:
+        raise KdqError("quant.bits is empty: give a width from 2 to 32, or a list of them")
+    return {str(width): check_bits(width, "quant.bits") for width in asked}
+
+
+def row_spec(cell: Cell, model: Model | Entry, bits: int | None) -> dict[str, Any]:
+    """Everything that a row of ``model`` depends on; its hash is the row's ``config_hash``."""
+    quant = {name: value for name, value in plain(cell.cfg.quant).items() if name != "bits"}
+    images, config = cell.images, cell.cfg.data
+    test = {"test": images.set.test_digest, "test_limit": config.test_limit, "classes": list(images.set.classes)}
+    method, seed = cell.cfg.method.name, cell.cfg[cell.role].seed
+    return {
+        "stage": "quantize",
+        "model": model.key,
+        "method": method,
+        "seed": seed,
+        "data": images.spec() | test | {"name": config.name},
+        "quant": quant,
+        "bits": bits,
+        **user_code(quant),
+    }
+
+
+def row_keys(cell: Cell, model: Model) -> dict[str, str]:
+    """The ``config_hash`` of each row that the cell asks for, by :func:`asked_bits`.
+
+    Raises:
+        KdqError: it asks for an impossible width or quantizer.
+    """
+    asked = asked_bits(cell)
+    check_quantizer(cell)
+    return {name: key_of(row_spec(cell, model, bits)) for name, bits in asked.items()}
+
+
+def check_quantizer(cell: Cell) -> None:
+    """Refuse, before anything is trained for it, a quantizer that cannot be.
+
+    Raises:
+        KdqError: it cannot.
+    """
+    quant = cell.cfg.quant
+    if quant.solver is None:
+        return
+    images = quant.calibration_images
+    if isinstance(images, bool) or not isinstance(images, int) or images < 1:
+        raise KdqError(f"quant.calibration_images={images} must be at least 1")
+    config, search = quant_config(quant), search_config(quant)
+    network = _untrained(json.dumps(plain(cell.cfg[cell.role].net)))
+    layers = quantizable_layers(network, config.keep_float)
+    if search is not None:
+        check_average(network, layers, search, config)
+
+
+@lru_cache(maxsize=4)
+def _untrained(net: str) -> nn.Module:
+    # With real weights: a network of one's own may look at numbers while it is built.
+    return build(json.loads(net))
+
+
+def alphabet_name(quant: Mapping[str, Any]) -> str:
+    """The ``quant`` config's alphabet as rows name it; a function's own name, nothing where nothing is quantized."""
+    if quant["solver"] is None:
+        return ""
+    asked = quant["alphabet"]
+    return asked if isinstance(asked, str) else str(asked["_target_"]).rpartition(".")[2]

@@ -1,0 +1,41 @@
+"""How good a network is: a Lightning evaluation, each image counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+
+from kdq.distill import CrossEntropy
+from kdq.train.trainer import evaluation_trainer
+from kdq.utils.kernels import exact_kernels
+
+
+def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> dict[str, float]:
+    """:func:`test` of a network where it is, on the batches of a loader."""
+    device = next(network.parameters()).device
+    trainer = evaluation_trainer({"accelerator": device.type})
+    found = test(trainer, CrossEntropy(network, num_classes=num_classes), loader)
+    network.to(device)
+    return found
+
+
+def test(trainer: L.Trainer, module: L.LightningModule, data: Any) -> dict[str, float]:
+    """What ``trainer.test`` finds of one of kdq's modules, in float32 (convolutions without TF32).
+
+    Args:
+        data: a loader or a datamodule.
+
+    Returns:
+        ``top1`` and ``top5`` in percent (top5 is top-k with k = the number of classes where there are fewer than
+        five), ``ece``, the expected calibration error with 15 bins in percent, and ``nll``, the mean cross-entropy in
+        nats.
+    """
+    with exact_kernels(trainer.strategy.root_device):
+        trainer.test(module, data, verbose=False)
+    values = {name: float(trainer.callback_metrics[f"test/{name}"]) for name in ("top1", "top5", "ece", "loss")}
+    nll = values.pop("loss")
+    # float32 carries seven digits: the rest would be noise in the tables.
+    return {name: round(100 * value, 4) for name, value in values.items()} | {"nll": round(nll, 6)}

@@ -1,0 +1,415 @@
+"""Quantization as callbacks of a Trainer: kdq's modules and foreign ones, in fit and in evaluations."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import kdq
+from kdq import KdqError
+from kdq.data.images import Images
+from kdq.data.module import ImageDataModule
+from kdq.distill import DML, CrossEntropy, TrainConfig
+from kdq.quant.callback import GreedyBitSearch, PostTrainingQuantization, QuantizationCallback
+from kdq.quant.trainer import Loaders
+
+CANDIDATES = [2, 3, 4, 8]
+
+
+def backbone(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 64, 10))
+
+
+class Foreign(L.LightningModule):
+    """Somebody else's module."""
+
+    def __init__(self, pick: Callable[[Any], tuple[Tensor, Tensor]] = lambda batch: (batch[0], batch[1])) -> None:
+        super().__init__()
+        self.backbone, self.pick, self.steps, self.seen = backbone(), pick, 0, list[Tensor]()
+        self.save_hyperparameters({"data": Path("images")})  # nothing that torch reads weights-only
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        images, labels = self.pick(batch)
+        return F.cross_entropy(self.backbone(images), labels)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        images, labels = self.pick(batch)
+        accuracy = (self.backbone(images).argmax(1) == labels).float().mean()
+        self.log("val/acc", accuracy + (self.current_epoch == 1))  # the second of three epochs is made the best
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(self.backbone(self.pick(batch)[0]).clone())
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.backbone(self.pick(batch)[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.02)
+
+
+def trainer_with(*callbacks: L.Callback, **options: Any) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    keep = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return L.Trainer(callbacks=list(callbacks), **({"enable_checkpointing": keep} | quiet | options))
+
+
+@pytest.fixture(scope="module")
+def data(images: Images) -> tuple[TensorDataset, TensorDataset]:
+    inputs, labels = images.preprocess(images.set.train_images), images.set.train_labels
+    return TensorDataset(inputs[:512], labels[:512]), TensorDataset(inputs[-200:], labels[-200:])
+
+
+@pytest.fixture
+def loaders(data: Any) -> tuple[DataLoader, DataLoader]:
+    return DataLoader(data[0], 64, shuffle=True), DataLoader(data[1], 90)
+
+
+def codes(network: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.codes for name, weight in network.quantized_weights.items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_a_fit_ends_with_a_quantized_copy_of_the_best_weights(loaders: Any, data: Any, tmp_path: Path) -> None:
+    module, kept = Foreign(), dict[int, dict[str, Tensor]]()
+
+    class Remember(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            kept[trainer.current_epoch] = state(pl_module)
+
+    quantization = PostTrainingQuantization([2, 4], network="backbone", solver="rtn")
+    trainer = trainer_with(
+        quantization,
+        GreedyBitSearch(avg_bits=3.0, candidates=CANDIDATES, network="backbone", path=None),
+        Remember(),
+        ModelCheckpoint(tmp_path / "last"),  # monitors nothing
+        ModelCheckpoint(tmp_path / "best", monitor="val/acc", mode="max"),
+        max_epochs=3,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, *loaders)
+    best = backbone()
+    best.load_state_dict({name.removeprefix("backbone."): value for name, value in kept[1].items()})
+    for bits in (2, 4):
+        expected, _ = kdq.quantize(best, [data[1].tensors[0]], bits, solver="rtn")
+        assert_equal(codes(quantization.results[bits].network), codes(expected))
+        stored = kdq.load(quantization.files[bits], backbone())
+        assert torch.equal(stored(data[1].tensors[0]), expected(data[1].tensors[0]))
+    assert [path.name for path in quantization.files.values()] == ["quantized-2bit.kdq", "quantized-4bit.kdq"]
+    search = trainer.callbacks[1]
+    assert search.result.report.avg_bits <= 3.0
+    assert torch.equal(search.result.network.state_dict()["0.bias"], kept[1]["backbone.0.bias"])
+    assert_equal(state(module), kept[2])
+
+
+def test_a_training_is_the_same_with_and_without_callbacks(data: Any) -> None:
+    """Checks at its start and searches at its end draw no number of the training's, and change no weight."""
+    trained = []
+    for callbacks in ([], [GreedyBitSearch(avg_bits=3, network="backbone", path=None)]):
+        module = Foreign()
+        loaders = DataLoader(data[0], 64, shuffle=True), DataLoader(data[1], 90, shuffle=True)
+        L.seed_everything(3)
+        trainer_with(*callbacks, max_epochs=2, num_sanity_val_steps=0).fit(module, *loaders)
+        trained.append(state(module))
+    assert_equal(*trained)
+
+
+@pytest.mark.parametrize("act_bits", [None, 6])
+def test_evaluations_run_the_quantized_network_and_leave_the_module_as_it_was(
+    loaders: Any, data: Any, act_bits: int | None
+) -> None:
+    images, asked = data[1].tensors[0], list[str]()
+    module = Foreign()
+    before = state(module)
+    quantization = PostTrainingQuantization(
+        [2, 4], network="backbone", path=None, calibration=loaders[0], act_bits=act_bits, on_step=asked.append
+    )
+    trainer = trainer_with(quantization)
+    with torch.no_grad():
+        plain = module.backbone(images)
+    for width in (4, None, 2):
+        quantization.use(width)
+        module.seen.clear()
+        trainer.test(module, loaders[1], verbose=False)
+        found = torch.cat([*module.seen])
+        predicted = torch.cat(trainer.predict(module, loaders[1]))  # type: ignore[arg-type]
+        assert torch.equal(found, predicted)
+        with torch.no_grad():
+            expected = plain if width is None else quantization.results[width].network(images)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert width is None or not torch.allclose(found, plain, atol=1e-3)
+        assert_equal(state(module), before)
+        assert not any(layer._forward_pre_hooks for layer in module.backbone)
+    made = [*quantization.results[2].network.state_dict().values(), *module.state_dict().values()]
+    assert not any(value.is_inference() for value in made)
+    assert asked == ["0", "3"]  # both widths in one pass, once
+    trainer_with(max_epochs=1).fit(module, *loaders)  # no tensor of the loop's inference mode is left behind
+    quantization.use(2)
+    trainer.test(module, loaders[1], verbose=False)
+    assert asked == ["0", "3"] * 2  # other weights
+
+
+def test_validate_measures_the_quantized_network_and_a_fit_s_validation_the_float_one(loaders: Any) -> None:
+    module, quantization = Foreign(), PostTrainingQuantization(2, network="backbone", path=None)
+    seen: list[bool] = []
+    module.backbone[0].register_forward_hook(lambda layer, *_: seen.append(len(layer.weight.unique()) <= 4 * 8))
+    trainer = trainer_with(quantization, max_epochs=1)
+    trainer.fit(module, *loaders)
+    trained, seen[:] = state(module), seen[len(seen) :]
+    assert not any(seen)
+    trainer.validate(module, loaders[1], verbose=False)
+    assert seen[-1]
+    assert_equal(state(module), trained)
+
+
+def test_an_evaluation_that_fails_leaves_the_module_as_it_was(loaders: Any) -> None:
+    class Failing(Foreign):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            assert len(self.backbone[0].weight.unique()) <= 4 * 8
+            raise RuntimeError("no")
+
+    module = Failing()
+    before = state(module)
+    quantization = PostTrainingQuantization(2, network="backbone", path=None, calibration=loaders[1], act_bits=4)
+    with pytest.raises(RuntimeError, match="no"):
+        trainer_with(quantization).test(module, loaders[1], verbose=False)
+    assert_equal(state(module), before)
+    assert not any(layer._forward_pre_hooks for layer in module.backbone)
+
+
+@pytest.mark.parametrize("method", [CrossEntropy, DML])
+def test_kdq_s_modules_say_which_network_it_is(method: Any, loaders: Any, data: Any, tmp_path: Path) -> None:
+    """With EMA the averaged one, of DML's two students the better one; at the best epoch."""
+    others = {"peer": backbone(1)} if method is DML else {}
+    module = method(backbone(), num_classes=10, config=TrainConfig(lr=0.02, ema=0.9), **others)
+    quantization = PostTrainingQuantization(4, path=None)
+    best = ModelCheckpoint(tmp_path, monitor="val/top1", mode="max")
+    trainer = trainer_with(quantization, best, max_epochs=2)
+    trainer.fit(module, *loaders)
+    module.load_state_dict(torch.load(best.best_model_path)["state_dict"])
+    expected, _ = kdq.quantize(module.eval_network, [data[1].tensors[0]], 4)
+    assert_equal(codes(quantization.result.network), codes(expected))
+    assert not torch.equal(module.eval_network[0].weight, module.student.network[0].weight)
+    float_top1, quantized_top1 = [], []
+    for use, found in ((None, float_top1), (4, quantized_top1)):
+        quantization.use(use)
+        found += trainer.test(module, loaders[1], verbose=False)
+    with torch.no_grad():
+        right = (quantization.result.network(data[1].tensors[0]).argmax(1) == data[1].tensors[1]).float().mean()
+    assert quantized_top1[0]["test/top1"] == pytest.approx(float(right))
+    assert float_top1[0].keys() == quantized_top1[0].keys()
+
+
+class Dictionaries(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __init__(self, data: TensorDataset, names: tuple[str, str]) -> None:
+        self.data, self.names = data, names
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.data[index], strict=True))
+
+
+def test_batches_are_dictionaries_or_what_the_module_s_own_hooks_say(data: Any) -> None:
+    class Own(Foreign):
+        def images_of(self, batch: Any) -> Tensor:
+            return batch["picture"]
+
+        def labels_of(self, batch: Any) -> Tensor:
+            return batch["class"]
+
+    expected, _ = kdq.quantize(backbone(), [data[1].tensors[0]], 3)
+    for kind, names in ((Foreign, ("pixel_values", "labels")), (Own, ("picture", "class"))):
+        module = kind(lambda batch, names=names: (batch[names[0]], batch[names[1]]))
+        loader = DataLoader(Dictionaries(data[1], names), 64)
+        quantization = PostTrainingQuantization(3, network="backbone", path=None)
+        search = GreedyBitSearch(avg_bits=3, candidates=CANDIDATES, network="backbone", path=None)
+        trainer_with(quantization, search, max_epochs=1, limit_train_batches=0).fit(module, loader, loader)
+        assert quantization.result is None  # there was no training
+        trainer_with(quantization, search).validate(module, loader, verbose=False)
+        assert_equal(codes(quantization.result.network), codes(expected))
+        assert search.result.report.avg_bits <= 3
+
+
+class Unused(Foreign):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone.extra = nn.Identity()
+        self.backbone.extra.never = nn.Linear(3, 3)
+
+
+SEARCH = {"avg_bits": 3.0, "candidates": CANDIDATES, "network": "backbone"}
+EARLY: list[tuple[Any, Callable[[], QuantizationCallback], str]] = [
+    (Foreign, lambda: PostTrainingQuantization(network="net"), r"network='net'\): the module has no such.* backbone"),
+    (Foreign, lambda: PostTrainingQuantization(), r"cannot be called on images \(90, 1, 8, 8\) alone"),
+    (Unused, lambda: PostTrainingQuantization(network="backbone"), "layers never ran.*extra.never"),
+    (Foreign, lambda: PostTrainingQuantization(network="backbone", keep_float=["9"]), "no 9 to leave float"),
+    (Foreign, lambda: GreedyBitSearch(**SEARCH, keep_float=["3"]), "budget of 3 bits on average.*left float"),
+    (Foreign, lambda: PostTrainingQuantization(network="backbone", calibration=[]), "no calibration image"),
+    (Foreign, lambda: PostTrainingQuantization(network="backbone", calibration=[{"a": 1}]), "a batch is a dict of a"),
+]
+
+
+@pytest.mark.parametrize(("module", "callback", "says"), EARLY)
+def test_mistakes_are_answered_before_the_training(loaders: Any, module: Any, callback: Any, says: str) -> None:
+    module = module()
+    with pytest.raises(KdqError, match=says):
+        trainer_with(callback(), max_epochs=1).fit(module, *loaders)
+    assert module.steps == 0
+
+
+def test_a_fit_without_images_that_are_not_augmented_is_refused_before_it(loaders: Any, data: Any) -> None:
+    module = Foreign()
+    with pytest.raises(KdqError, match=r"needs images that are not augmented.*calibration=loader"):
+        trainer_with(PostTrainingQuantization(network="backbone"), max_epochs=1).fit(module, loaders[0])
+    with pytest.raises(KdqError, match=r"needs images that are not augmented"):  # test images calibrate nothing
+        trainer_with(PostTrainingQuantization(network="backbone")).test(module, loaders[1])
+    one = DataLoader(TensorDataset(*(tensor[:1] for tensor in data[1].tensors)))
+    with pytest.raises(KdqError, match="too few validation images"):
+        trainer_with(GreedyBitSearch(**SEARCH), max_epochs=1).fit(module, loaders[0], one)
+    assert module.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "says"),
+    [
+        (PostTrainingQuantization, {"bit": 4}, r"unknown option bit \(did you mean bits"),
+        (PostTrainingQuantization, {"bits": [4, 99]}, "bits=99 must be"),
+        (PostTrainingQuantization, {"bits": []}, "bits is empty"),
+        (PostTrainingQuantization, {"calibration_images": 0}, "calibration_images=0 must be at least 1"),
+        (PostTrainingQuantization, {"calibration": iter(())}, "is an iterator, good for one pass"),
+        (PostTrainingQuantization, {"bits": [2, 4], "path": "a.kdq"}, r"one file for several widths: write \{bits\}"),
+        (GreedyBitSearch, {}, "has no budget"),
+        (GreedyBitSearch, {"avg_bits": float("nan")}, "avg_bits=nan must be a number"),
+        (GreedyBitSearch, {"avg_bits": 3, "solvr": "rtn"}, r"unknown option solvr \(did you mean solver\?"),
+        (GreedyBitSearch, {"avg_bits": 3, "cost": "joules"}, "cost='joules' is unknown"),
+    ],
+)
+def test_options_are_refused_at_once(callback: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(KdqError, match=says):
+        callback(**options)
+
+
+def test_several_widths_are_measured_one_at_a_time(loaders: Any) -> None:
+    quantization = PostTrainingQuantization([2, 4], network="backbone", calibration=loaders[0])
+    with pytest.raises(KdqError, match=r"say which one to measure, use\(2\)"):
+        trainer_with(quantization).test(Foreign(), loaders[1], verbose=False)
+    with pytest.raises(KdqError, match=r"use\(3\): there is 2, 4, and None"):
+        quantization.use(3)
+    with pytest.raises(KdqError, match=r"take results\[bits\]"):
+        _ = quantization.result
+
+
+def test_a_datamodule_s_own_images_calibrate(images: Images) -> None:
+    data = ImageDataModule(images, 64, calibration_images=100, calibration_seed=5)
+    module = CrossEntropy(backbone(), num_classes=10)
+    quantization = PostTrainingQuantization(3, path=None)
+    trainer_with(quantization).test(module, datamodule=data, verbose=False)
+    drawn = torch.cat([x for x, _ in images.calibration(100, 5, torch.device("cpu"))])
+    assert len(drawn) == 100
+    assert_equal(codes(quantization.result.network), codes(kdq.quantize(backbone(), [drawn], 3)[0]))
+
+
+class Shuffled:
+    """Another order in every pass."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in torch.randperm(103).split(10):
+            yield batch.float(), batch
+
+
+@pytest.mark.parametrize(("calibration", "choosing"), [(30, 20), (5, 100), (1000, 1000)])
+def test_no_image_of_the_validation_loader_both_calibrates_and_chooses(calibration: int, choosing: int) -> None:
+    class Trainer:
+        val_dataloaders: Iterable[Any] = (Shuffled(), [])
+
+    found, pairs = Loaders("x", Trainer(), object(), None, calibration).disjoint(choosing)  # type: ignore[arg-type]
+    one, other = torch.cat(found).long().tolist(), torch.cat([labels for _, labels in pairs]).tolist()
+    assert not set(one) & set(other)
+    assert (len(one), len(other)) == (min(calibration, 52), min(choosing, 51))
+    assert all(torch.equal(images.long(), labels) for images, labels in pairs)
+
+
+def test_loggers_are_told_every_step_and_every_layer_s_error(loaders: Any, tmp_path: Path) -> None:
+    search = GreedyBitSearch(**SEARCH, path="found/{bits}.kdq")
+    trainer = trainer_with(search, max_epochs=1, logger=CSVLogger(tmp_path), default_root_dir=tmp_path)
+    trainer.fit(Foreign(), loaders[0], [loaders[1], loaders[0]])  # the first of several validates
+    (file,) = tmp_path.rglob("metrics.csv")
+    logged = pd.read_csv(file)
+    assert logged["bits/avg_bits"].dropna().tolist() == pytest.approx(search.result.avg_bits)
+    assert len(search.result.avg_bits) > 2
+    errors = [layer.error for layer in search.result.report.layers]
+    assert logged["quantize/error_searched"].dropna().tolist() == pytest.approx(errors)
+    assert search.files["searched"] == tmp_path / "found" / "searched.kdq"
+    assert search.files["searched"].is_file()
+
+
+def _rank(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    training, validation = torch.load(f"{folder}/case.pt")
+    search = GreedyBitSearch(**SEARCH, calibration_images=100, validation_images=100)
+    quantization = PostTrainingQuantization([3, 4], network="backbone", calibration_images=200)
+    ddp = {"devices": 2, "strategy": "ddp", "default_root_dir": folder}
+    trainer = trainer_with(search, quantization, max_epochs=1, limit_train_batches=0.5, **ddp)
+    loader = DataLoader(TensorDataset(*validation), 50)
+    module = Foreign()
+    trainer.fit(module, DataLoader(TensorDataset(*training), 32), loader)
+    trained = module.backbone.state_dict()
+    search.use(None)
+    quantization.use(4)
+    trainer.predict(module, DataLoader(TensorDataset(*validation), 50))
+    found = (asdict(search.result.found), search.result.network.state_dict())
+    torch.save((found, {b: codes(r.network) for b, r in quantization.results.items()}, trained), f"{folder}/{rank}.pt")
+
+
+def test_all_ranks_find_the_same_and_it_is_what_one_finds_on_all_images(data: Any, tmp_path: Path) -> None:
+    torch.save([part.tensors for part in data], tmp_path / "case.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    (one, its_codes, trained), (other, other_codes, _) = (
+        torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2)
+    )
+    assert one[0] == other[0]
+    assert_equal(one[1], other[1])
+    top1 = one[0]["chosen"]["measure"]["top1"]
+    assert top1 == pytest.approx(round(top1))  # counted over 100 images, not 50
+    network = backbone()
+    network.load_state_dict(trained)
+    for bits in (3, 4):
+        assert_equal(its_codes[bits], other_codes[bits])
+        expected, _ = kdq.quantize(network, [data[1].tensors[0]], bits)
+        same = [torch.isclose(a, codes(expected)[name]).float().mean() for name, a in its_codes[bits].items()]
+        assert min(same) > 0.99  # sums in another order
+    assert sorted(path.name for path in tmp_path.glob("*.kdq")) == [
+        "quantized-3bit.kdq",
+        "quantized-4bit.kdq",
+        "quantized-searched.kdq",
+    ]
