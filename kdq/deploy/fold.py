@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 #: Few levels are spread over codes up to this, so that biases, whose step is the product of the input's and the
 #: weight's scale, have fine steps too. Pairs of products with UINT8 inputs still fit INT16, in which CPUs without VNNI
@@ -49,23 +50,26 @@ class Int8Weight:
     exact: Tensor
 
 
-def batchnorm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """``(factor, shift)``, each ``(channels,)``, float64: what ``norm`` does to a channel in eval mode."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * factor
-    return factor, shift if norm.bias is None else shift + norm.bias.detach().double()
+def folded(weight: Tensor, bias: Tensor | None, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer that does what the given one and ``norm``, in eval mode, after it do: torch's own fusion, in float64.
 
+    Args:
+        weight: ``(out_channels, ...)``.
+        bias: ``(out_channels,)`` or None.
 
-def folded(weight: Tensor, bias: Tensor | None, factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight ``(out_channels, ...)`` and bias of the layer that does what the given one and ``factor * y + shift``
-    after it do, in the weight's dtype."""
-    rows = weight.double().flatten(1) * factor[:, None]
-    offset = shift if bias is None else bias.double() * factor + shift
-    return rows.view(weight.shape).to(weight.dtype), offset.to(weight.dtype)
+    Returns:
+        Weight and bias in the weight's dtype, and the factors ``(out_channels,)``, float64, that the weight's channels
+        were multiplied by.
+    """
+    mean, variance, scale, shift, offset = (
+        None if value is None else value.detach().double()
+        for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias, bias)
+    )
+    assert mean is not None
+    assert variance is not None
+    factor = (variance + norm.eps).rsqrt() * (1 if scale is None else scale)
+    fused, fused_bias = fuse_conv_bn_weights(weight.detach().double(), offset, mean, variance, norm.eps, scale, shift)
+    return fused.detach().to(weight.dtype), fused_bias.detach().to(weight.dtype), factor
 
 
 def int8_weight(

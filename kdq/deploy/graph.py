@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.nn.utils import parametrize
 
 from kdq.deploy.extra import needs
-from kdq.deploy.fold import batchnorm_affine, folded
+from kdq.deploy.fold import folded
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.packing.packed import keep_decoded
 from kdq.utils.errors import KdqError
@@ -120,10 +120,10 @@ def _fold(program: torch.export.ExportedProgram, network: nn.Module) -> dict[str
         affine = dict(zip(("weight", "bias", "running_mean", "running_var"), norm.args[1:5], strict=True))
         if not (_held(held, layer, taken) and _held(held, module, affine)):
             continue
-        factor, shift = batchnorm_affine(network.get_submodule(module))  # type: ignore[arg-type]
+        norm_module: Any = network.get_submodule(module)
         owner = network.get_submodule(layer)
         bias = None if bias_of_layer is None else owner.bias
-        new_weight, new_bias = folded(owner.weight.detach(), bias, factor, shift)  # type: ignore[operator,arg-type]
+        new_weight, new_bias, factor = folded(owner.weight, bias, norm_module)  # type: ignore[arg-type]
         program.state_dict[f"{layer}.weight"] = nn.Parameter(new_weight)
         program.state_dict[f"{module}.bias"] = nn.Parameter(new_bias)
         node.args = (*node.args[:2], norm.args[2], *node.args[3:])

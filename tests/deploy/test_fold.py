@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdq.deploy.fold import batchnorm_affine, folded, int8_weight
+from kdq.deploy.fold import folded, int8_weight
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.quant.solvers.alphabets import ALPHABETS
 
@@ -27,16 +27,18 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_folded_layer_does_what_the_layer_and_its_norm_did(bias: bool) -> None:
     layer, norm, images = nn.Conv2d(3, 8, 3, bias=bias).double(), _norm(8).double(), torch.randn(2, 3, 9, 9).double()
-    weight, offset = folded(layer.weight, layer.bias, *batchnorm_affine(norm))
+    weight, offset, _ = folded(layer.weight, layer.bias, norm)
     torch.testing.assert_close(nn.functional.conv2d(images, weight, offset), norm(layer(images)))
 
 
 def test_a_norm_without_parameters_folds_too() -> None:
     norm = nn.BatchNorm2d(4, affine=False).eval()
     nn.init.uniform_(norm.running_var, 0.5, 2)
-    images = torch.randn(2, 4, 3, 3).double()
-    factor, shift = batchnorm_affine(norm)
-    torch.testing.assert_close(images * factor.view(-1, 1, 1) + shift.view(-1, 1, 1), norm.double()(images))
+    images, linear = torch.randn(5, 4).double(), nn.Linear(4, 4).double()
+    weight, bias, factor = folded(linear.weight, linear.bias, norm)
+    expected = norm.double()(linear(images)[..., None, None])[..., 0, 0]
+    torch.testing.assert_close(images @ weight.T + bias, expected)
+    torch.testing.assert_close(weight, linear.weight * factor[:, None])
 
 
 def _coded(weight: Tensor, alphabet: str, bits: int) -> QuantizedWeight:
@@ -48,9 +50,8 @@ def _coded(weight: Tensor, alphabet: str, bits: int) -> QuantizedWeight:
 @pytest.mark.parametrize("alphabet", ["uniform", "symmetric", "asymmetric", "ternary"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
 def test_levels_of_up_to_seven_bits_survive(alphabet: str, bits: int) -> None:
-    weight, factor = torch.randn(8, 4, 3, 3), batchnorm_affine(_norm(8))[0]
-    coded = _coded(weight, alphabet, bits)
-    wanted, bias = folded(coded.decode(), None, factor, torch.randn(8))
+    coded = _coded(torch.randn(8, 4, 3, 3), alphabet, bits)
+    wanted, bias, factor = folded(coded.decode(), None, _norm(8))
     int8 = int8_weight(wanted, coded, factor, bias, input_scale=0.02)
     assert int8.codes.dtype == torch.int8
     assert bool((int8.scale > 0).all())
@@ -64,7 +65,7 @@ def test_what_does_not_fit_is_rounded_to_the_nearest_of_255_levels() -> None:
     weight, factor = torch.randn(8, 40), torch.tensor([-1.0, 1, -1, 1, -1, 1, -1, 1]).double()
     for coded in (None, _coded(weight, "uniform", 8), _coded(weight, "uniform", 12)):
         values = weight if coded is None else coded.decode()
-        wanted, _ = folded(values, None, factor, torch.zeros(8).double())
+        wanted = values * factor.float()[:, None]
         int8 = int8_weight(wanted, coded, factor, None, input_scale=1.0)
         error = (int8.codes * int8.scale[:, None] - wanted).abs()
         assert bool((error <= int8.scale[:, None] * 0.5001).all())
