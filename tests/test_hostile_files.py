@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_failures(tmp_path: Path) -> None:
 @pytest.fixture
 def store(tmp_path: Path) -> tuple[Store, dict[str, Any], Path]:
     store, spec = Store(tmp_path / "store"), {"a": 1}
-    made = store.get_or_make(spec, "model", lambda _: ({"w": torch.ones(3)}, {"val_top1": 50.0}))
+    made = store.get_or_make(spec, "model", lambda _: nullcontext(({"w": torch.ones(3)}, {"val_top1": 50.0})))
     return store, spec, made.path
 
 

@@ -17,30 +17,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import SoftFileLease, Timeout
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from kdq.records.lock import locked
 from kdq.utils.errors import KdqError
 from kdq.utils.files import file_digest, parse_json
 
-log = logging.getLogger(__name__)
-
 #: Raised when the meaning of a spec changes, or what is made from it: older entries and rows are then not found.
 FORMAT = 2
-#: Seconds without a sign of life after which a lock holder on another host counts as dead.
-LEASE_SECONDS = 60.0
+#: From a work folder to the state dict and the metrics of a model, once the block is entered. What may wait for a
+#: server, closing a log, comes when the block is left: by then the model is published and its lock is free.
+Make = Callable[[Path], AbstractContextManager[tuple[Mapping[str, Tensor], Mapping[str, Any]]]]
 _FILES = ("weights.safetensors", "config.yaml", "metrics.json")
 
 
@@ -104,32 +102,26 @@ class Store:
             raise KdqError(f"{path / damaged[0]} does not match its checksum: delete the folder {path} and run again")
         return Entry(path, key_of(spec), metrics)
 
-    def get_or_make(
-        self,
-        spec: Mapping[str, Any],
-        slug: str,
-        make: Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
-    ) -> Entry:
+    def get_or_make(self, spec: Mapping[str, Any], slug: str, make: Make) -> Entry:
         """The entry made from ``spec``; ``make`` is called when there is none.
 
         Args:
             spec: everything that affects the weights, as plain JSON values.
             slug: a readable prefix for the folder's name.
-            make: gets a work folder that survives crashes (it resumes from what it finds there) and returns the
-                state dict and the metrics.
+            make: gets a work folder that survives crashes (it resumes from what it finds there).
         """
         entry, key = self.get(spec, slug), key_of(spec)
         if entry is not None:
             # Left by a holder that was killed after it had published.
             shutil.rmtree(self.root / ".work" / key, ignore_errors=True)
             return entry
-        with self._locked(key, slug):
+        with ExitStack() as making, locked(self.root / ".locks" / f"{key}.lock", slug):
             entry = self.get(spec, slug)  # published by the holder this one waited for
             if entry is not None:
                 return entry
             work = self.root / ".work" / key
             work.mkdir(parents=True, exist_ok=True)
-            weights, metrics = make(work)
+            weights, metrics = making.enter_context(make(work))
             self._publish(spec, slug, weights, metrics)
             shutil.rmtree(work, ignore_errors=True)
         entry = self.get(spec, slug)
@@ -161,18 +153,3 @@ class Store:
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-    @contextmanager
-    def _locked(self, key: str, slug: str) -> Iterator[None]:
-        folder = self.root / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        lease = SoftFileLease(folder / f"{key}.lock", lease_duration=LEASE_SECONDS)
-        try:
-            lease.acquire(timeout=0)
-        except Timeout:
-            log.info("waiting for another process that is making %s", slug)
-            lease.acquire(poll_interval=0.5)
-        try:
-            yield
-        finally:
-            lease.release()

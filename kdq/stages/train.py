@@ -7,7 +7,8 @@ it. A sweep plans its waves, and a cell alone makes what it needs, from the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from kdq.models.build import build
 from kdq.models.pretrained import IMAGENET
 from kdq.models.weights import load_weights, locate
-from kdq.records.store import Entry, Store, key_of
+from kdq.records.store import Entry, Make, Store, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
 from kdq.stages.train_processes import run_training
@@ -35,9 +36,6 @@ from kdq.utils.files import file_digest
 CROSS_ENTROPY = {"_target_": "kdq.distill.CrossEntropy"}
 #: The value of ``weights`` that asks for the stored cross-entropy network of the same data, net, recipe and seed.
 BASELINE = "baseline"
-
-#: From a work folder to the state dict and the metrics of a model.
-Make = Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,8 @@ def _teacher(cell: Cell) -> Model:
     spec |= user_code(role["net"])
     slug, name = (f"{cell.cfg.data.name}-{what}-{role['name']}" for what in ("loaded", "teacher"))
 
-    def read(work: object) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    @contextmanager
+    def read(work: object) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Any]]]:
         network = build(role["net"])
         load_weights(network, path)
         check_fit(cell, network, role["name"])
@@ -131,7 +130,7 @@ def _teacher(cell: Cell) -> Model:
         with cell.tracked("teacher", name, key_of(spec), axes, settings) as track:
             track.summary(facts)
             log_model(track, cell.store, slug, key_of(spec), network.state_dict(), facts)
-        return network.state_dict(), facts
+            yield network.state_dict(), facts
 
     return Model(spec, slug, name, "teacher", (), read)
 
@@ -198,27 +197,30 @@ def _trained(
 def _train(cell: Cell, plan: TrainingSpec, starts: Mapping[str, _Start], spec: Mapping[str, Any]) -> Make:
     """Runs the training and publishes its better learner; the others lie beside it under keys of their own."""
 
-    def make(work: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    @contextmanager
+    def make(work: Path) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Any]]]:
         networks = {name: one.stored(cell.store) for name, one in starts.items()}
         inputs = [artifact(cell.store, one.model) for one in starts.values() if one.model is not None]
         training = replace(plan, networks=networks, inputs=inputs)
-        best, metrics = run_training(cell, training, work)
-        results = {
-            name: {"val_top1": 100 * one.top1, "best_epoch": one.epoch, "learner": name} | metrics
-            for name, one in best.items()
-        }
-        for name in set(best) - {"student"}:  # whose architecture is not the one that the config names
-            results[name] |= {"arch": training.networks[name].name, "net": training.networks[name].net}
+        with run_training(cell, training, work) as (best, metrics):
+            results = {
+                name: {"val_top1": 100 * one.top1, "best_epoch": one.epoch, "learner": name} | metrics
+                for name, one in best.items()
+            }
+            for name in set(best) - {"student"}:  # whose architecture is not the one that the config names
+                results[name] |= {"arch": training.networks[name].name, "net": training.networks[name].net}
 
-        def keep(name: str) -> str:
-            return cell.store.get_or_make(
-                {**spec, "learner": name}, f"{plan.slug}-{name}", lambda _: (best[name].weights, results[name])
-            ).key
+            def keep(name: str) -> str:
+                return cell.store.get_or_make(
+                    {**spec, "learner": name},
+                    f"{plan.slug}-{name}",
+                    lambda _: nullcontext((best[name].weights, results[name])),
+                ).key
 
-        winner, *losers = ranked(best)
-        for name in losers:
-            results[winner] |= {f"val_top1_{name}": 100 * best[name].top1, f"key_{name}": keep(name)}
-        return best[winner].weights, results[winner]
+            winner, *losers = ranked(best)
+            for name in losers:
+                results[winner] |= {f"val_top1_{name}": 100 * best[name].top1, f"key_{name}": keep(name)}
+            yield best[winner].weights, results[winner]
 
     return make
 

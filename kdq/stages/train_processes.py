@@ -23,6 +23,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,8 @@ from kdq.utils.cpu import keep_freed_memory, usable_cores
 from kdq.utils.errors import KdqError
 
 
-def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, Best], dict[str, Any]]:
+@contextmanager
+def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> Iterator[tuple[dict[str, Best], dict[str, Any]]]:
     """Run ``spec`` in this process, or in one process for each of ``trainer.devices`` when there are several.
 
     Raises:
@@ -51,7 +54,9 @@ def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, 
     if cluster.tasks() > 1 or config.num_nodes > 1:
         cluster.check(processes)
     if processes == 1:
-        return train(cell, spec, work)
+        with train(cell, spec, work) as result:
+            yield result
+        return
     refuse_torchrun()
     batch, accumulate = spec.recipe["batch_size"], spec.recipe["accumulate"]
     if batch % (processes * accumulate):
@@ -68,7 +73,7 @@ def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, 
         raise KdqError(messages[0])
     if any(codes):
         raise KdqError(f"a process of the training died (exit codes {codes}): its error is above")
-    return _read_result(work / "result")
+    yield _read_result(work / "result")
 
 
 def count_devices(devices: Any, accelerator: str) -> int:
@@ -164,9 +169,9 @@ def _worker(job_file: Path) -> None:
     job, rank, world_size = json.loads(job_file.read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cell, spec, work = Cell(OmegaConf.create(job["cfg"])), TrainingSpec.from_json(job["spec"]), Path(job["work"])
     try:
-        best, metrics = train(cell, spec, work, rank, world_size)
-        if rank == 0:
-            _write_result(work / "result", best, metrics)
+        with train(cell, spec, work, rank, world_size) as (best, metrics):
+            if rank == 0:
+                _write_result(work / "result", best, metrics)
     except KdqError as error:
         (work / f"error-{rank}.txt").write_text(str(error))
         sys.exit(1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,13 @@ class TrainingSpec:
         return cls(**{**values, "networks": networks})
 
 
+@contextmanager
 def train(
     cell: Cell, spec: TrainingSpec, work: Path, rank: int = 0, world_size: int = 1
-) -> tuple[dict[str, Best], dict[str, Any]]:
-    """Run ``spec`` in this process, one of ``world_size``; see :func:`kdq.train.fit.fit` for what it returns.
+) -> Iterator[tuple[dict[str, Best], dict[str, Any]]]:
+    """Run ``spec`` in this process, one of ``world_size``; see :func:`kdq.train.fit.fit` for what the block gets.
 
-    Only rank 0 logs.
+    Only rank 0 logs. Its log is closed, which may wait for a server, when the block is left.
     """
     networks = {name: network.build() for name, network in spec.networks.items()}
     for name, network in networks.items():
@@ -119,7 +120,8 @@ def train(
         trainer["strategy"] = "auto"
     callbacks = _callbacks(cell, spec)
     if rank > 0:
-        return fit(module, cell.images, trainer, recipe, work, callbacks=callbacks)
+        yield fit(module, cell.images, trainer, recipe, work, callbacks=callbacks)
+        return
     with _tracked(cell, spec) as track:
         loggers = [track.logger] if track.logger else []
         best, metrics = fit(module, cell.images, trainer, recipe, work, loggers, callbacks, title)
@@ -127,7 +129,7 @@ def train(
         facts = {"val_top1": 100 * winner.top1, "best_epoch": winner.epoch} | metrics
         track.summary(facts)
         log_model(track, cell.store, spec.slug, spec.key, winner.weights, facts)
-    return best, metrics
+        yield best, metrics
 
 
 def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:

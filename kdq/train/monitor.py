@@ -39,11 +39,11 @@ class Monitor(Callback):
         if (batch_idx + 1) % self.every and not trainer.is_last_batch:
             return
         assert isinstance(pl_module, DistillationModule)
-        names = [name for name in trainer.callback_metrics if name.startswith("train/loss")]
-        losses = torch.stack([trainer.callback_metrics[name] for name in names]).tolist()
-        if not all(math.isfinite(loss) for loss in losses):
+        losses = [value for name, value in trainer.callback_metrics.items() if name.startswith("train/loss")]
+        wrong = [loss for loss in (torch.stack(losses).tolist() if losses else ()) if not math.isfinite(loss)]
+        if wrong:
             raise KdqError(
-                f"the loss became {losses[0]} at epoch {trainer.current_epoch}, by step {batch_idx}: "
+                f"the loss became {wrong[0]} at epoch {trainer.current_epoch}, by step {batch_idx}: "
                 f"lower the learning rate (recipe.lr={pl_module.config.lr}) or set recipe.clip_grad=1"
             )
         now = time.perf_counter()

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from kdq.records.store import LEASE_SECONDS, Store, key_of
+from kdq.records.lock import LEASE_SECONDS, locked
+from kdq.records.store import Store, key_of
 from kdq.utils.errors import KdqError
 
 SPEC = {"stage": "train", "seed": 0, "recipe": {"lr": 0.1, "epochs": 2}}
 
 
-def _make(work: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    return {"w": torch.arange(4.0)}, {"val_top1": 50.0}
+MODEL = {"w": torch.arange(4.0)}, {"val_top1": 50.0}
+Making = AbstractContextManager[tuple[dict[str, Tensor], dict[str, float]]]
+
+
+def _make(work: Path) -> Making:
+    return nullcontext(MODEL)
 
 
 def test_a_key_depends_on_content_and_not_on_order() -> None:
@@ -73,7 +83,7 @@ def test_a_damaged_entry_is_an_error_that_names_the_folder(tmp_path: Path, name:
 def test_a_failed_making_leaves_no_entry_and_keeps_its_work(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
-    def fail(work: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def fail(work: Path) -> Making:
         (work / "last.ckpt").write_text("epoch 3")
         raise KdqError("the loss became nan")
 
@@ -81,28 +91,41 @@ def test_a_failed_making_leaves_no_entry_and_keeps_its_work(tmp_path: Path) -> N
         store.get_or_make(SPEC, "net", fail)
     assert store.get(SPEC, "net") is None
 
-    def resume(work: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def resume(work: Path) -> Making:
         assert (work / "last.ckpt").read_text() == "epoch 3"
         return _make(work)
 
     store.get_or_make(SPEC, "net", resume)
 
 
+def test_a_model_is_published_and_its_lock_free_before_the_log_is_closed(tmp_path: Path) -> None:
+    """The end of the block, which may wait for a server, finds what another process would find."""
+    store, found = Store(tmp_path), []
+
+    @contextmanager
+    def make(work: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, float]]]:
+        yield MODEL
+        found.extend([store.get(SPEC, "net"), *(tmp_path / ".locks").iterdir()])
+
+    assert [store.get_or_make(SPEC, "net", make)] == found
+
+
 _SCRIPT = """
     import os, socket, sys, time
+    from contextlib import nullcontext
     from pathlib import Path
     if sys.argv[3]:
         socket.gethostname = lambda: sys.argv[3]
     import torch
-    import kdq.records.store
+    import kdq.records.lock
     from kdq.records.store import Store
     root = Path(sys.argv[1])
-    kdq.records.store.LEASE_SECONDS = float(sys.argv[4])
+    kdq.records.lock.LEASE_SECONDS = float(sys.argv[4])
     def make(work):
         with open(root / "trainings", "a") as log:
             log.write(f"{os.getpid()}\\n")
         time.sleep(float(sys.argv[2]))
-        return {"w": torch.arange(4.0)}, {"val_top1": 50.0}
+        return nullcontext(({"w": torch.arange(4.0)}, {"val_top1": 50.0}))
     Store(root / "store").get_or_make({"seed": 0}, "net", make)
     print("done")
 """
@@ -158,18 +181,56 @@ def test_the_lock_of_another_host_is_taken_over_when_its_heartbeat_stops_and_not
     assert (alive / "trainings").read_text().split() == [str(working.pid)]
 
 
+@pytest.mark.parametrize("content", [b"", b"filelock/2\npid=12", b"\xff\x00garbage", b"0\n0\n"])
+def test_a_lock_without_a_holder_is_taken_over_by_one(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Power was lost between the creation of the file and its content, or in the middle of it."""
+    lock, inside, most = tmp_path / "net.lock", list[int](), list[int]()
+    lock.write_bytes(content)
+
+    def take() -> None:
+        with locked(lock, "net"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.2)
+            inside.pop()
+
+    takers = [threading.Thread(target=take) for _ in range(2)]
+    with caplog.at_level("INFO"):
+        for taker in takers:
+            taker.start()
+        for taker in takers:
+            taker.join(timeout=30)
+    assert most == [1, 1]
+    assert not lock.exists()
+    assert f"a process that left no name, which is making net (lock: {lock})" in caplog.text
+
+
+def test_waiting_names_the_lock_and_its_living_holder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    holder = _start(tmp_path, 5)
+    _wait_for(tmp_path / "trainings")
+    with caplog.at_level("INFO"):
+        Store(tmp_path / "store").get_or_make({"seed": 0}, "net", lambda work: pytest.fail("made twice"))
+    holder.communicate(timeout=60)
+    (lock,) = re.findall(r"lock: (.*)\)", caplog.text)
+    assert Path(lock).parent == tmp_path / "store/.locks"
+    assert f"waiting for process {holder.pid} on {socket.gethostname()}, which is making net" in caplog.text
+
+
 @pytest.mark.timeout(120)
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     """The kernel's file size limit stands in for a full disk: the write fails in the middle of the weights."""
     script = textwrap.dedent("""
         import resource, signal, sys
+        from contextlib import nullcontext
         from pathlib import Path
         import torch
         from kdq.records.store import Store
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         def make(work):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-            return {"w": torch.zeros(1_000_000)}, {}
+            return nullcontext(({"w": torch.zeros(1_000_000)}, {}))
         try:
             Store(Path(sys.argv[1])).get_or_make({"seed": 0}, "net", make)
         except Exception as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,9 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[TrainingSpec]:
     seen: list[TrainingSpec] = []
     real = kdq.stages.train.run_training
 
-    def record(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, Best], dict[str, Any]]:
+    def record(
+        cell: Cell, spec: TrainingSpec, work: Path
+    ) -> AbstractContextManager[tuple[dict[str, Best], dict[str, Any]]]:
         seen.append(spec)
         return real(cell, spec, work)
 
@@ -126,10 +130,11 @@ def test_the_better_student_of_dml_is_published(
 ) -> None:
     """Of whatever architecture it is; the other one lies beside it, and the row names what was published."""
 
-    def trained(cell: Cell, spec: TrainingSpec, work: Path) -> tuple[dict[str, Best], dict[str, Any]]:
+    @contextmanager
+    def trained(cell: Cell, spec: TrainingSpec, work: Path) -> Iterator[tuple[dict[str, Best], dict[str, Any]]]:
         states = {name: network.build().state_dict() for name, network in spec.networks.items()}
         scores = {"student": student, "peer": peer}
-        return {name: Best(scores[name], 0, states[name]) for name in states}, {"train_seconds": 1.0}
+        yield {name: Best(scores[name], 0, states[name]) for name in states}, {"train_seconds": 1.0}
 
     monkeypatch.setattr(kdq.stages.train, "run_training", trained)
     asked = cell(tmp_path, "method=dml", "+model@method.peer=resnet32", "method.peer.net.width=0.25")
