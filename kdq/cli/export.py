@@ -75,7 +75,7 @@ def find(cell: str, output: Path) -> Source:
 def _of_row(row: Row, output: Path) -> Source:
     packed = output / row.artifact
     if not packed.is_file():
-        raise KdqError(f"the packed file {packed} of this row is gone: delete the row and run its command again")
+        raise KdqError(f"the packed file {packed} of this row is gone: run its command again")
     return Source(packed, row, output)
 
 

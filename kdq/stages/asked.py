@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import hydra.utils
@@ -17,6 +18,7 @@ from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
 from kdq.quant.config import OPTIONS, QuantConfig, refuse_unknown
 from kdq.quant.network import quantizable_layers
 from kdq.quant.solvers.alphabet import check_bits
+from kdq.records.rows import Row, has
 from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
@@ -96,6 +98,21 @@ def row_keys(cell: Cell, model: Model) -> dict[str, str]:
     asked = asked_bits(cell)
     check_quantizer(cell)
     return {name: key_of(row_spec(cell, model, bits)) for name, bits in asked.items()}
+
+
+def whole(output: Path, row: Row) -> bool:
+    """Whether the packed file of ``row`` is there with all its bytes."""
+    path = output / row.artifact
+    return path.is_file() and path.stat().st_size == row.size_bytes
+
+
+def complete(output: Path, row: Row, columns: Mapping[str, Any]) -> bool:
+    """Whether nothing of ``row`` is to be made: its packed file is whole, its deployment has these ``columns``.
+
+    Rows are published (``*.jsonl``) without their packed files, and are none the worse for it.
+    """
+    published = not (output / "rows" / row.file_name).is_file()
+    return has(row, columns) and (published or whole(output, row))
 
 
 def check_quantizer(cell: Cell) -> None:

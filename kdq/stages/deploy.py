@@ -68,13 +68,9 @@ def deploy(cell: Cell, row: Row) -> Row:
     """``row`` with the asked columns, which are written to its file; the ONNX models lie beside the packed file.
 
     Raises:
-        KdqError: the packed file is gone, or the network cannot be exported.
+        KdqError: the packed file is damaged, or the network cannot be exported.
     """
     path = cell.output / row.artifact
-    if not path.is_file():
-        raise KdqError(
-            f"the packed file {path} of a finished row is gone: delete {row.file_name} in rows and run again"
-        )
     config, network = cell.cfg.deploy, packed_network(cell, path)
     with progress(f"exporting {path.stem}", 4, "step") as bar:
         models = onnx_models(network, cell.shape, list(config.formats), calibration(cell), config.act_range)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig
 
 from kdq.records.failures import Job, recorded
-from kdq.records.rows import Row, has, read_rows
-from kdq.stages.asked import row_keys
+from kdq.records.rows import Row, has, read_rows, write_row
+from kdq.stages.asked import complete, row_keys, whole
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns, deploy
 from kdq.stages.quantize import arch_of, quantize, tracked_rows
 from kdq.stages.quantize_log import log_deployed
 from kdq.stages.train import Model, obtain, planned
 from kdq.utils.errors import KdqError
+
+log = logging.getLogger(__name__)
+
+#: Columns of a row that say what was found, whatever the machine and the time it took.
+FOUND = ("top1_float", "top1", "top5", "nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "macs", "bops")
 
 
 def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
@@ -35,7 +41,9 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     known = {row.config_hash: row for row in read_rows(cell.output / "rows", set(keys.values()))}
     columns = asked_columns(cell)
     names = {
-        key: f"{cell.name}-b{name}" for name, key in keys.items() if key not in known or not has(known[key], columns)
+        key: f"{cell.name}-b{name}"
+        for name, key in keys.items()
+        if key not in known or not complete(cell.output, known[key], columns)
     }
     if names:
         with recorded(cell.output, names, job):
@@ -46,19 +54,40 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
 def _completed(
     cell: Cell, model: Model, keys: Mapping[str, str], known: Mapping[str, Row], columns: Mapping[str, Any]
 ) -> dict[str, Row]:
-    """``known`` with the missing rows and columns, all told in one log."""
-    rows, missing = dict(known), {name: key for name, key in keys.items() if key not in known}
+    """``known`` with the missing rows, packed files and columns, all told in one log."""
+    rows, missing = dict(known), {}
+    for name, key in keys.items():
+        row = known.get(key)
+        if row is None or not (complete(cell.output, row, columns) or whole(cell.output, row)):
+            missing[name] = key
+            if row is not None:
+                log.warning("the packed file %s is gone or cut short: it is made again", cell.output / row.artifact)
     entry = obtain(cell.store, model) if missing else None
     arch = arch_of(cell, entry) if entry else next(iter(rows.values())).arch
     with tracked_rows(cell, model, arch, keys) as track:
         if entry:
             made = quantize(cell, entry, missing, track)
-            rows |= {missing[name]: row for name, row in made.items()}
+            rows |= {missing[name]: _again(cell, known.get(missing[name]), row) for name, row in made.items()}
         for key, row in rows.items():
             if not has(row, columns):
                 rows[key] = deploy(cell, row)
                 log_deployed(track, rows[key])
     return rows
+
+
+def _again(cell: Cell, before: Row | None, made: Row) -> Row:
+    """The row to keep of one that was there and one made for its packed file: the first, with its times and columns, if
+    they found the same, else the new one."""
+    if before is None:
+        return made
+    differ = [
+        f"{x} {getattr(before, x)} -> {getattr(made, x)}" for x in FOUND if getattr(before, x) != getattr(made, x)
+    ]
+    if differ:
+        log.warning("made again, %s differs: %s", made.artifact, ", ".join(differ))
+        return made
+    write_row(cell.output / "rows", before)
+    return before
 
 
 def train(cfg: DictConfig, key: str, job: Job = Job()) -> None:  # noqa: B008

@@ -19,8 +19,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from kdq.records.rows import has, read_rows
-from kdq.stages.asked import row_keys
+from kdq.records.rows import read_rows
+from kdq.stages.asked import complete, row_keys
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns
 from kdq.stages.train import Model, planned
@@ -103,7 +103,8 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
             new = {name: key for name, key in keys.items() if key not in plan.rows}  # cells may mean the same row
             plan.rows |= dict.fromkeys(new.values(), cell.name)
             columns = asked_columns(cell)
-            there = {row.config_hash for row in read_rows(output / "rows", set(new.values())) if has(row, columns)}
+            found = read_rows(output / "rows", set(new.values()))
+            there = {row.config_hash for row in found if complete(output, row, columns)}
             missing = {name: key for name, key in new.items() if key not in there}
             if not missing:
                 continue

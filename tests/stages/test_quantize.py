@@ -1,0 +1,127 @@
+"""The stage that quantizes: an evaluation with the callback attached; rows and packed files that are there or not."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+
+import kdq
+import kdq.quant.callback
+from kdq.cli.app import CONFIG_PATH
+from kdq.records.rows import Row, read_rows
+from kdq.stages.asked import complete
+from kdq.stages.cell import Cell
+from kdq.stages.pipeline import run
+from tests.stages.test_train import SMALL
+
+ASKED = [
+    *(override for override in SMALL if override != "quant=none"),
+    "method=baseline",
+    "quant.calibration_images=64",
+]
+
+
+def config(output: Path, *overrides: str) -> Any:
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        return hydra.compose("config", [*ASKED, *overrides, f"paths.output_dir={output}"])
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The widths of every pass of a callback through a network."""
+    seen: list[list[int]] = []
+    real = kdq.quant.callback.quantize_widths
+
+    def record(model: Any, batches: Any, widths: Any, *args: Any, **options: Any) -> Any:
+        seen.append(list(widths))
+        return real(model, batches, widths, *args, **options)
+
+    monkeypatch.setattr(kdq.quant.callback, "quantize_widths", record)
+    return seen
+
+
+def test_rows_of_several_widths_are_one_pass_and_say_what_their_files_compute(
+    tmp_path: Path, passes: list[list[int]]
+) -> None:
+    cfg = config(tmp_path, "quant.bits=[2,4,8]", "quant.act_bits=8")
+    rows = run(cfg)
+    assert passes == [[2, 4, 8]]
+    assert [row.bits for row in rows] == [2, 4, 8]
+    (batch,) = Cell(cfg).images.evaluation("test", torch.device("cpu"))
+    for row in rows:
+        network = kdq.load(tmp_path / row.artifact).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            logits = network(batch[0])
+        assert row.top1 == pytest.approx(100 * (logits.argmax(1) == batch[1]).double().mean(), abs=1e-4)
+        assert row.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, batch[1]).item(), abs=1e-5)
+        assert row.drop == pytest.approx(row.top1_float - row.top1, abs=1e-4)
+    assert len({row.top1_float for row in rows}) == 1
+    assert run(cfg) == rows
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("left", [None, 0, 100])
+def test_a_packed_file_that_is_gone_or_cut_short_is_made_again_and_nothing_else(
+    tmp_path: Path, passes: list[list[int]], left: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config(tmp_path, "quant.bits=[2,3,4]")
+    rows = run(cfg)
+    files = {
+        path: path.read_bytes() for folder in ("rows", "store/quantized") for path in (tmp_path / folder).iterdir()
+    }
+    packed = tmp_path / rows[1].artifact
+    packed.unlink()
+    if left is not None:
+        packed.write_bytes(files[packed][:left])
+    assert not complete(tmp_path, rows[1], {})
+    with caplog.at_level(logging.WARNING):
+        assert run(cfg) == rows
+    assert passes == [[2, 3, 4], [3]]
+    assert {path: path.read_bytes() for path in files} == files
+    assert "is gone or cut short" in caplog.text
+    assert "differs" not in caplog.text
+
+
+def test_a_file_made_again_that_measures_something_else_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config(tmp_path, "quant.bits=3")
+    (row,) = run(cfg)
+    path = tmp_path / "rows" / row.file_name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"nll": 7.5}))
+    (tmp_path / row.artifact).unlink()
+    with caplog.at_level(logging.WARNING):
+        (again,) = run(cfg)
+    assert f"differs: nll 7.5 -> {row.nll}" in caplog.text
+    assert (again.nll, again.top1) == (row.nll, row.top1)
+    assert read_rows(tmp_path / "rows") == [again]
+
+
+def test_rows_are_published_without_their_packed_files(tmp_path: Path, passes: list[list[int]]) -> None:
+    cfg = config(tmp_path, "quant.bits=3")
+    (row,) = run(cfg)
+    own = tmp_path / "rows" / row.file_name
+    (tmp_path / "rows" / "published.jsonl").write_text(json.dumps(vars(row)) + "\n")
+    own.unlink()
+    (tmp_path / row.artifact).unlink()
+    assert run(cfg) == [row]
+    assert len(passes) == 1
+    assert isinstance(row, Row)
+
+
+def test_searches_of_one_model_share_what_they_measured(tmp_path: Path) -> None:
+    """The trace depends on everything but the budget."""
+    made = ["quant=greedy", "quant.search.candidates=[2,4,8]", "quant.search.validation_images=64"]
+    for average in (4.0, 3.0):
+        (row,) = run(config(tmp_path, *made, f"quant.search.avg_bits={average}"))
+        assert row.search == "greedy"
+        assert row.avg_bits <= average
+    folder = tmp_path / "store" / "search"
+    assert len(list(folder.glob("trace-*.json"))) == 1
+    assert len(list(folder.glob("frontier-*.json"))) == 2
