@@ -58,7 +58,8 @@ def test_rows_of_several_widths_are_one_pass_and_say_what_their_files_compute(
         network = kdq.load(tmp_path / row.artifact).to(memory_format=torch.channels_last)
         with torch.no_grad():
             logits = network(batch[0])
-        assert row.top1 == pytest.approx(100 * (logits.argmax(1) == batch[1]).double().mean(), abs=1e-4)
+        right = (logits.argmax(1) == batch[1]).double().mean().item()
+        assert row.top1 == pytest.approx(100 * right, abs=1e-4)
         assert row.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, batch[1]).item(), abs=1e-5)
         assert row.drop == pytest.approx(row.top1_float - row.top1, abs=1e-4)
     assert len({row.top1_float for row in rows}) == 1
