@@ -38,10 +38,10 @@ def job(cfg: DictConfig) -> list[Row] | float:
 def _job(cfg: DictConfig) -> list[Row] | float:
     from kdq.stages import pipeline
 
-    use_cores()
     keep_freed_memory()
     alone = HydraConfig.get().mode == RunMode.RUN
     try:
+        use_cores(cfg.trainer.threads)
         if alone and HydraConfig.get().sweeper.get("dry_run"):
             raise KdqError("hydra.sweeper.dry_run=true shows the plan of several runs: add -m")
         if cfg.kdq.train is not None:

@@ -75,6 +75,7 @@ class Row:
     throughput_batch: int | None = None
     latency_threads: int | None = None
     deploy_hash: str | None = None
+    threads: int | None = None  # of the CPU, on which most steps of the training were taken
     row_format: int = ROW_FORMAT
 
     @property

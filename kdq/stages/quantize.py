@@ -30,6 +30,7 @@ from kdq.tracking.run import RunLogger
 from kdq.train.evaluate import test
 from kdq.train.trainer import evaluation_trainer
 from kdq.utils.config import plain
+from kdq.utils.cpu import settle_threads
 from kdq.utils.latency import of_networks
 from kdq.utils.operations import bit_operations, multiply_adds
 from kdq.utils.progress import progress
@@ -85,6 +86,7 @@ def quantize(cell: Cell, entry: Entry, keys: Mapping[str, str], track: RunLogger
         keys: name, as :func:`asked_bits` has it, to ``config_hash``.
     """
     network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
+    _settle_threads(cell, network)
     log_axes(track)
     common = _common(cell, entry, network) | {"wandb_run": track.folder}
     rows: dict[str, Row] = {}
@@ -207,6 +209,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "latency_ms_torch": of_networks({"float": network}, cell.shape, 1, 30)["float"].median_ms,
         "train_seconds": float(entry.metrics["train_seconds"]),
         "device": _device_name(cell.device),
+        "threads": entry.metrics.get("threads"),
         "kdq_version": __version__,
         "git_sha": git_sha(),
     }
@@ -243,6 +246,14 @@ def _row(
 
 def _weights(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.ndim >= 2)
+
+
+def _settle_threads(cell: Cell, network: nn.Module) -> None:
+    """Quantize and evaluate on the number of CPU threads on which a few images pass fastest."""
+    if cell.device.type == "cpu":
+        images = torch.zeros(8, *cell.shape)
+        with torch.inference_mode():
+            settle_threads(lambda: network(images), cell.cfg.trainer.threads)
 
 
 def _image(cell: Cell) -> Tensor:

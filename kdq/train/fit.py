@@ -24,6 +24,7 @@ from kdq.data.module import ImageDataModule
 from kdq.distill.module import DistillationModule
 from kdq.train.monitor import Monitor
 from kdq.train.recipe import Recipe
+from kdq.train.threads import ThreadProbe
 from kdq.train.trainer import training_trainer
 from kdq.utils.errors import KdqError
 from kdq.utils.files import replacing
@@ -157,7 +158,7 @@ def fit(
     Raises:
         KdqError: the loss became NaN, or the checkpoint in ``work`` cannot be read.
     """
-    best, checkpoint = KeepBest(), work / "last.ckpt"
+    best, checkpoint, probe = KeepBest(), work / "last.ckpt", ThreadProbe(trainer.get("threads", "auto"))
     steps = len(images.split.train) // recipe.batch_size
     every = trainer.get("log_every_n_steps") or max(1, min(20, steps))  # at least once an epoch
     bar = [] if trainer.get("enable_progress_bar") is False else [_Progress(title)]
@@ -170,6 +171,7 @@ def fit(
             _SeedEpoch(module.seed),
             *bar,
             Monitor(every),
+            probe,
             ModelCheckpoint(work, "last", save_on_train_epoch_end=True, enable_version_counter=False),
         ],
         logger=list(loggers) or False,
@@ -205,6 +207,7 @@ def fit(
         "images_per_second": trained_images / max(best.seconds, 1e-9),
         "precision": str(lightning.precision),
         "processes": lightning.world_size,  # of which each has BatchNorm statistics of its own images
+        "threads": probe.threads,
         "torch": torch.__version__,
     }
     return best.best, metrics
