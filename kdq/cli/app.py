@@ -84,9 +84,6 @@ def main() -> None:
         with leading() as leader:
             if leader:
                 hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="config")(job)()
-    except KeyboardInterrupt:
-        print("kdq: interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         if any(argument.lower() == "kdq.debug=true" for argument in sys.argv[1:]):
             raise

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from kdq.sweep.task import OUTPUT, Task, failed, folder, perform
 from kdq.utils.cpu import usable_cores
 from kdq.utils.errors import KdqError
+from kdq.utils.signals import kill_children
 
 
 def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[JobReturn]:
@@ -57,8 +58,12 @@ def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[J
     pool = ThreadPoolExecutor(len(machine))
     try:
         return list(pool.map(run, tasks, configs))
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        kill_children()
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the running jobs got, too
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,7 @@ def fit(
         KdqError: the loss became NaN, or the checkpoint in ``work`` cannot be read.
     """
     best, checkpoint, probe = KeepBest(), work / "last.ckpt", ThreadProbe(trainer.get("threads", "auto"))
+    heeds = signal.getsignal(signal.SIGINT)
     steps = len(images.split.train) // recipe.batch_size
     every = trainer.get("log_every_n_steps") or max(1, min(20, steps))  # at least once an epoch
     bar = [] if trainer.get("enable_progress_bar") is False else [_Progress(title)]
@@ -193,11 +194,11 @@ def fit(
     except SystemExit:  # so Lightning answers Ctrl-C, deaf to further ones from then on
         if not lightning.interrupted:
             raise
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, heeds)
     finally:
         _release(lightning)
     if lightning.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"epoch {_finished_epochs(checkpoint) + 1}")  # where the same command goes on
     if not best.best:
         raise KdqError("the training ended without a validated epoch")
     trained_images = max(1, steps) * min(recipe.batch_size, len(images.split.train)) * lightning.current_epoch
