@@ -8,6 +8,7 @@ signal  ->  KeyboardInterrupt where the program is, which leaves its blocks: log
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import threading
@@ -29,30 +30,32 @@ def ending_on_signals() -> Iterator[None]:
 
     A ``KeyboardInterrupt`` that says in its first argument where the same command goes on is quoted.
     """
-    received: list[int] = []
+    interrupted, received = threading.Event(), queue.SimpleQueue[int]()
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        if not received:  # further ones change nothing
-            received.append(signum)
+        if not interrupted.is_set():  # further ones change nothing
+            interrupted.set()
             raise KeyboardInterrupt
 
-    # Python heeds a signal between two of its own operations; a wake-up comes at once, whatever runs.
+    # Python heeds signals between two of its own operations, those with small numbers first; wake-ups come at once,
+    # whatever runs, and in order.
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
     signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(ours,), daemon=True).start()
+    threading.Thread(target=_watch, args=(ours, received), daemon=True).start()
     for signum in SIGNALS:
         signal.signal(signum, interrupt)
     try:
         yield
     except KeyboardInterrupt as error:
-        _end(received[0] if received else signal.SIGINT, str(error))
+        _end(received.get() if interrupted.is_set() else signal.SIGINT, str(error))
 
 
-def _watch(wakeups: int) -> None:
+def _watch(wakeups: int, received: queue.SimpleQueue[int]) -> None:
     while True:
         for signum in os.read(wakeups, 1):
             if signum in SIGNALS:
+                received.put(signum)
                 time.sleep(PATIENCE)
                 _end(signum)
 

@@ -17,7 +17,7 @@ from tests.conftest import TINY
 
 #: The rest, fifty or a thousand, are for people: KDQ_SIGNALS=50 pytest -s tests/sweep/test_signals.py
 SIGNALS = int(os.environ.get("KDQ_SIGNALS", "6"))
-NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+NAMES = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}
 ARGUMENTS = [*TINY, "method=vkd,mixup", "student.recipe.epochs=3", "quant.bits=[2,8]"]
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked for in /proc")
@@ -76,7 +76,7 @@ def test_signals_end_a_command_with_one_line_and_leave_nothing(launcher: list[st
                 to(process.pid, one)
             except ProcessLookupError:
                 break
-            time.sleep(draw.uniform(0, 0.3))
+            time.sleep(draw.uniform(0.01, 0.3))
         said = process.communicate(timeout=60)[1]
         seconds, left = time.monotonic() - sent, marked(mark)
         lines = [line for line in said.splitlines() if "kdq: " in line]
@@ -85,9 +85,10 @@ def test_signals_end_a_command_with_one_line_and_leave_nothing(launcher: list[st
         assert not left
         if alive and process.returncode:
             took.append(seconds)
-            assert process.returncode == 128 + first, said
+            # Of two that come while the process waits for a core the kernel delivers the smaller one first.
+            assert process.returncode in [128 + one for one in (first, *more)], said
             assert len(lines) == 1, said
-            assert f"kdq: {NAMES[first]}; the same command goes on from " in lines[0]
+            assert f"kdq: {NAMES[process.returncode - 128]}; the same command goes on from " in lines[0]
             assert "Traceback" not in said, said
             assert seconds < 30
     print(f"{len(took)} signals, {max(took, default=0):.2f} s at most")
