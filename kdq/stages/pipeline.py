@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from omegaconf import DictConfig
 
 from kdq.records.failures import Job, recorded
+from kdq.records.lock import locked
 from kdq.records.rows import Row, has, read_rows, write_row
-from kdq.stages.asked import complete, row_keys, whole
+from kdq.records.store import key_of
+from kdq.stages.asked import complete, row_keys, row_spec, whole
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns, deploy
 from kdq.stages.quantize import arch_of, quantize, tracked_rows
@@ -38,7 +41,7 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     _ = cell.device  # a wrong setting is refused before anything is trained
     model = planned(cell)
     keys = row_keys(cell, model)
-    known = {row.config_hash: row for row in read_rows(cell.output / "rows", set(keys.values()))}
+    known = _known(cell, keys)
     columns = asked_columns(cell)
     names = {
         key: f"{cell.name}-b{name}"
@@ -46,16 +49,26 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
         if key not in known or not complete(cell.output, known[key], columns)
     }
     if names:
-        with recorded(cell.output, names, job):
-            known = _completed(cell, model, keys, known, columns)
+        # One process at a time for a model and a quantizer, whatever the widths; equal commands find what the first
+        # one made. The log, whose end may wait for a server, is closed when the lock is free.
+        lock = cell.output / "store" / ".locks" / f"{key_of(row_spec(cell, model, None))}.lock"
+        with recorded(cell.output, names, job), ExitStack() as log_of_rows, locked(lock, f"rows of {cell.name}"):
+            known = _completed(cell, model, keys, columns, log_of_rows)
     return [known[key] for key in keys.values()]
 
 
+def _known(cell: Cell, keys: Mapping[str, str]) -> dict[str, Row]:
+    return {row.config_hash: row for row in read_rows(cell.output / "rows", set(keys.values()))}
+
+
 def _completed(
-    cell: Cell, model: Model, keys: Mapping[str, str], known: Mapping[str, Row], columns: Mapping[str, Any]
+    cell: Cell, model: Model, keys: Mapping[str, str], columns: Mapping[str, Any], log_of_rows: ExitStack
 ) -> dict[str, Row]:
-    """``known`` with the missing rows, packed files and columns, all told in one log."""
+    """The rows on disk with the missing ones, packed files and columns, all told in one log, which stays open."""
+    known = _known(cell, keys)
     rows, missing = dict(known), {}
+    if len(known) == len(keys) and all(complete(cell.output, row, columns) for row in known.values()):
+        return rows
     for name, key in keys.items():
         row = known.get(key)
         if row is None or not (complete(cell.output, row, columns) or whole(cell.output, row)):
@@ -64,14 +77,14 @@ def _completed(
                 log.warning("the packed file %s is gone or cut short: it is made again", cell.output / row.artifact)
     entry = obtain(cell.store, model) if missing else None
     arch = arch_of(cell, entry) if entry else next(iter(rows.values())).arch
-    with tracked_rows(cell, model, arch, keys) as track:
-        if entry:
-            made = quantize(cell, entry, missing, track)
-            rows |= {missing[name]: _again(cell, known.get(missing[name]), row) for name, row in made.items()}
-        for key, row in rows.items():
-            if not has(row, columns):
-                rows[key] = deploy(cell, row)
-                log_deployed(track, rows[key])
+    track = log_of_rows.enter_context(tracked_rows(cell, model, arch, keys))
+    if entry:
+        made = quantize(cell, entry, missing, track)
+        rows |= {missing[name]: _again(cell, known.get(missing[name]), row) for name, row in made.items()}
+    for key, row in rows.items():
+        if not has(row, columns):
+            rows[key] = deploy(cell, row)
+            log_deployed(track, rows[key])
     return rows
 
 

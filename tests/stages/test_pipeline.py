@@ -1,0 +1,42 @@
+"""A job from its config to its rows, when several ask for the same ones at once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from omegaconf import DictConfig
+
+import kdq.stages.pipeline
+from kdq.stages.pipeline import run
+from kdq.utils.config import CONFIG_PATH
+from tests.conftest import TINY
+
+
+def test_equal_and_overlapping_jobs_at_once_quantize_every_width_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(*overrides: str) -> DictConfig:
+        with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+            fixed = ["method=baseline", "logger=none", f"paths.output_dir={tmp_path}"]
+            return hydra.compose("config", [*TINY, *fixed, *overrides])
+
+    run(config("quant=none"))  # trains
+    made, real = [], kdq.stages.pipeline.quantize
+
+    def quantize(cell: Any, entry: Any, keys: dict[str, str], track: Any) -> Any:
+        made.extend(keys)
+        return real(cell, entry, keys, track)
+
+    monkeypatch.setattr(kdq.stages.pipeline, "quantize", quantize)
+    asked = [config("quant.bits=[2,8]")] * 4 + [config("quant.bits=[4,8]")] * 2
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(run, asked))
+    assert sorted(made) == ["2", "4", "8"]
+    assert [[row.bits for row in rows] for rows in found] == [[2, 8]] * 4 + [[4, 8]] * 2
+    assert len({row.artifact for rows in found for row in rows}) == 3
+    assert found[0] == found[3]
+    assert not list((tmp_path / "store/.locks").iterdir())
