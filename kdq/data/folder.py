@@ -9,11 +9,12 @@ import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from kdq.data.sets import ImageSet
@@ -23,26 +24,29 @@ from kdq.utils.progress import progress
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
+#: An image whose longer side is more than this many times the shorter one loses its ends before it is scaled.
+EXTREME = 16
+
 
 def class_names(root: str | Path) -> list[str]:
     """The class folders of ``root/train``, sorted: label ``i`` is the i-th name.
 
     Raises:
-        KdqError: the folder does not exist or holds no class folder.
+        KdqError: the folder does not exist or holds fewer than two class folders.
     """
     train = Path(root).expanduser() / "train"
     if not train.is_dir():
         raise KdqError(f"no folder {train}: data.root must hold train/<class>/ and test/<class>/ folders of images")
     names = sorted(entry.name for entry in train.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise KdqError(f"{train} holds no class folders: expected train/<class>/*.jpg")
+    if len(names) < 2:
+        raise KdqError(f"{train} holds {len(names)} class folders, but a classifier needs two: train/<class>/*.jpg")
     return names
 
 
 def image_folder(root: str, image_size: int, in_channels: int, cache: str) -> ImageSet:
     """Read an image folder, at ``image_size`` x ``image_size`` pixels with ``in_channels`` (1 grey, 3 RGB).
 
-    Images of another size are scaled so that the shorter side fits and cropped in the centre. The decoded arrays
+    Images of another size are turned as their EXIF orientation says, scaled so that the shorter side fits, and cropped in the centre. The decoded arrays
     are kept below ``cache`` and memory-mapped from then on. The cache is found by the list of file names, sizes
     and modification times, so any change to the folder makes a new one; what a model's key remembers is the
     digests of the decoded pixels (:attr:`ImageSet.train_digest`), which are the same wherever the folder lies.
@@ -84,11 +88,17 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 
 
 def _listing_key(source: Path, parts: dict[str, list[tuple[Path, int]]], image_size: int, in_channels: int) -> str:
-    sha = hashlib.sha256(f"1 {image_size} {in_channels}".encode())
+    sha = hashlib.sha256(f"2 {image_size} {in_channels}".encode())
     for files in parts.values():
         for file, _ in files:
-            stat = file.stat()
-            sha.update(f"{file.relative_to(source)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            try:
+                stat = file.stat()
+            except OSError as error:  # a link to nowhere, or to itself
+                raise KdqError(f"cannot read the image {_shown(file)} ({error.strerror}): mend or remove it") from error
+            if not S_ISREG(stat.st_mode):  # opening a pipe would wait for ever
+                raise KdqError(f"{_shown(file)} is not a regular file: remove it")
+            listed = f"{file.relative_to(source)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+            sha.update(os.fsencode(listed))  # a name may be any bytes
     return sha.hexdigest()[:20]
 
 
@@ -121,12 +131,19 @@ def _decode_into(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _shown(path: Path) -> str:
+    """``path`` as text that can be written anywhere: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
+    """One image, upright (by its EXIF orientation), scaled and cropped."""
     try:
         with Image.open(file) as opened:
             if opened.mode.startswith("I") or opened.mode == "F":
-                raise KdqError(f"{file} has more than 8 bits a channel (mode {opened.mode}): save it with 8")
-            image = opened.convert("RGB" if in_channels == 3 else "L")
+                raise KdqError(f"{_shown(file)} has more than 8 bits a channel (mode {opened.mode}): save it with 8")
+            upright = ImageOps.exif_transpose(opened)
+            image = _square_enough(upright).convert("RGB" if in_channels == 3 else "L")
             if image.size != (size, size):
                 scale = size / min(image.size)
                 shape = [max(size, round(scale * side)) for side in image.size]
@@ -135,7 +152,18 @@ def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
                 image = image.crop((left, top, left + size, top + size))
             return np.asarray(image, np.uint8).reshape(size, size, in_channels)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise KdqError(f"cannot read the image {file} ({error}): mend or remove it") from error
+        raise KdqError(f"cannot read the image {_shown(file)} ({error}): mend or remove it") from error
+
+
+def _square_enough(image: Image.Image) -> Image.Image:
+    """The centre of an image of an extreme shape, so that scaling it takes no more memory than what is kept needs; other
+    images as they are."""
+    width, height = image.size
+    most = EXTREME * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+    return image.crop((left, top, min(width, left + most), min(height, top + most)))
 
 
 def _mapped(folder: Path, part: str, labels: list[int], size: int, in_channels: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -91,3 +92,57 @@ def test_what_a_killed_process_left_is_removed(root: Path, tmp_path: Path) -> No
     decoded.rename(decoded.with_name(f".decode-{decoded.name}-x"))
     image_folder(str(root), 6, 3, str(tmp_path / "cache"))
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [decoded]
+
+
+def test_a_thread_of_pixels_is_cropped_before_it_is_scaled(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thin = np.zeros((6000, 1, 3), np.uint8)
+    thin[2999:3001] = 200  # the centre, which the crop keeps
+    Image.fromarray(thin).save(root / "test/cat/0.png")
+    sizes, resize = [], Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *args: object, **options: object) -> Image.Image:
+        sizes.append(size[0] * size[1])
+        return resize(self, size, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    found = image_folder(str(root), 64, 3, str(tmp_path / "cache"))
+    assert max(sizes) <= 16 * 64 * 64
+    assert found.test_images[0].float().mean() > 150
+
+
+def test_a_photograph_is_read_upright(root: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (6, 6, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned: show it rotated by 90 degrees clockwise
+    Image.fromarray(pixels).save(root / "test/cat/0.png", exif=exif)
+    found = image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    np.testing.assert_array_equal(found.test_images[0].numpy(), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling", "circular"])
+def test_what_is_no_file_is_named_and_never_opened(root: Path, tmp_path: Path, kind: str) -> None:
+    bad = root / "train/dog/9.png"
+    if kind == "pipe":
+        os.mkfifo(bad)
+    else:
+        bad.symlink_to("nowhere.png" if kind == "dangling" else bad.name)
+    with pytest.raises(KdqError, match=str(bad)):
+        image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+
+
+def test_any_name_of_the_file_system_is_read(root: Path, tmp_path: Path) -> None:
+    odd = os.fsencode(root / "train/dog") + b"/\xff\xfe.png"
+    shutil.copyfile(root / "train/dog/0.png", odd)
+    assert len(image_folder(str(root), 6, 3, str(tmp_path / "cache")).train_labels) == 7
+    Path(os.fsdecode(odd)).write_bytes(b"none")
+    with pytest.raises(KdqError, match="xff") as caught:
+        image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    str(caught.value).encode()
+
+
+def test_one_class_is_refused(root: Path) -> None:
+    shutil.rmtree(root / "train/dog")
+    with pytest.raises(KdqError, match="1 class folders"):
+        class_names(root)
