@@ -16,7 +16,7 @@ TRUSTED_MODULES = ("kdq.models", "torchvision.models")
 
 
 def build(net: Mapping[str, Any]) -> nn.Module:
-    """Call ``net["_target_"]`` with the other entries as keyword arguments.
+    """Call ``net["_target_"]`` with the other entries as keyword arguments; ``num_classes`` only where it takes that.
 
     The recipe is kept on the network as ``network.kdq_net``, so that a saved file can say how to rebuild it.
 
@@ -27,7 +27,10 @@ def build(net: Mapping[str, Any]) -> nn.Module:
     target = str(net.get("_target_"))
     builder = _resolve(target)
     try:
-        inspect.signature(builder).bind(**kwargs)
+        signature = inspect.signature(builder)
+        if "num_classes" in kwargs and not _takes(signature, "num_classes"):
+            del kwargs["num_classes"]
+        signature.bind(**kwargs)
     except TypeError as error:
         raise KdqError(f"{target} does not take these arguments ({error}): {sorted(kwargs)}") from error
     network = builder(**kwargs)
@@ -38,6 +41,11 @@ def build(net: Mapping[str, Any]) -> nn.Module:
         **kwargs,
     }
     return network
+
+
+def _takes(signature: inspect.Signature, name: str) -> bool:
+    kinds = (parameter.kind for parameter in signature.parameters.values())
+    return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def is_trusted(net: Mapping[str, Any]) -> bool:

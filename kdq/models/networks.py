@@ -1,14 +1,16 @@
 """The networks: torchvision's ResNets with either stem, and the small CIFAR ResNets of He et al.
 
 Every builder takes ``num_classes`` and ``in_channels`` and uses the parameter names of the published
-state dicts, so that weights trained elsewhere load by name.
+state dicts, so that weights trained elsewhere load by name. The ResNets also take the ``mean`` and ``std`` that their
+weights were trained with, where these are not the data's: see :class:`Renormalize`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,30 +42,89 @@ def _says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_says_what_it_is
-def resnet18(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
+def resnet18(
+    num_classes: int, in_channels: int = 3, stem: str = "cifar", **normalization: Sequence[float] | None
+) -> nn.Module:
     """ResNet-18 (He et al. 2016, arXiv 1512.03385): 11.17 M parameters with ten classes."""
-    return _resnet(tv.BasicBlock, [2, 2, 2, 2], num_classes, in_channels, stem)
+    return _resnet(tv.BasicBlock, [2, 2, 2, 2], num_classes, in_channels, stem, normalization)
 
 
 @_says_what_it_is
-def resnet34(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
+def resnet34(
+    num_classes: int, in_channels: int = 3, stem: str = "cifar", **normalization: Sequence[float] | None
+) -> nn.Module:
     """ResNet-34 (He et al. 2016): 21.28 M parameters with ten classes."""
-    return _resnet(tv.BasicBlock, [3, 4, 6, 3], num_classes, in_channels, stem)
+    return _resnet(tv.BasicBlock, [3, 4, 6, 3], num_classes, in_channels, stem, normalization)
 
 
 @_says_what_it_is
-def resnet50(num_classes: int, in_channels: int = 3, stem: str = "cifar") -> nn.Module:
+def resnet50(
+    num_classes: int, in_channels: int = 3, stem: str = "cifar", **normalization: Sequence[float] | None
+) -> nn.Module:
     """ResNet-50 (He et al. 2016): 23.52 M parameters with ten classes."""
-    return _resnet(tv.Bottleneck, [3, 4, 6, 3], num_classes, in_channels, stem)
+    return _resnet(tv.Bottleneck, [3, 4, 6, 3], num_classes, in_channels, stem, normalization)
+
+
+class Renormalize(nn.Module):
+    """Images normalised with ``data_mean`` and ``data_std`` as if with ``mean`` and ``std``, all on the scale 0 to 1,
+    one value a channel. A network that begins with it sees what its weights were trained on, whatever its student sees.
+    It has no state: a published state dict fits as it is.
+
+    >>> Renormalize(mean=[0.5], std=[0.5], data_mean=[0.0], data_std=[1.0])(torch.ones(1, 1, 1, 1)).item()
+    1.0
+
+    Raises:
+        KdqError: one of the four is missing, not one value a channel, or not positive where it divides.
+    """
+
+    def __init__(self, in_channels: int = 1, **given: Sequence[float] | None) -> None:
+        super().__init__()
+        names = ("mean", "std", "data_mean", "data_std")
+        if unknown := sorted(set(given) - set(names)):
+            raise KdqError(f"a network takes no {', '.join(unknown)}: how its images were normalised is {names}")
+        for name in names:
+            values = given.get(name)
+            if values is None or len(values) != in_channels or (name.endswith("std") and min(values) <= 0):
+                raise KdqError(
+                    f"net.{name}={values} must be {in_channels} numbers, one a channel: a network that is normalised "
+                    f"in its own way needs all of {', '.join(names)}"
+                )
+        mean, std, data_mean, data_std = (given[name] or () for name in names)
+        self.scale = [ours / own for ours, own in zip(data_std, std, strict=True)]
+        self.shift = [(ours - own) / by for ours, own, by in zip(data_mean, mean, std, strict=True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        planes = [plane * a + b for plane, a, b in zip(x.unbind(1), self.scale, self.shift, strict=True)]
+        return torch.stack(planes, -1).permute(0, 3, 1, 2)  # channels-last, as images come
+
+
+def _renormalize(in_channels: int, given: Mapping[str, Sequence[float] | None]) -> Renormalize | None:
+    """None where the network takes the images as the data normalises them."""
+    return Renormalize(in_channels, **given) if given else None
+
+
+class _ResNet(tv.ResNet):
+    """torchvision's ResNet, with its own normalisation before it where it has one."""
+
+    renormalize: Renormalize | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.renormalize is None else self.renormalize(x))
 
 
 def _resnet(
-    block: type[tv.BasicBlock | tv.Bottleneck], layers: list[int], num_classes: int, in_channels: int, stem: str
+    block: type[tv.BasicBlock | tv.Bottleneck],
+    layers: list[int],
+    num_classes: int,
+    in_channels: int,
+    stem: str,
+    normalization: Mapping[str, Sequence[float] | None],
 ) -> nn.Module:
     """torchvision's ResNet. ``stem="cifar"`` keeps small images at full resolution: a 3x3 convolution with
     stride 1 and no max-pooling, the shape in which CIFAR weights such as ``edadaltocg/resnet50_cifar10`` are
     published; ``stem="imagenet"`` is the original 7x7 stride 2."""
-    network = tv.ResNet(block, layers, num_classes=num_classes)
+    network = _ResNet(block, layers, num_classes=num_classes)
+    network.renormalize = _renormalize(in_channels, normalization)
     if stem == "cifar":
         network.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
@@ -80,27 +141,40 @@ class CifarResNet(nn.Module):
     """The ResNet of He et al. (2016, section 4.2) for 32x32 images: three stages of ``(depth - 2) / 6`` basic
     blocks with 16, 32 and 64 channels times ``width``.
 
-    Where a stage changes shape the shortcut is a 1x1 convolution (their option B), as in the networks of the
-    distillation literature and the published CIFAR state dicts.
+    Where a stage changes shape the ``shortcut`` is a 1x1 convolution (their option ``"B"``), as in the networks of the
+    distillation literature, or every second pixel with channels of zeros on either side (``"A"``), as in the original
+    and in the state dicts of ``akamaster/pytorch_resnet_cifar10``.
 
     Input ``(batch, in_channels, height, width)``, output logits ``(batch, num_classes)``.
     """
 
     @_says_what_it_is
-    def __init__(self, depth: int, num_classes: int, in_channels: int = 3, width: float = 1.0) -> None:
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        in_channels: int = 3,
+        width: float = 1.0,
+        shortcut: str = "B",
+        **normalization: Sequence[float] | None,
+    ) -> None:
         super().__init__()
+        if shortcut not in ("A", "B"):
+            raise KdqError(f"shortcut={shortcut!r} is unknown: use 'A' (zeros) or 'B' (a 1x1 convolution)")
         if depth < 8 or (depth - 2) % 6:
             raise KdqError(f"depth={depth} is not a CIFAR ResNet: use 6n + 2, such as 20, 32, 44 or 56")
         if width <= 0:
             raise KdqError(f"width={width} must be positive")
         planes = [max(1, round(width * channels)) for channels in (16, 32, 64)]
+        self.renormalize = _renormalize(in_channels, normalization)
         self.conv1 = nn.Conv2d(in_channels, planes[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
         self.relu = nn.ReLU(inplace=True)
         blocks = (depth - 2) // 6
-        self.layer1 = _stage(planes[0], planes[0], blocks, stride=1)
-        self.layer2 = _stage(planes[0], planes[1], blocks, stride=2)
-        self.layer3 = _stage(planes[1], planes[2], blocks, stride=2)
+        stage = partial(_stage, blocks=blocks, shortcut=shortcut)
+        self.layer1 = stage(planes[0], planes[0], stride=1)
+        self.layer2 = stage(planes[0], planes[1], stride=2)
+        self.layer3 = stage(planes[1], planes[2], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(planes[2], num_classes)
         for module in self.modules():
@@ -108,14 +182,34 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.renormalize is not None:
+            x = self.renormalize(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _stage(in_planes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
-    downsample = None
-    if stride != 1 or in_planes != planes:
+class ZeroPadded(nn.Module):
+    """The shortcut without parameters: every ``stride``-th pixel, and ``channels`` of zeros, half before, half after.
+
+    >>> ZeroPadded(channels=2, stride=2)(torch.ones(1, 4, 8, 8)).shape
+    torch.Size([1, 6, 4, 4])
+    """
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.channels // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.channels - before))
+
+
+def _stage(in_planes: int, planes: int, stride: int, blocks: int, shortcut: str) -> nn.Sequential:
+    downsample: nn.Module | None = None
+    if shortcut == "A" and (stride != 1 or in_planes != planes):
+        downsample = ZeroPadded(planes - in_planes, stride)
+    elif stride != 1 or in_planes != planes:
         downsample = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
     first = tv.BasicBlock(in_planes, planes, stride, downsample)
     return nn.Sequential(first, *(tv.BasicBlock(planes, planes) for _ in range(blocks - 1)))

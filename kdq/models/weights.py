@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,15 @@ def _load_torch(path: Path) -> Any:
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Copy the tensors of ``path`` into ``network``, every name and shape matching.
+    """Copy the tensors of ``path`` into ``network``, every name and shape matching. A classifier that the file calls
+    ``linear``, as the published CIFAR ResNets do, is the network's ``fc``.
 
     Raises:
         KdqError: names are missing, unexpected or of another shape; the message lists them.
     """
     state, own = read_state_dict(path), network.state_dict()
+    if "fc.weight" in own and "fc.weight" not in state:
+        state = {re.sub(r"^linear\.(weight|bias)$", r"fc.\1", name): tensor for name, tensor in state.items()}
     # Old checkpoints lack BatchNorm's step counter, which no forward pass in eval mode reads.
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in state if n not in own]
