@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,11 @@ from kdq.utils.progress import progress
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
+#: What Pillow raises for files that are damaged; the last three for their EXIF.
+BROKEN = (
+    *(UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError),
+    *(struct.error, KeyError, TypeError),
+)
 #: An image whose longer side is more than this many times the shorter one loses its ends before it is scaled.
 EXTREME = 16
 
@@ -46,9 +52,10 @@ def class_names(root: str | Path) -> list[str]:
 def image_folder(root: str, image_size: int, in_channels: int, cache: str) -> ImageSet:
     """Read an image folder, at ``image_size`` x ``image_size`` pixels with ``in_channels`` (1 grey, 3 RGB).
 
-    Images of another size are turned as their EXIF orientation says, scaled so that the shorter side fits, and cropped in the centre. The decoded arrays
-    are kept below ``cache`` and memory-mapped from then on. The cache is found by the list of file names, sizes
-    and modification times, so any change to the folder makes a new one; what a model's key remembers is the
+    Images are turned as their EXIF orientation says. Those of another size are scaled so that the shorter side fits and
+    cropped in the centre. The decoded arrays are kept below ``cache`` and memory-mapped from then on. The cache is
+    found by the list of file names, sizes and modification times, so any change to the folder makes a new one; what a
+    model's key remembers is the
     digests of the decoded pixels (:attr:`ImageSet.train_digest`), which are the same wherever the folder lies.
 
     Raises:
@@ -151,13 +158,12 @@ def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
                 image = image.resize((shape[0], shape[1]), Image.Resampling.BILINEAR, reducing_gap=2.0)
                 image = image.crop((left, top, left + size, top + size))
             return np.asarray(image, np.uint8).reshape(size, size, in_channels)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise KdqError(f"cannot read the image {_shown(file)} ({error}): mend or remove it") from error
 
 
 def _square_enough(image: Image.Image) -> Image.Image:
-    """The centre of an image of an extreme shape, so that scaling it takes no more memory than what is kept needs; other
-    images as they are."""
+    """The centre of an image of an extreme shape, so that little is scaled that is not kept; others as they are."""
     width, height = image.size
     most = EXTREME * min(width, height)
     if max(width, height) <= most:
