@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from kdq.quant.bitsearch.bank import check_average
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
@@ -23,6 +23,7 @@ from kdq.quant.bitsearch.mixed import MixedPrecision, search_bits
 from kdq.quant.config import QuantConfig, configured
 from kdq.quant.network import Quantized, check_network, quantizable_layers, quantize_widths
 from kdq.quant.packing.file import save_packed
+from kdq.quant.packing.weights import standing_in
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.quant.trainer import Loaders, checkpoints, load_best
 from kdq.utils.errors import KdqError
@@ -36,11 +37,10 @@ SHARED = ("network", "calibration", "calibration_images", "path", "on_step")
 class QuantizationCallback(Callback, ABC):
     """What the callbacks share: when they quantize, which network, on which images.
 
-    **When.** In ``fit``, when training ends: on a copy of the best weights of the first ModelCheckpoint that monitors
-    something, if there is one; the model in training is left as it is. All ranks do so, while
-    the model is on its device and the process group stands. In ``validate``, ``test`` and ``predict``, before the loop:
-    the module's network then has the quantized one's values until the loop is over. What is quantized already is not
-    quantized again while the weights are the same.
+    **When.** In ``fit``, when training ends: a copy of the best weights of the first ModelCheckpoint that monitors
+    something, if there is one. In ``validate``, ``test`` and ``predict``, before the loop: the module's network has the
+    quantized one's values until the loop is over. What is quantized is not quantized again while the weights are the
+    same.
 
     **Which network.** ``network`` names the module's attribute. Empty: what the module calls its ``eval_network``, as
     kdq's modules do (with EMA, the averaged one; of DML's two, the better one), else the module itself, called on
@@ -74,7 +74,7 @@ class QuantizationCallback(Callback, ABC):
         calibration: Iterable[Any] | None = None,
         calibration_images: int = 1024,
         path: str | Path | None = "quantized-{bits}.kdq",
-        on_step: Callable[[str], object] = lambda line: None,
+        on_step: Callable[[str], object] = str,  # does nothing
     ) -> None:
         if isinstance(calibration_images, bool) or not isinstance(calibration_images, int) or calibration_images < 1:
             raise KdqError(f"calibration_images={calibration_images!r} must be at least 1")
@@ -88,7 +88,7 @@ class QuantizationCallback(Callback, ABC):
         self.files: dict[Any, Path] = {}
         self._measured: Any = self.names[0] if len(self.names) == 1 else ...
         self._float: dict[str, Tensor] = {}  # the state that the results were made of
-        self._standing_in: tuple[nn.Module, list[RemovableHandle]] | None = None
+        self._standing_in = ExitStack()
         self._restored: set[str] = set()
         self._said = False
 
@@ -111,17 +111,8 @@ class QuantizationCallback(Callback, ABC):
         """The results of ``network``, by name."""
 
     def check(self, network: nn.Module, loaders: Loaders) -> None:
-        """Refuse, before anything is trained, what :meth:`quantized` could not do."""
-        images = next(loaders.calibration())
-        try:
-            check_network(network, images, self.config)
-        except KdqError:
-            raise
-        except Exception as error:
-            raise KdqError(
-                f"{type(self).__name__}: the network cannot be called on images {tuple(images.shape)} alone "
-                f"({type(error).__name__}: {error}): name the attribute that can, network=..."
-            ) from error
+        """Refuse, before anything is trained, what :meth:`quantized` could not do; ``loaders`` give one image."""
+        check_network(network, next(loaders.calibration()), self.config)
 
     def logged(self) -> list[dict[str, float]]:
         """What loggers are told: every layer's error, and for a search its steps."""
@@ -136,7 +127,7 @@ class QuantizationCallback(Callback, ABC):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restored = {checkpoint.best_model_path for checkpoint in checkpoints(trainer)}
         with torch.random.fork_rng(devices=[]):  # a loader draws from it
-            self.check(self._find(pl_module), self._loaders(trainer, pl_module))
+            self.check(self._find(pl_module), self._loaders(trainer, pl_module, 1))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = copy.deepcopy(pl_module)
@@ -163,8 +154,8 @@ class QuantizationCallback(Callback, ABC):
             found = getattr(module, "eval_network", module)
         return getattr(found, "_orig_mod", found)  # beneath torch.compile
 
-    def _loaders(self, trainer: L.Trainer, module: L.LightningModule) -> Loaders:
-        loaders = Loaders(type(self).__name__, trainer, module, self.calibration, self.calibration_images)
+    def _loaders(self, trainer: L.Trainer, module: L.LightningModule, count: int) -> Loaders:
+        loaders = Loaders(type(self).__name__, trainer, module, self.calibration, count)
         if loaders.calibrates_with_validation and not self._said:
             self._said = True
             rank_zero_info(f"{loaders.user} calibrates with images of the validation loader, without their labels")
@@ -172,7 +163,7 @@ class QuantizationCallback(Callback, ABC):
 
     def _make(self, network: nn.Module, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._float = copy.deepcopy(network.state_dict())
-        self.results = dict(self.quantized(network, self._loaders(trainer, module)))
+        self.results = dict(self.quantized(network, self._loaders(trainer, module, self.calibration_images)))
         if not trainer.is_global_zero:
             return
         for name, result in self.results.items() if self.path is not None else ():
@@ -184,35 +175,19 @@ class QuantizationCallback(Callback, ABC):
                 logger.log_metrics(metrics)
 
     def _stand_in(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the module's network the values of the quantized one, and its layers the rounding of their inputs."""
         if self._measured is ...:
             raise KdqError(f"several widths were asked for: say which one to measure, use({self.names[0]})")
         if self._measured is None:
             return
         network = self._find(pl_module)
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # a loop's own mode would make tensors that cannot be trained
+        with torch.inference_mode(False), torch.no_grad():  # what the loop's own mode makes cannot be trained
             if not self.results or not _equal(self._float, network.state_dict()):
                 self._make(network, trainer, pl_module)
-            quantized = self.results[self._measured].network
-            hooks = [
-                network.get_submodule(name).register_forward_pre_hook(quantizer)
-                for name, quantizer in quantized.quantized_activations.items()
-            ]
-            self._standing_in = network, hooks
-            network.load_state_dict(quantized.state_dict())
+            self._standing_in.enter_context(standing_in(network, self.results[self._measured].network))
 
     def _step_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Undo :meth:`_stand_in`."""
-        if self._standing_in is not None:
-            network, hooks = self._standing_in
-            self._standing_in = None
-            for hook in hooks:
-                hook.remove()
-            with torch.inference_mode(False), torch.no_grad():
-                network.load_state_dict(self._float)
+        with torch.inference_mode(False):
+            self._standing_in.close()
 
     on_test_start = on_predict_start = _stand_in
     on_validation_end = on_test_end = on_predict_end = _step_back
@@ -260,11 +235,18 @@ class PostTrainingQuantization(QuantizationCallback):
 class GreedyBitSearch(QuantizationCallback):
     """Searches each layer's width within a budget and quantizes with them, when a fit ends and before evaluations.
 
-        search = GreedyBitSearch(avg_bits=3)
-        trainer = L.Trainer(callbacks=[search, ModelCheckpoint(monitor="val/top1", mode="max")])
-        trainer.fit(module, train_loader, val_loader)
-        search.result.network, search.result.report
-        search.result.write_frontier("frontier.json")
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from kdq.distill import CrossEntropy
+        >>> module = CrossEntropy(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), num_classes=3)
+        >>> loader = DataLoader(TensorDataset(torch.randn(64, 8), torch.arange(64) % 3), 16)
+        >>> search = GreedyBitSearch(avg_bits=3, solver="gptq", path=None)
+        >>> trainer = L.Trainer(
+        ...     max_epochs=1, callbacks=[search], logger=False, enable_checkpointing=False,
+        ...     enable_progress_bar=False, enable_model_summary=False
+        ... )
+        >>> trainer.fit(module, loader, loader)
+        >>> search.result.report.avg_bits <= 3 and len(search.result.found.points) > 2
+        True
 
     See :class:`QuantizationCallback` for the network, the images and the checks. The images that choose are the first
     ones of the first validation loader. If calibration images come from there too, they are the images 0, 2, 4 ...
@@ -293,7 +275,7 @@ class GreedyBitSearch(QuantizationCallback):
         how = configured(config, options, (*SEARCH_OPTIONS, "trace", "key", *SHARED))
         self.search = SearchConfig(**(({} if search is None else vars(search)) | asked))
         self.trace, self.key = trace, key
-        shared.setdefault("on_step", lambda line: rank_zero_info(f"bit search: {line}"))
+        shared.setdefault("on_step", rank_zero_info)
         super().__init__([SEARCHED], how, **shared)
 
     def check(self, network: nn.Module, loaders: Loaders) -> None:

@@ -222,6 +222,11 @@ def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> 
         with torch.no_grad():
             if len(images):
                 model(images[:1].to(device))
+    except Exception as error:
+        raise KdqError(
+            f"the network cannot be called on inputs {tuple(images[:1].shape)} alone "
+            f"({type(error).__name__}: {error}): quantize the part of it that can; a callback finds it by name, network=..."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

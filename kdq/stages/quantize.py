@@ -121,7 +121,7 @@ class _Evaluation:
 
     def __init__(self, cell: Cell, callback: QuantizationCallback | None) -> None:
         quant, config = cell.cfg.quant, plain(cell.cfg.trainer)
-        self.callback, self.num_classes, self.device = callback, cell.cfg.data.num_classes, cell.device
+        self.callback, self.num_classes = callback, cell.cfg.data.num_classes
         self.data = ImageDataModule(
             cell.images, calibration_images=quant.calibration_images, calibration_seed=quant.seed
         )
@@ -186,11 +186,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
     """The columns that all widths of one model share."""
     cfg, role = cell.cfg, cell.cfg[cell.role]
     image = _image(cell)
-    images = (
-        0
-        if cfg.quant.solver is None
-        else len(cell.images.split.calibration(cfg.quant.calibration_images, cfg.quant.seed))
-    )
+    images = 0 if cfg.quant.solver is None else min(cfg.quant.calibration_images, len(cell.images.split.train))
     return {
         "data": cfg.data.name,
         "method": cfg.method.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -266,7 +267,7 @@ class Unused(Foreign):
 SEARCH = {"avg_bits": 3.0, "candidates": CANDIDATES, "network": "backbone"}
 EARLY: list[tuple[Any, Callable[[], QuantizationCallback], str]] = [
     (Foreign, lambda: PostTrainingQuantization(network="net"), r"network='net'\): the module has no such.* backbone"),
-    (Foreign, lambda: PostTrainingQuantization(), r"cannot be called on images \(90, 1, 8, 8\) alone"),
+    (Foreign, lambda: PostTrainingQuantization(), r"cannot be called on inputs \(1, 1, 8, 8\) alone"),
     (Unused, lambda: PostTrainingQuantization(network="backbone"), "layers never ran.*extra.never"),
     (Foreign, lambda: PostTrainingQuantization(network="backbone", keep_float=["9"]), "no 9 to leave float"),
     (Foreign, lambda: GreedyBitSearch(**SEARCH, keep_float=["3"]), "budget of 3 bits on average.*left float"),
@@ -323,6 +324,11 @@ def test_several_widths_are_measured_one_at_a_time(loaders: Any) -> None:
         quantization.use(3)
     with pytest.raises(KdqError, match=r"take results\[bits\]"):
         _ = quantization.result
+
+
+def test_callbacks_travel_to_spawned_processes() -> None:
+    for callback in (PostTrainingQuantization([2, 4], solver="rtn"), GreedyBitSearch(avg_bits=3)):
+        assert pickle.loads(pickle.dumps(callback)).names == callback.names
 
 
 def test_a_datamodule_s_own_images_calibrate(images: Images) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,24 @@ def with_quantized_weights(
     quantized.quantized_weights = dict(weights)  # type: ignore[assignment]
     quantized.quantized_activations = dict(activations or {})  # type: ignore[assignment]
     return quantized
+
+
+@contextmanager
+def standing_in(network: nn.Module, quantized: nn.Module) -> Iterator[None]:
+    """While it lasts, ``network`` computes what ``quantized`` does, a copy made by :func:`with_quantized_weights`.
+
+    Afterwards it is as it was, bit for bit.
+    """
+    before = copy.deepcopy(network.state_dict())
+    activations: Mapping[str, ActivationQuantizer] = quantized.quantized_activations  # type: ignore[assignment]
+    hooks = [network.get_submodule(name).register_forward_pre_hook(q) for name, q in activations.items()]
+    try:
+        network.load_state_dict(quantized.state_dict())
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        network.load_state_dict(before)
 
 
 def with_float_dtype(network: nn.Module, name: str) -> nn.Module:
