@@ -225,7 +225,7 @@ def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> 
     except Exception as error:
         raise KdqError(
             f"the network cannot be called on inputs {tuple(images[:1].shape)} alone "
-            f"({type(error).__name__}: {error}): quantize the part of it that can; a callback finds it by name, network=..."
+            f"({type(error).__name__}: {error}): quantize the part that can; a callback has network=..."
         ) from error
     finally:
         for handle in handles:
