@@ -96,3 +96,32 @@ def test_only_the_app_and_the_shells_know_hydra_s_application() -> None:
     """What the library offers works where Hydra's application never ran."""
     knowing = {module for module in MODULES if "hydra.main" in MODULES[module].read_text()}
     assert knowing == {"kdq.cli.app"}
+
+
+#: What people call from their own code: each thing shows how.
+SHOWN = {
+    "kdq.distill": (
+        "CrossEntropy",
+        "VKD",
+        "Mixup",
+        "DKD",
+        "DML",
+        "DistillationModule",
+        "TeacherStudent",
+        "TrainConfig",
+    ),
+    "kdq.distill.losses": ("kd_loss", "dkd_loss", "mutual_loss", "soft_cross_entropy", "standardized"),
+    "kdq.quant.callback": ("PostTrainingQuantization",),
+    "kdq.quant.config": ("QuantConfig",),
+    "kdq.quant.network": ("quantize",),
+    "kdq.quant.solvers.alphabets": ("uniform", "symmetric", "asymmetric", "ternary", "paper"),
+    "kdq.quant.solvers.rtn": ("rtn",),
+    "kdq.quant.solvers.spfq": ("spfq",),
+    "kdq.quant.solvers.qronos": ("qronos",),
+    "kdq.quant.solvers.refine": ("refine",),
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, name) for m, names in SHOWN.items() for name in names])
+def test_what_people_call_has_an_example(module: str, name: str) -> None:
+    assert ">>>" in (getattr(importlib.import_module(module), name).__doc__ or "")

@@ -18,7 +18,11 @@ from kdq.utils.errors import KdqError
 
 @dataclass(frozen=True)
 class Preprocess:
-    """``(pixel / 255 - mean) / std`` per channel."""
+    """``(pixel / 255 - mean) / std`` per channel.
+
+    >>> Preprocess(mean=(0.5,), std=(0.5,))(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)).item()
+    1.0
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -46,7 +50,13 @@ def _filling(fill: tuple[int, ...], device: torch.device) -> Tensor:
 class Augment:
     """Random crop after zero padding by ``pad`` pixels, horizontal flip with probability one half, and a square of
     ``cutout`` pixels that is ``fill``, the mean of each channel, which normalisation makes zero (DeVries & Taylor 2017,
-    arXiv 1708.04552)."""
+    arXiv 1708.04552).
+
+    >>> augment = Augment(pad=4, flip=True)
+    >>> images, generator = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.Generator()
+    >>> augment(images, augment.draw(2, 32, 32, generator)).shape
+    torch.Size([2, 32, 32, 3])
+    """
 
     pad: int = 0
     flip: bool = False

@@ -31,6 +31,10 @@ def split(images: int, val_fraction: float, seed: int, train_limit: int | None =
     """Divide ``images`` training images: ``val_fraction`` of them to validation, the rest to training, of which
     at most ``train_limit`` are kept.
 
+    >>> found = split(1000, val_fraction=0.1, seed=0, train_limit=500)
+    >>> len(found.train), len(found.val), len(found.calibration(256, seed=0))
+    (500, 100, 256)
+
     Raises:
         KdqError: the fraction is outside (0, 1) or a part would be empty.
     """

@@ -16,6 +16,11 @@ from kdq.utils.checks import within
 class DKD(TeacherStudent):
     """``CE + w (alpha TCKD + beta NCKD)`` with w rising linearly to 1.
 
+    >>> from kdq.models import CifarResNet
+    >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
+    >>> DKD(student, teacher=teacher, num_classes=10, beta=8.0).beta
+    8.0
+
     Args:
         alpha: weight of the target class's part.
         beta: weight of the other classes' part; the authors use 2 to 8.

@@ -26,6 +26,11 @@ class DML(DistillationModule):
     Both students take their step on the same batch, from logits computed before either of them moved: one backward
     through the sum, which is all that DDP can follow, then a step of each optimizer.
 
+    >>> from kdq.models import CifarResNet
+    >>> module = DML(CifarResNet(8, num_classes=10), peer=CifarResNet(14, num_classes=10), num_classes=10)
+    >>> sorted(module.learners)
+    ['peer', 'student']
+
     Args:
         peer: the second student, of any architecture.
         weight: w, on average over the training.

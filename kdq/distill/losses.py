@@ -15,7 +15,11 @@ from torch import Tensor
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy against class indices or against probabilities, ``-sum_c y_c log p_c``."""
+    """Cross-entropy against class indices or against probabilities, ``-sum_c y_c log p_c``.
+
+    >>> soft_cross_entropy(torch.zeros(1, 4), torch.tensor([2])).item() == torch.tensor(4.0).log().item()
+    True
+    """
     return F.cross_entropy(_at_least_float32(logits), target, label_smoothing=label_smoothing)
 
 
@@ -23,6 +27,10 @@ def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
     """``T^2 KL(softmax(z_t / T) || softmax(z_s / T))`` (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
 
     The factor ``T^2`` keeps the gradient's size independent of the temperature.
+
+    >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> distillation_kl(logits, logits).item()  # equal predictions
+    0.0
     """
     log_p_s = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=1)
     log_p_t = F.log_softmax(_at_least_float32(teacher_logits.detach()) / temperature, dim=1)
@@ -32,7 +40,12 @@ def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float = 0.9, temperature: float = 4.0
 ) -> Tensor:
-    """``(1 - alpha) CE(z_s, y) + alpha T^2 KL(teacher || student)`` (Hinton et al. 2015)."""
+    """``(1 - alpha) CE(z_s, y) + alpha T^2 KL(teacher || student)`` (Hinton et al. 2015).
+
+    >>> student, teacher, target = torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+    >>> round(kd_loss(student, teacher, target, alpha=0.0).item(), 4)  # cross-entropy alone
+    0.6931
+    """
     kl = distillation_kl(student_logits, teacher_logits, temperature)
     return (1 - alpha) * soft_cross_entropy(student_logits, target) + alpha * kl
 
@@ -42,6 +55,9 @@ def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
 
     A KL between standardized logits asks the student for the teacher's relations between the classes and leaves it its
     own scale. It keeps the loss insensitive to how confident the teacher is, so it wants a larger weight.
+
+    >>> standardized(torch.tensor([[0.0, 1.0, 2.0]]))
+    tensor([[-1.,  0.,  1.]])
     """
     logits = _at_least_float32(logits)
     centred = logits - logits.mean(dim=1, keepdim=True)
@@ -51,7 +67,12 @@ def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
 
 def mutual_loss(logits: Tensor, peer_logits: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
     """``CE(z, y) + weight KL(peer || self)`` at temperature 1, one student's side of Deep Mutual Learning (Zhang et
-    al. 2018, arXiv 1706.00384, equation 5). The peer acts as a constant."""
+    al. 2018, arXiv 1706.00384, equation 5). The peer acts as a constant.
+
+    >>> logits, target = torch.zeros(1, 2), torch.tensor([0])
+    >>> mutual_loss(logits, logits, target) == soft_cross_entropy(logits, target)  # nothing to learn from an equal peer
+    tensor(True)
+    """
     return soft_cross_entropy(logits, target) + weight * distillation_kl(logits, peer_logits, temperature=1.0)
 
 
@@ -64,6 +85,10 @@ def decoupled_kl(
     ``(p, 1 - p)``, and NCKD the KL between the distributions over the other classes, renormalised to one. Per sample
 
         ``KL = TCKD_i + (1 - p_t,i) NCKD_i``.
+
+    >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> [part.item() for part in decoupled_kl(logits, logits, torch.tensor([2]))]
+    [0.0, 0.0]
     """
     tckd, nckd, _ = _decoupled_terms(student_logits, teacher_logits, target, temperature)
     return temperature**2 * tckd.mean(), temperature**2 * nckd.mean()
@@ -81,6 +106,10 @@ def dkd_loss(
     """``CE + warmup (alpha TCKD + beta NCKD)`` (Zhao et al. 2022, equation 7), both terms with their ``T^2``.
 
     ``warmup`` in 0..1 is the factor that grows linearly over the first epochs in the authors' recipe.
+
+    >>> student, teacher, target = torch.zeros(1, 3), torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([0])
+    >>> round(dkd_loss(student, teacher, target, warmup=0.0).item(), 4)  # cross-entropy alone
+    1.0986
     """
     tckd, nckd = decoupled_kl(student_logits, teacher_logits, target, temperature)
     return soft_cross_entropy(student_logits, target) + warmup * (alpha * tckd + beta * nckd)

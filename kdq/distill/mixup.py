@@ -20,6 +20,11 @@ class Mixup(VKD):
     random pair; pairs of neighbours stay together when several processes divide the batch into even parts. Every
     portion of an accumulated batch draws its own lam.
 
+    >>> from kdq.models import CifarResNet
+    >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
+    >>> Mixup(student, teacher=teacher, num_classes=10, per_sample=True).alpha
+    0.9
+
     Args:
         mixup_alpha: a of the Beta distribution: 1 is uniform, 0 mixes nothing.
         per_sample: every image draws its own lam, instead of one for the batch.

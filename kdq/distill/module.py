@@ -38,6 +38,12 @@ class DistillationModule(L.LightningModule):
     epoch, ``test/top1``, ``test/top5``, ``test/ece`` and ``test/loss``; shares, not percent. Batches are ``(images,
     labels)``: float images ``(batch, channels, height, width)`` and int64 labels ``(batch,)``.
 
+    >>> class Plain(DistillationModule):
+    ...     def losses(self, images, labels, progress):
+    ...         logits = self.student(images)
+    ...         return {"ce": soft_cross_entropy(logits, labels)}, logits
+    >>> module = Plain(nn.Linear(4, 3), num_classes=3)
+
     Args:
         student: the network, which gives logits ``(batch, num_classes)``.
         num_classes: classes of the data.

@@ -38,6 +38,14 @@ class FrozenTeacher:
 class TeacherStudent(DistillationModule):
     """A student that learns from a frozen teacher: what such methods share.
 
+    A method is a subclass with :meth:`~kdq.distill.module.DistillationModule.losses`:
+
+    >>> class LogitDistance(TeacherStudent):
+    ...     def losses(self, images, labels, progress):
+    ...         logits = self.student(images)
+    ...         return {"distance": (logits - self.teacher(images)).square().mean()}, logits
+    >>> module = LogitDistance(nn.Linear(4, 3), nn.Linear(4, 3), num_classes=3)
+
     Args:
         teacher: the trained network; it is frozen, and no checkpoint holds it. Needed to train, not to evaluate.
         temperature: softens both distributions.

@@ -16,6 +16,11 @@ from kdq.utils.checks import within
 class VKD(TeacherStudent):
     """``(1 - alpha) CE + alpha T^2 KL(teacher || student)``.
 
+    >>> from kdq.models import CifarResNet
+    >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
+    >>> VKD(student, teacher=teacher, num_classes=10).temperature
+    4.0
+
     Args:
         alpha: the teacher's share of the loss.
         kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.

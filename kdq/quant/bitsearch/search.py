@@ -216,6 +216,13 @@ def greedy(
 ) -> Found:
     """Lower the cheapest layer until the budget is met; see the module's text.
 
+    >>> costs = {"conv": {2: 20.0, 8: 80.0}, "fc": {2: 20.0, 8: 80.0}}
+    >>> losses = {"conv": {2: 1.0, 8: 0.0}, "fc": {2: 0.1, 8: 0.0}}
+    >>> def measure(assignment):
+    ...     return Measure(sum(losses[layer][bits] for layer, bits in assignment.items()), top1=50.0)
+    >>> greedy(costs, measure, Budget([(costs, 100.0)])).chosen.assignment  # fc loses less
+    {'conv': 8, 'fc': 2}
+
     Args:
         costs: what a step saves is counted in them.
         context: where prices are measured: one of :data:`CONTEXTS`.

@@ -45,6 +45,10 @@ def exact(costs: Costs, table: Table, cost: float) -> Assignment:
     """The assignment with the least sum of ``table`` among those that cost at most ``cost``: an integer programme with
     one binary variable per layer and width, solved by scipy's milp.
 
+    >>> costs = {"conv": {2: 20.0, 8: 80.0}, "fc": {2: 20.0, 8: 80.0}}
+    >>> exact(costs, {"conv": {2: 1.0, 8: 0.0}, "fc": {2: 0.1, 8: 0.0}}, cost=100.0)
+    {'conv': 8, 'fc': 2}
+
     Raises:
         KdqError: no assignment is that cheap.
     """

@@ -15,7 +15,11 @@ from kdq.utils.errors import KdqError
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Non-negative integers below ``2^bits`` ``(n,)`` to :func:`packed_bytes` bytes, uint8."""
+    """Non-negative integers below ``2^bits`` ``(n,)`` to :func:`packed_bytes` bytes, uint8.
+
+    >>> pack_bits(torch.tensor([1, 2, 3, 0]), bits=2).tolist()  # the first code in the lowest bits: 0b00111001
+    [57]
+    """
     planes = []
     for low, width in _planes(bits):
         plane = codes.new_zeros(_groups(len(codes)) * 8, dtype=torch.uint8)
@@ -33,6 +37,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
     """The inverse of :func:`pack_bits`: ``count`` codes, uint8 up to eight bits, else int64.
+
+    >>> unpack_bits(torch.tensor([57], dtype=torch.uint8), count=4, bits=2).tolist()
+    [1, 2, 3, 0]
 
     Raises:
         KdqError: ``packed`` does not have the length that ``count`` codes take.
@@ -59,7 +66,11 @@ def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that ``count`` codes of ``bits`` bits take: ``count * bits / 8``, rounded up in each plane."""
+    """Bytes that ``count`` codes of ``bits`` bits take: ``count * bits / 8``, rounded up in each plane.
+
+    >>> packed_bytes(1000, bits=3)
+    375
+    """
     return sum(_plane_bytes(count, width) for _, width in _planes(bits))
 
 

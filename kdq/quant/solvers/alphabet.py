@@ -19,6 +19,12 @@ _FLOAT32_LEVELS = 2**24
 class Alphabet:
     """The values ``scale * (code - zero)`` for ``code = 0 .. levels - 1``.
 
+    >>> alphabet = Alphabet(scale=torch.full((1, 1), 0.5), zero=torch.full((1, 1), 2.0), levels=4)
+    >>> alphabet.decode(torch.arange(4)[None])
+    tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
+    >>> alphabet.nearest(torch.tensor([[0.3, 9.0]]))
+    tensor([[0.5000, 0.5000]])
+
     Attributes:
         scale: positive, ``(..., rows, 1)``: one per output channel of a weight ``(..., rows, columns)``.
         zero: the code that stands for zero, same shape. Where it is a whole number in range, zero is a value of the

@@ -28,6 +28,9 @@ def uniform(weight: Tensor, bits: int) -> Alphabet:
     Clipping the few largest weights pays at low widths: at 2 bits the best range of a Gaussian channel is about two
     standard deviations. Above 7 bits zero is a level and nothing is clipped.
 
+    >>> uniform(torch.randn(16, 100), bits=3).levels
+    8
+
     Args:
         weight: ``(..., rows, columns)``.
         bits: 2 to 32.
@@ -37,13 +40,22 @@ def uniform(weight: Tensor, bits: int) -> Alphabet:
 
 
 def symmetric(weight: Tensor, bits: int) -> Alphabet:
-    """The two's complement integers ``-2^(bits-1) .. 2^(bits-1) - 1`` times a scale per output channel."""
+    """The two's complement integers ``-2^(bits-1) .. 2^(bits-1) - 1`` times a scale per output channel.
+
+    >>> symmetric(torch.randn(16, 100), bits=3).zero[0].item()  # the code of zero
+    4.0
+    """
     return _search(weight, 2**bits, [2 ** (check_bits(bits) - 1)])
 
 
 def asymmetric(weight: Tensor, bits: int) -> Alphabet:
     """``2^bits`` values from the smallest to the largest weight of an output channel or a share of that range, zero
-    among them at any place."""
+    among them at any place.
+
+    >>> alphabet = asymmetric(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), bits=2)
+    >>> alphabet.decode(torch.arange(4)[None])
+    tensor([[0., 1., 2., 3.]])
+    """
     levels = 2 ** check_bits(bits)
     low, high = weight.amin(-1, keepdim=True).clamp_max(0), weight.amax(-1, keepdim=True).clamp_min(0)
     scale = ((high - low) / (levels - 1)).clamp_min(torch.finfo(weight.dtype).tiny * levels)
@@ -53,14 +65,23 @@ def asymmetric(weight: Tensor, bits: int) -> Alphabet:
 
 
 def ternary(weight: Tensor, bits: int = 2) -> Alphabet:
-    """``-s, 0, s`` with a scale per output channel: three levels, stored in 2 bits whatever ``bits`` says."""
+    """``-s, 0, s`` with a scale per output channel: three levels, stored in 2 bits whatever ``bits`` says.
+
+    >>> ternary(torch.randn(16, 100)).levels
+    3
+    """
     return _search(weight, 3, [1])
 
 
 def paper(weight: Tensor, bits: int, scalar: float = 1.16, quantile: float = 1.0) -> Alphabet:
     """The published study's alphabet: ``2^bits + 1`` values, ``-K .. K`` for ``K = 2^(bits-1)``, which take ``bits +
     1`` bits to store. One scale for the whole layer: its largest value is ``scalar`` times the mean over neurons of the
-    ``quantile`` of their absolute weights (Zhang, Zhou & Saab 2023, arXiv 2201.11113)."""
+    ``quantile`` of their absolute weights (Zhang, Zhou & Saab 2023, arXiv 2201.11113).
+
+    >>> alphabet = paper(torch.randn(16, 100), bits=2)
+    >>> alphabet.levels, alphabet.bits
+    (5, 3)
+    """
     K = 2 ** (check_bits(bits) - 1)
     sizes = weight.abs().sort(-1).values
     radius = scalar * sizes[..., round(quantile * (sizes.shape[-1] - 1))].mean()
@@ -69,7 +90,11 @@ def paper(weight: Tensor, bits: int, scalar: float = 1.16, quantile: float = 1.0
 
 
 def per_layer(choice: AlphabetChoice) -> AlphabetChoice:
-    """The same levels with one scale and zero for all output channels of a layer."""
+    """The same levels with one scale and zero for all output channels of a layer.
+
+    >>> per_layer(uniform)(torch.randn(1, 16, 100), 4).scale.unique().numel()
+    1
+    """
 
     def chosen(weight: Tensor, bits: int) -> Alphabet:
         one = choice(weight.reshape(1, 1, -1), bits)

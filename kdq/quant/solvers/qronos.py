@@ -19,7 +19,13 @@ RIDGE = 1e-6
 
 
 def qronos(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet) -> Tensor:
-    """Quantize the projection of ``weight``; the arguments are those of :func:`kdq.quant.solvers.gpfq.gpfq`."""
+    """Quantize the projection of ``weight``; the arguments are those of :func:`kdq.quant.solvers.gpfq.gpfq`.
+
+    >>> alphabet = Alphabet(torch.ones(1, 1), torch.full((1, 1), 2.0), levels=4)  # -2, -1, 0, 1
+    >>> G = torch.tensor([[1.0, 1.0], [1.0, 2.0]])
+    >>> qronos(torch.tensor([[0.4, 0.4]]), G, G, alphabet)  # equal inputs: GPTQ's answer
+    tensor([[0., 1.]])
+    """
     return diffuse(project(weight, gram, cross), gram, alphabet)
 
 

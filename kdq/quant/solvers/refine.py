@@ -25,6 +25,12 @@ def refine(
 ) -> tuple[Tensor, Alphabet]:
     """Improve ``quantized`` by ``sweeps`` rounds of a scale refit and a sweep over the columns, and a last refit.
 
+    >>> alphabet = Alphabet(torch.ones(1, 1), torch.full((1, 1), 2.0), levels=4)  # -2, -1, 0, 1
+    >>> weight, G = torch.tensor([[0.6, -1.2]]), torch.eye(2)
+    >>> values, fitted = refine(weight, G, G, alphabet.nearest(weight), alphabet)
+    >>> values  # the codes of 1 and -1, at the scale that suits them best
+    tensor([[ 0.9000, -0.9000]])
+
     Args:
         weight, gram, cross, alphabet: as of :func:`kdq.quant.solvers.gpfq.gpfq`.
         quantized: values of the alphabet ``(..., N, d)``.

@@ -18,7 +18,16 @@ from kdq.quant.solvers.columns import solve_columns
 
 
 def spfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, seed: int = 0) -> Tensor:
-    """GPFQ with unbiased rounding; the same ``seed`` gives the same codes on one device."""
+    """GPFQ with unbiased rounding; the same ``seed`` gives the same codes on one device.
+
+    >>> alphabet = Alphabet(torch.ones(1, 1), torch.full((1, 1), 2.0), levels=4)  # -2, -1, 0, 1
+    >>> weight = torch.full((1, 1000), 0.25)
+    >>> chosen = spfq(weight, torch.eye(1000), torch.eye(1000), alphabet)
+    >>> chosen.unique()  # 0 or 1, and 1 a quarter of the time
+    tensor([0., 1.])
+    >>> abs(chosen.mean().item() - 0.25) < 0.05
+    True
+    """
     own = zlib.crc32(weight.detach().cpu().contiguous().numpy().tobytes(), seed)
     generator = torch.Generator(weight.device).manual_seed(own)
 
