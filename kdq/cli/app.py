@@ -8,35 +8,36 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kdq.records.failures import Job
 from kdq.train.slurm import leading
-from kdq.utils.config import CONFIG_PATH
+from kdq.utils.config import CONFIG_PATH, plain
 from kdq.utils.cpu import keep_freed_memory, use_cores
 from kdq.utils.errors import KdqError
 from kdq.utils.messages import describe
-
-#: What ``kdq.objective`` may be.
-OBJECTIVES = (None, "val_top1")
+from kdq.utils.version import __version__
 
 if TYPE_CHECKING:
     from kdq.records.rows import Row
 
 
-def job(cfg: DictConfig) -> list[Row] | float:
+def job(cfg: DictConfig) -> list[Row] | float | list[float]:
     """One job of Hydra's: a cell, or several that differ in their bits only, or one model that cells need."""
     with leading() as leader:
         return _job(cfg) if leader else []
 
 
-def _job(cfg: DictConfig) -> list[Row] | float:
+def _job(cfg: DictConfig) -> list[Row] | float | list[float]:
     from kdq.stages import pipeline
+    from kdq.sweep import objective
 
     keep_freed_memory()
     alone = HydraConfig.get().mode == RunMode.RUN
@@ -47,15 +48,14 @@ def _job(cfg: DictConfig) -> list[Row] | float:
         if cfg.kdq.train is not None:
             pipeline.train(cfg, cfg.kdq.train, _place())
             return []
-        if cfg.kdq.objective not in OBJECTIVES:
-            # What is measured on test images may select nothing.
-            raise KdqError(f"kdq.objective={cfg.kdq.objective} cannot be searched for: use val_top1")
+        if (searched := plain(cfg.kdq)["objective"]) is not None:
+            objective.names(searched)
         rows = pipeline.run(cfg, _place())
         if alone:
             from kdq.sweep.command import finish
 
             finish(cfg, rows)
-        return rows if cfg.kdq.objective is None else float(getattr(rows[0], cfg.kdq.objective))
+        return rows if searched is None else objective.value(searched, rows)
     except Exception as error:
         _keep_trace()
         if not alone or cfg.kdq.debug:
@@ -79,16 +79,27 @@ def _keep_trace() -> None:
 
 def main() -> None:
     """Run Hydra on the command line; every error becomes one line and a non-zero exit code."""
+    if "--version" in sys.argv[1:]:
+        print(f"kdq {__version__}")
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of formatting them itself
     try:
         with leading() as leader:
             if leader:
+                _direct_optuna()
                 hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="config")(job)()
     except Exception as error:
         if any(argument.lower() == "kdq.debug=true" for argument in sys.argv[1:]):
             raise
         print(f"kdq: {describe(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _direct_optuna() -> None:
+    """Let Optuna's sweeper go where ``kdq.objective`` is better; its own default minimises whatever it is given."""
+    Plugins.instance()  # stores the configs of those that are installed
+    if optuna := ConfigStore.instance().repo["hydra"]["sweeper"].get("optuna.yaml"):
+        optuna.node.direction = "${directions:${kdq.objective}}"
 
 
 def class_folders(root: str) -> int:
@@ -98,8 +109,16 @@ def class_folders(root: str) -> int:
     return len(class_names(root))
 
 
+def directions(objective: Any) -> Any:
+    """Where a search for ``kdq.objective`` goes: the resolver ``${directions:...}`` of ``hydra/sweeper=optuna``."""
+    from kdq.sweep import objective as objectives
+
+    return objectives.directions(plain(objective) if OmegaConf.is_config(objective) else objective)
+
+
 # Hydra logs what it raises: the one line that describes it is enough.
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 
 # On import: also a process that a launcher started composes configs.
 OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
+OmegaConf.register_new_resolver("directions", directions, replace=True)

@@ -13,13 +13,14 @@ from typing import Any
 
 import hydra.utils
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from kdq.data.images import Images
 from kdq.data.sets import ImageSet
 from kdq.models.build import build
 from kdq.records.store import Entry, Store
+from kdq.stages.check import check_config
 from kdq.tracking.open import tracked
 from kdq.tracking.run import RunInfo, RunLogger, flat
 from kdq.train.trainer import check_trainer, weights_flags, with_trainer_flags
@@ -35,18 +36,13 @@ class Cell:
     cfg: DictConfig
 
     def __post_init__(self) -> None:
-        """Raises KdqError for a seed that is none, and for a name that no file can have."""
-        cfg = self.cfg
-        for part in ("teacher", "student"):
-            if not OmegaConf.is_dict(cfg[part]):
-                raise KdqError(f"{part}={cfg[part]} is no choice: a network is chosen with model@{part}={cfg[part]}")
+        """Raises KdqError for a key that nobody reads, a value of another type, and a name that no file can have."""
+        check_config(self.cfg)
+        check_trainer(plain(self.cfg.trainer))
         for part in ("data", "method", "teacher", "student", "quant"):
-            if not re.fullmatch(r"[\w.+-]+", str(cfg[part].name)):
-                raise KdqError(f"{part}.name={cfg[part].name!r} must be letters, digits, and any of _ . + -")
-        check_trainer(plain(cfg.trainer))
-        for name, seed in (("seed", cfg.seed), ("teacher.seed", cfg.teacher.seed), ("student.seed", cfg.student.seed)):
-            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise KdqError(f"{name}={seed} must be a whole number from 0 up")
+            name = str(self.cfg[part].name)
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise KdqError(f"{part}.name={name!r} must be letters, digits, and any of _ . + -")
 
     def of_role(self, role: str) -> dict[str, Any]:
         """The config of ``teacher`` or ``student``; what ``trainer`` says for all trainings is in its recipe."""

@@ -11,7 +11,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from kdq.utils.errors import KdqError
 
-_WORDS = {int: "a whole number", float: "a number", str: "a name", bool: "true or false"}
+_WORDS = {int: "a whole number", float: "a number", str: "a name", bool: "true or false", list: "a list"}
+#: What 32-bit whole numbers reach, in which torch and NumPy count many things.
+LARGEST = 2**31 - 1
 
 
 def within(option: str, value: float, low: float, high: float = math.inf) -> float:
@@ -43,22 +45,41 @@ def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
 
 
 def check_types(instance: Any, prefix: str) -> None:
-    """The fields of a dataclass hold what their annotations say, of plain types and ``None``; others are not looked at.
+    """The fields of a dataclass hold what their annotations say; see :func:`check_type`.
 
     Raises:
         KdqError: one does not; ``prefix`` goes before its name.
     """
     hints = get_type_hints(type(instance))
     for field in fields(instance):
-        hint, value = hints[field.name], getattr(instance, field.name)
-        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        if not all(option in _WORDS or option is type(None) for option in options):
-            continue
-        taken = tuple(option for option in options) + ((int,) if float in options else ())
-        wrong_bool = isinstance(value, bool) and bool not in options
-        if wrong_bool or not isinstance(value, taken):
-            words = " or ".join("null" if option is type(None) else _WORDS[option] for option in options)
-            raise KdqError(f"{prefix}{field.name}={value!r} must be {words}")
+        check_type(f"{prefix}{field.name}", getattr(instance, field.name), hints[field.name])
+
+
+def check_type(option: str, value: Any, hint: Any) -> None:
+    """``value`` is what ``hint`` says: of plain types, ``None`` and lists of them; other hints are not looked at.
+
+    >>> check_type("data.mean", [0.5], list[float] | None)
+
+    Raises:
+        KdqError: it is not, or no number that is finite and fits a tensor.
+    """
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    plain = [get_origin(option) or option for option in options]
+    if not all(option in _WORDS or option is type(None) for option in plain):
+        return
+    taken = (*plain, *((int,) if float in plain else ()))
+    wrong_bool = isinstance(value, bool) and bool not in plain
+    if wrong_bool or not isinstance(value, taken):
+        words = " or ".join("null" if option is type(None) else _WORDS[option] for option in plain)
+        raise KdqError(f"{option}={value!r} must be {words}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise KdqError(f"{option}={value!r} is too large: the largest whole number is {LARGEST}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise KdqError(f"{option}={value!r} must be a finite number")
+    if isinstance(value, list):
+        (inner,) = next(get_args(each) for each in options if get_origin(each) is list)
+        for number, entry in enumerate(value):
+            check_type(f"{option}[{number}]", entry, inner)
 
 
 def nearest(name: Any, options: Iterable[Any]) -> str:

@@ -7,12 +7,14 @@ import difflib
 import re
 import sys
 import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kdq.utils.checks import nearest
 from kdq.utils.config import compose
 from kdq.utils.errors import KdqError, no_module
 
@@ -22,6 +24,27 @@ _PLUGINS = {"hydra/sweeper=optuna": "optuna", "hydra/launcher=joblib": "joblib"}
 _PLACES = {
     "model": ("model@teacher", "model@student"),
     "recipe": ("recipe@teacher.recipe", "recipe@student.recipe"),
+}
+_TRAINING = "teacher.recipe.{0} or student.recipe.{0}"
+#: What people write from habit, or wrote for an older kdq, and what to give instead; inner keys of these too.
+MOVED = {
+    "optimizer": f"kdq trains with SGD: give {_TRAINING.format('lr')}, and momentum and weight_decay beside it",
+    "scheduler": f"give {_TRAINING.format('schedule')}",
+    "learning_rate": f"give {_TRAINING.format('lr')}",
+    "ckpt_path": "a training resumes by itself; it starts from student.weights or teacher.weights",
+    "resume": "a training resumes by itself: give the same command again",
+    "seed_everything": "give seed",
+    "gpus": "give trainer.devices",
+    "dataset": "give data",
+    "exclude": "give quant.keep_float",
+    "quant.exclude": "give quant.keep_float",
+    "quant.images": "give quant.calibration_images",
+    "quant.search.images": "give quant.search.validation_images",
+    "quant.search": "a bit search is chosen with quant=greedy",
+    "deploy.images": "give deploy.calibration_images",
+    **dict.fromkeys((f"deploy.{name}" for name in ("batch", "runs", "threads", "act_range")), "give deploy=onnx first"),
+    "logger.kind": "give logger=wandb, logger=csv or logger=none",
+    **{f"logger.{name}": f"give logger.wandb.{name}, with logger=wandb" for name in ("mode", "project", "entity")},
 }
 #: How Python, safetensors and torch say that a disk is full.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|inline_container.*unexpected pos")
@@ -57,7 +80,7 @@ def _config_complaint(message: str) -> str:
         group, name, choices = found[1], found[2], found[3].split()
         if extra := _PLUGINS.get(f"{group}={name}"):
             return f"{group}={name} is a plugin: pip install 'kdq[{extra}]'"
-        return f"there is no {group}={name}; choose one of {', '.join(choices)}{_nearest(name, choices)}"
+        return f"there is no {group}={name}; choose one of {', '.join(choices)}{nearest(name, choices)}"
     if found := re.search(r"Ambiguous value for argument '([^']+)'", message):
         key, _, values = found[1].partition("=")
         return f"{found[1]} has several values: kdq -m runs a grid of them; a list is '{key}=[{values}]'"
@@ -65,32 +88,55 @@ def _config_complaint(message: str) -> str:
         key = (found[1] or found[2]).replace("/", ".").partition("@")[0]
         if places := _PLACES.get(key):
             return f"{key} needs to say whose it is: give {' or '.join(f'{place}=...' for place in places)}"
-        inside, options = _options_beside(key)
-        listed = ", ".join(options)
-        return f"unknown option {key}; valid here: {listed}{_nearest(key, [inside + option for option in options])}"
+        return unknown_option(key, _composed())
     return message
 
 
-def _options_beside(key: str) -> tuple[str, list[str]]:
-    """The config's node that holds ``key``, as a prefix, and the names in it; of the whole config as far as known."""
-    choices = [word for word in sys.argv[1:] if re.fullmatch(r"\w+(@[\w.]+)?=\w+", word)]
-    node: Any = None
-    for overrides in (choices, []):  # as the user chose, if it is not a choice that is wrong
-        with contextlib.suppress(Exception):
-            node = node or compose(overrides)
-    if node is None:
-        return "", []
-    inside = ""
-    for name in key.split(".")[:-1]:
-        if not OmegaConf.is_dict(node) or not OmegaConf.is_dict(node.get(name)):
+def unknown_option(key: str, config: Mapping[str, Any], known: Collection[str] | None = None) -> str:
+    """One line for ``key``, which nothing reads: where it is now, where else its name is, or the nearest beside it.
+
+    >>> unknown_option("lr", {"student": {"recipe": {"lr": 0.1}}})
+    'there is no option lr: give student.recipe.lr'
+
+    Args:
+        config: as it is, to look for the name in.
+        known: what is read beside ``key``; None: what is there.
+    """
+    words = key.split(".")
+    there = [path for path in _paths(config) if not f"{path}.".startswith(f"{key}.")]
+    for count in range(len(words), 0, -1):
+        prefix = ".".join(words[:count])
+        if prefix in MOVED and prefix not in there:
+            return f"there is no option {key}: {MOVED[prefix]}"
+    inside, node = "", config
+    for word in words[:-1]:
+        if not isinstance(node, Mapping) or not isinstance(node.get(word), Mapping):
             break
-        node, inside = node[name], f"{inside}{name}."
-    return inside, [str(name) for name in node]
+        node, inside = node[word], f"{inside}{word}."
+    elsewhere = [path for path in there if path.endswith(f".{words[-1]}")]
+    nearby = [path for path in elsewhere if path.startswith(f"{words[0]}.")] or elsewhere
+    if 0 < len(nearby) <= 3 and words[-1] not in ("name", "seed", "_target_"):
+        return f"there is no option {key}: give {' or '.join(nearby)}"
+    depth = inside.count(".")
+    beside = [str(name) for name in (node if known is None or depth < len(words) - 1 else known)]
+    near = difflib.get_close_matches(words[depth], beside, 1)
+    guess = f" (did you mean {inside}{near[0]}?)" if near else ""
+    return f"unknown option {key}; valid here: {', '.join(beside) or 'nothing'}{guess}"
 
 
-def _nearest(name: str, options: list[str]) -> str:
-    near = difflib.get_close_matches(name, options, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+def _paths(node: Any, inside: str = "") -> Iterator[str]:
+    for name, value in node.items() if isinstance(node, Mapping) else ():
+        yield f"{inside}{name}"
+        yield from _paths(value, f"{inside}{name}.")
+
+
+def _composed() -> dict[str, Any]:
+    """The config as the user's command chooses it, without what is wrong in it as far as that is known."""
+    choices = [word for word in sys.argv[1:] if re.fullmatch(r"\w+(@[\w.]+)?=\w+", word)]
+    for overrides in (choices, []):
+        with contextlib.suppress(Exception):
+            return OmegaConf.to_container(compose(overrides), resolve=False)  # type: ignore[return-value]
+    return {}
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
+from kdq.sweep.objective import directions, value
+from kdq.utils.errors import KdqError
 from tests.conftest import TINY
+from tests.rows import ROW
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
@@ -56,7 +61,50 @@ def test_a_plugin_that_is_not_installed_is_named_with_its_extra(
     assert err == f"kdq: hydra/{kind}={plugin} is a plugin: pip install 'kdq[{plugin}]'\n"
 
 
-def test_test_images_select_nothing(cli: Any) -> None:
-    code, _, err = cli("kdq.objective=top1", "method=baseline", *TINY)
+def test_a_search_for_two_objectives_finds_what_none_beats_in_both(cli: Any, tmp_path: Path) -> None:
+    arguments = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "kdq.objective=[val_top1,size_bytes]")
+    code, _, err = cli(*arguments, "method=baseline", *TINY, "student.net.width=choice(0.25,0.3)")
+    assert code == 0, err
+    (result,) = tmp_path.glob("runs/*/optimization_results.yaml")
+    for solution in OmegaConf.load(result).solutions:
+        accuracy, size = solution["values"]
+        found = rows(tmp_path)
+        assert (accuracy, size) in {(row["val_top1"], row["size_bytes"]) for row in found}
+        assert not any(row["val_top1"] > accuracy and row["size_bytes"] < size for row in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["kdq.objective=top1"], "kdq.objective=top1 cannot be searched for: nothing that is measured on test images"),
+        (["kdq.objective=[val_top1,nll]"], "kdq.objective=nll cannot be searched for: nothing that is measured on"),
+        (["kdq.objective=val_top"], r"did you mean val_top1\?"),
+        (["-m", "hydra/sweeper=optuna", "seed=choice(0,1)"], "needs to know what for: give kdq.objective=val_top1"),
+        (["-m", "hydra/sweeper=optuna", "kdq.objective=top1"], "kdq.objective=top1 cannot be searched for: nothing"),
+    ],
+)
+def test_what_cannot_be_searched_for_is_refused_before_anything_is_trained(
+    arguments: list[str], answer: str, cli: Any, tmp_path: Path
+) -> None:
+    code, _, err = cli(*arguments, "method=baseline", *TINY)
     assert code == 1
-    assert "kdq: kdq.objective=top1 cannot be searched for: use val_top1" in err
+    assert re.search(answer, err)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [("val_top1", "maximize"), ("size_bytes", "minimize"), (["val_top1", "macs"], ["maximize", "minimize"])],
+)
+def test_a_search_goes_where_its_objective_is_better(objective: Any, expected: Any) -> None:
+    assert directions(objective) == expected
+
+
+def test_an_objective_is_told_as_it_is_asked_for() -> None:
+    row = dataclasses.replace(ROW, val_top1=90.0, size_bytes=1000)
+    assert value("val_top1", [row]) == 90.0
+    assert value(["val_top1", "size_bytes"], [row]) == [90.0, 1000.0]
+    with pytest.raises(KdqError, match="one row a cell, not 2"):
+        value("val_top1", [row, row])
+    with pytest.raises(KdqError, match="was not measured"):
+        value("latency_ms_onnx_int8", [dataclasses.replace(row, latency_ms_onnx_int8=None)])

@@ -1,0 +1,152 @@
+"""The config's keys and who reads each: a key that nobody reads is refused, before anything is made of the config.
+
+:mod:`kdq.stages.schema` says the names and the types of what kdq reads itself. What is passed whole to a callable (a
+node with a ``_target_``) is what that callable takes. A key of the user's own is read where another value refers to it,
+as ``${data.root}`` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any, get_type_hints
+
+import hydra.utils
+from omegaconf import DictConfig, OmegaConf
+
+from kdq.quant.bitsearch.config import SEARCH_OPTIONS
+from kdq.quant.config import OPTIONS
+from kdq.stages.schema import Config, Deploy, NoDeploy, Peer
+from kdq.utils.checks import check_type
+from kdq.utils.errors import KdqError, no_module
+from kdq.utils.messages import unknown_option
+
+#: Seeds are multiplied and added before they reach torch and NumPy.
+LARGEST_SEED = 2**31 - 1
+SEEDS = ("seed", "split_seed")
+#: What chooses a node that is not a value.
+CHOICES = {"teacher": "a network", "student": "a network", "teacher.recipe": "a recipe", "student.recipe": "a recipe"}
+#: Entries of ``quant`` beside the fields of a QuantConfig.
+QUANT = ("name", "bits", "calibration_images", "seed", "search")
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Refuse a config with a key that nobody reads, or with a value of another type than its reader takes.
+
+    Raises:
+        KdqError: it has one; the line names the nearest that exists, or what the value must be.
+    """
+    names = [str(name) for name in cfg if name != "hydra"]
+    check = _Check({name: _values(cfg[name]) for name in names}, _referred(cfg))
+    check.node("", check.config, Config)
+    deploy, method, quant = (check.config[name] for name in ("deploy", "method", "quant"))
+    check.node("deploy", deploy, Deploy if deploy.get("formats") else NoDeploy)
+    check.method(method)
+    check.names("quant", quant, (*QUANT, *OPTIONS))
+    check.names("quant.search", quant.get("search") or {}, SEARCH_OPTIONS)
+    check.seed("quant.seed", quant["seed"])
+    for name, callback in check.config["callbacks"].items():
+        if not isinstance(callback, Mapping) or "_target_" not in callback:
+            raise KdqError(f"callbacks.{name}={callback} is no callback: give callbacks.{name}._target_=package.Class")
+    for name in ("data", "teacher", "student", "quant", "callbacks", "logger"):
+        check.calls(name, check.config[name])
+
+
+def _values(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _referred(cfg: DictConfig) -> set[str]:
+    """Everything in ``cfg`` that an interpolation may mean, as it is written: ``data.root``, ``.root``."""
+    without = {name: value for name, value in cfg.items_ex(resolve=False) if name != "hydra"}
+    text = OmegaConf.to_yaml(OmegaConf.create(without), resolve=False)
+    return {word for inside in re.findall(r"\$\{[^\n]*", text) for word in re.findall(r"\.?[\w][\w.]*", inside)}
+
+
+@dataclass
+class _Check:
+    """The checks of one config: its values, and what its interpolations refer to."""
+
+    config: dict[str, Any]
+    referred: set[str]
+
+    def node(self, where: str, node: Any, schema: type) -> None:
+        """``node`` has the fields of the dataclass ``schema``, and nothing else."""
+        hints = get_type_hints(schema)
+        if not isinstance(node, Mapping):
+            if kind := CHOICES.get(where):
+                group = f"recipe@{where}" if "." in where else f"model@{where}"
+                raise KdqError(f"{where}={node} is no choice: {kind} is chosen with {group}={node}")
+            raise KdqError(f"{where}={node} has options of its own: {', '.join(f'{where}.{name}' for name in hints)}")
+        self.names(where, node, hints)
+        for name, hint in hints.items():
+            option = f"{where}.{name}".lstrip(".")
+            if name not in node:
+                raise KdqError(f"{option} is missing in this config: give +{option}=...")
+            if isinstance(hint, type) and is_dataclass(hint):
+                self.node(option, node[name], hint)
+            elif name in SEEDS and not (node[name] is None and hint is not int):
+                self.seed(option, node[name])
+            elif node[name] != "???":  # a role's that this method does not use
+                check_type(option, node[name], hint)
+
+    def names(self, where: str, node: Mapping[str, Any], known: Collection[str]) -> None:
+        """The keys of ``node`` are ``known``, or referred to by another value."""
+        for name in node:
+            option = f"{where}.{name}".lstrip(".")
+            if name not in known and not {option, f".{name}"} & self.referred:
+                raise KdqError(unknown_option(option, self.config, known))
+
+    def seed(self, option: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST_SEED:
+            raise KdqError(f"{option}={value!r} must be a whole number from 0 to {LARGEST_SEED}")
+
+    def method(self, method: Mapping[str, Any]) -> None:
+        """A method's node has the options of its module, and ``name``; of one with a peer, the peer too."""
+        target = method["_target_"]
+        if target is None:
+            return self.names("method", method, ("name", "_target_"))
+        options = {name: value for name, value in method.items() if name not in ("name", "weights")}
+        if "peer" in getattr(_callable("method", target), "takes", ()):
+            self.node("method.peer", options.pop("peer", {}), Peer)
+            self.calls("method.peer", method["peer"])
+        return self.calls("method", options)
+
+    def calls(self, where: str, node: Any) -> None:
+        """Whatever has a ``_target_`` takes the options beside it."""
+        if isinstance(node, list):
+            node = dict(enumerate(node))
+        if not isinstance(node, Mapping):
+            return
+        if node.get("_target_") not in (None, "???"):
+            known = _parameters(_callable(where, node["_target_"]))
+            options = {name: value for name, value in node.items() if not str(name).startswith("_")}
+            self.names(where, options, options if known is None else known)
+        for name, value in node.items():
+            self.calls(f"{where}.{name}", value)
+
+
+def _callable(where: str, target: str) -> Any:
+    try:
+        return hydra.utils.get_object(target)
+    except Exception as error:
+        cause = error.__cause__ or error
+        why = no_module(cause) if isinstance(cause, ModuleNotFoundError) else " ".join(str(cause).split())
+        raise KdqError(f"{where}: cannot import {target!r}: {why}") from error
+
+
+def _parameters(called: Any) -> list[str] | None:
+    """The names that a callable takes, those that a class passes on to its bases among them; None: any."""
+    bases = [vars(base)["__init__"] for base in getattr(called, "__mro__", ()) if "__init__" in vars(base)]
+    names: list[str] = []
+    for function in bases or [called]:
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # written in C
+            return None
+        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if all(p.kind != p.VAR_KEYWORD for p in parameters):
+            return [name for name in dict.fromkeys(names) if name != "self"]
+    return None

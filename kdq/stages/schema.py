@@ -1,0 +1,91 @@
+"""The names and types of what kdq reads of the config itself; conf/ has the values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kdq.train.recipe import Recipe
+
+
+@dataclass
+class Augment:
+    pad: int
+    flip: bool
+    cutout: int
+
+
+@dataclass
+class Data:
+    name: str | int
+    source: Any
+    num_classes: int
+    in_channels: int
+    mean: list[float] | None
+    std: list[float] | None
+    val_fraction: float
+    split_seed: int
+    train_limit: int | None
+    test_limit: int | None
+    augment: Augment
+
+
+@dataclass
+class Role:
+    name: str | int
+    net: Any
+    recipe: Recipe
+    weights: str | None
+    seed: int
+
+
+@dataclass
+class Peer:
+    name: str | int
+    net: Any
+    weights: str | None
+    seed: int | None
+
+
+@dataclass
+class Paths:
+    output_dir: str
+    data_dir: str
+
+
+@dataclass
+class Kdq:
+    debug: bool
+    train: str | None
+    objective: str | list[str] | None
+
+
+@dataclass
+class NoDeploy:
+    formats: list[str]
+
+
+@dataclass
+class Deploy(NoDeploy):
+    calibration_images: int
+    act_range: str
+    batch: int
+    runs: int
+    threads: int | None
+
+
+@dataclass
+class Config:
+    seed: int
+    data: Data
+    teacher: Role
+    student: Role
+    method: Any
+    quant: Any
+    deploy: Any
+    trainer: Any
+    callbacks: Any
+    logger: Any
+    paths: Paths
+    sweep: str | int
+    kdq: Kdq

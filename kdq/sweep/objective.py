@@ -1,0 +1,69 @@
+"""What a sweeper that searches, such as Optuna's, is told of a cell: ``kdq.objective``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kdq.records.rows import COLUMNS, Row
+from kdq.utils.checks import nearest
+from kdq.utils.errors import KdqError
+
+#: Columns of rows that may be searched for, and the better direction of each.
+OBJECTIVES = {
+    "val_top1": "maximize",
+    "avg_bits": "minimize",
+    "size_bytes": "minimize",
+    "params": "minimize",
+    "macs": "minimize",
+    "bops": "minimize",
+    "latency_ms_torch": "minimize",
+    "latency_ms_onnx_fp32": "minimize",
+    "latency_ms_onnx_int8": "minimize",
+}
+
+
+def directions(objective: str | Sequence[str] | None) -> str | list[str]:
+    """Optuna's ``direction`` for ``kdq.objective``: what the config gives where the user does not.
+
+    >>> directions(["val_top1", "size_bytes"])
+    ['maximize', 'minimize']
+
+    Raises:
+        KdqError: as :func:`names`, or there is no objective.
+    """
+    if objective is None:
+        raise KdqError("a search needs to know what for: give kdq.objective=val_top1")
+    found = [OBJECTIVES[name] for name in names(objective)]
+    return found[0] if isinstance(objective, str) else found
+
+
+def names(objective: str | Sequence[str]) -> list[str]:
+    """The columns that ``objective`` names.
+
+    Raises:
+        KdqError: it names none, or one that may not be searched for: what is measured on test images selects nothing.
+    """
+    asked = [objective] if isinstance(objective, str) else list(objective)
+    for name in asked:
+        if name not in OBJECTIVES:
+            why = ": nothing that is measured on test images selects" if name in COLUMNS else nearest(name, OBJECTIVES)
+            raise KdqError(f"kdq.objective={name} cannot be searched for{why}; use one of {', '.join(OBJECTIVES)}")
+    if not asked:
+        raise KdqError("kdq.objective is empty: give val_top1, or a list such as [val_top1,size_bytes]")
+    return asked
+
+
+def value(objective: str | Sequence[str], rows: Sequence[Row]) -> float | list[float]:
+    """What one cell gives; a list where ``objective`` is one.
+
+    Raises:
+        KdqError: the cell has several rows, or its row lacks a column.
+    """
+    if len(rows) != 1:
+        raise KdqError(f"kdq.objective needs one row a cell, not {len(rows)}: give one width in quant.bits")
+    found = []
+    for name in names(objective):
+        if (measured := getattr(rows[0], name)) is None:
+            raise KdqError(f"kdq.objective={name} was not measured: add deploy=onnx")
+        found.append(float(measured))
+    return found[0] if isinstance(objective, str) else found

@@ -1,0 +1,172 @@
+"""What a config may hold, and what is said of everything else; nothing is trained."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import kdq.cli.app  # noqa: F401  the resolvers of conf/
+from kdq.stages.cell import Cell
+from kdq.stages.check import check_config
+from kdq.sweep.plan import make_plan
+from kdq.utils.config import CONFIG_PATH, compose
+from kdq.utils.errors import KdqError
+from kdq.utils.messages import MOVED, describe
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (Path(CONFIG_PATH) / group).glob("*.yaml"))
+
+
+GROUPS = ("method", "quant", "deploy", "trainer", "callbacks", "logger", "experiment", "size", "data")
+CHOICES = [f"{group}={name}" for group in GROUPS for name in choices(group) if name not in ("image_folder",)]
+CHOICES += [f"model@{role}={name}" for role in ("teacher", "student") for name in choices("model") if name != "custom"]
+CHOICES += ["recipe@student.recipe=multistep", "callbacks=[early_stopping,lr_monitor]"]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_everything_that_conf_holds_has_a_reader(choice: str) -> None:
+    # The number of classes of an image folder is read from the folder.
+    check_config(compose([choice, *(["data.num_classes=10"] if "study" in choice or "jpeg" in choice else [])]))
+
+
+UNREAD = [
+    (["+trainer.max_epoch=2"], r"trainer.max_epoch is no flag .*did you mean max_epochs"),
+    (["+callbacks.x=3"], r"callbacks.x=3 is no callback: give callbacks.x._target_="),
+    (["+callbacks.x.patience=3"], r"callbacks.x=.* is no callback"),
+    (["callbacks=early_stopping", "+callbacks.early_stopping.patienc=3"], r"did you mean callbacks.*.patience\?"),
+    (["+teacher.foo=1"], r"unknown option teacher.foo; valid here: name, net, recipe, weights, seed"),
+    (["+data.crop=3"], r"unknown option data.crop; valid here: name, source"),
+    (["+data.augment.flipp=true"], r"did you mean data.augment.flip\?"),
+    (["+data.source.folder=3"], r"unknown option data.source.folder"),
+    (["++quant.refne=3"], r"did you mean quant.refine\?"),
+    (["quant=none", "++quant.refne=3"], r"did you mean quant.refine\?"),
+    (["quant=greedy", "+quant.search.avg_bit=3"], r"did you mean quant.search.avg_bits\?"),
+    (["quant=spfq", "+quant.solver.sed=3"], r"did you mean quant.solver.seed\?"),
+    (["+method.alhpa=1"], r"did you mean method.alpha\?"),
+    (["+method.peer.seed=1"], r"unknown option method.peer"),
+    (["method=dml", "+method.peer.sed=1"], r"did you mean method.peer.seed\?"),
+    (["method=teacher", "+method.alpha=1"], r"unknown option method.alpha"),
+    (["method=teacher", "+student.net.dept=1"], r"did you mean student.net.depth\?"),
+    (["+student.recipe.warm_up=1"], r"did you mean student.recipe.warmup\?"),
+    (["+kdq.debgu=1"], r"did you mean kdq.debug\?"),
+    (["+paths.out=x"], r"unknown option paths.out"),
+    (["+deploy.runs=3"], r"deploy.runs: give deploy=onnx first"),
+    (["+mehtod=vkd"], r"did you mean method\?"),
+    (["~data.val_fraction"], r"data.val_fraction is missing in this config: give \+data.val_fraction="),
+]
+WRONG = [
+    (["seed=9223372036854775807"], r"seed=9223372036854775807 must be a whole number from 0 to 2147483647"),
+    (["student.seed=2147483648"], r"^student.seed=2147483648 must be"),
+    (["quant.seed=true"], r"quant.seed=True must be"),
+    (["data.split_seed=-1"], r"data.split_seed=-1 must be"),
+    (["method=dml", "method.peer.seed=-4"], r"method.peer.seed=-4 must be"),
+    (["data.augment.flip=off"], r"data.augment.flip='off' must be true or false"),
+    (["data.mean=0.5"], r"data.mean=0.5 must be a list or null"),
+    (["data.mean=[a]"], r"data.mean\[0\]='a' must be a number"),
+    (["data.augment.pad=99999999999"], r"pad=99999999999 is too large"),
+    (["student.recipe.lr=inf"], r"student.recipe.lr=inf must be a finite number"),
+    (["teacher.recipe.lr=nan"], r"teacher.recipe.lr=nan must be a finite number"),
+    (["teacher.recipe.epochs=2.5"], r"teacher.recipe.epochs=2.5 must be a whole number"),
+    (["kdq.debug=yes_please"], r"kdq.debug='yes_please' must be true or false"),
+    (["student.recipe=multistep"], r"recipe is chosen with recipe@student.recipe=multistep"),
+    (["data.augment=none"], r"data.augment=none has options of its own: data.augment.pad"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "answer"), [*UNREAD, *WRONG])
+def test_a_key_that_nobody_reads_and_a_wrong_value_are_refused(overrides: list[str], answer: str) -> None:
+    with pytest.raises(KdqError, match=answer) as caught:
+        Cell(compose(overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_launches_nothing_for_them(tmp_path: Path) -> None:
+    cells = [("method=baseline", "+data.crop=3"), ("method=teacher", "+callbacks.x=1")]
+    plan = make_plan(cells, lambda overrides: compose(list(overrides)), tmp_path)
+    assert plan.impossible[0][1].startswith("unknown option data.crop")
+    assert (plan.jobs, len(plan.impossible)) == ([], 2)
+
+
+def test_a_key_of_one_s_own_is_read_where_a_value_refers_to_it() -> None:
+    check_config(compose(["+mine=4", "student.recipe.epochs=${mine}"]))
+    check_config(compose(["+student.half=8", "student.net.depth=${..half}"]))
+    with pytest.raises(KdqError, match="unknown option mine"):
+        check_config(compose(["+mine=4", "student.recipe.epochs=${seed}"]))
+
+
+#: What people write, with ``+`` or without, and the option that it should name.
+POINTERS = {
+    "lr=0.1": "teacher.recipe.lr or student.recipe.lr",
+    "student.lr=0.1": "give student.recipe.lr$",
+    "optimizer.lr=0.1": "teacher.recipe.lr or student.recipe.lr",
+    "epochs=2": "teacher.recipe.epochs or student.recipe.epochs",
+    "recipe.epochs=2": "teacher.recipe",
+    "max_epochs=2": "trainer.max_epochs",
+    "batch_size=2": "student.recipe.batch_size",
+    "ckpt_path=x": "resumes by itself; it starts from student.weights",
+    "debug=true": "kdq.debug",
+    "seed_everything=1": "give seed",
+    "exclude=[fc]": "quant.keep_float",
+    "quant.exclude=[fc]": "quant.keep_float",
+    "quant.images=1": "quant.calibration_images",
+    "bits=3": "quant.bits",
+    "scheduler.name=cosine": "student.recipe.schedule",
+    "output_dir=x": "paths.output_dir",
+}
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+@pytest.mark.parametrize("word", POINTERS)
+def test_habits_are_told_where_their_option_is(word: str, plus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["kdq", plus + word])
+    with pytest.raises(Exception) as caught:  # noqa: PT011  Hydra's, or kdq's own
+        Cell(compose([plus + word]))
+    assert re.search(POINTERS[word], describe(caught.value))
+
+
+def test_every_pointer_leads_to_an_option_that_exists() -> None:
+    config: Any = compose(["quant=greedy", "deploy=onnx"])
+    for text in MOVED.values():
+        for path in re.findall(r"(?:teacher|student|quant|trainer|deploy)\.[\w.]+\w", text):
+            assert OmegaConf.select(config, path, default="none") != "none", path
+
+
+def kdq_says(*arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "kdq", *arguments], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+
+
+def test_a_folder_of_one_s_own_configs_composes(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir(parents=True)
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /method: baseline\nteacher: {recipe: {epochs: 7}}\n"
+    )
+    mine = (f"--config-dir={tmp_path}", "experiment=mine")
+    assert "epochs: 7" in kdq_says(*mine, "--cfg", "job", "--package", "teacher.recipe")
+    assert re.search(r"experiment: .*\bmine\b.*\bquickstart\b", kdq_says(*mine, "--help"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--help"], r"method: baseline, dkd, dml, .*vkd"),
+        (["--info", "defaults"], r"recipe/one_cycle +\| teacher.recipe"),
+        (["--version"], r"^kdq \d+\.\d+"),
+    ],
+)
+def test_the_config_is_browsed_without_torch(arguments: list[str], answer: str) -> None:
+    program = "import atexit, sys, kdq.cli.app as app; "
+    program += "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); app.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert re.search(answer, done.stdout)
+    assert done.stderr == "False\n"
