@@ -34,20 +34,10 @@ MODULES = {name_of(file): file for file in (ROOT / "kdq").rglob("*.py") if "_hyd
 
 
 @cache
-def imports(module: str, top_level: bool = False) -> frozenset[str]:
+def imports(module: str) -> frozenset[str]:
     """The modules that a module imports; ``from a import b`` is ``a.b`` where that is a module."""
-    tree = ast.parse(MODULES[module].read_text())
-    hidden = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.Lambda))
-        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
-        for inner in ast.walk(node)
-    }
     found = set()
-    for node in ast.walk(tree):
-        if top_level and id(node) in hidden:
-            continue
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -86,9 +76,60 @@ def test_examples_in_docstrings_print_what_they_say(name: str) -> None:
     assert failed == 0
 
 
+#: The floors of the house, from the top; a room imports from those below its own.
+FLOORS = (
+    {"cli"},
+    {"sweep"},
+    {"stages"},
+    {"deploy", "train", "report", "tracking"},
+    {"quant", "distill", "data", "records"},
+    {"models"},
+    {"utils"},
+)
+#: The rooms that may import a framework.
+MAY_IMPORT = {
+    "hydra": {"cli", "sweep", "stages", "train", "utils"},
+    "omegaconf": {"cli", "sweep", "stages", "records", "utils"},
+    "lightning": {"stages", "train", "tracking", "quant", "distill", "data"},
+    "wandb": {"cli", "tracking"},
+}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if module.count(".") else "kdq"
+
+
+def test_every_import_of_another_room_points_down() -> None:
+    """Those for types only count; benches are no part of the house, and ``kdq`` itself names what a library offers."""
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    assert {room_of(module) for module in MODULES} == {*floor, "kdq", "__main__", "bench"}
+    found = {
+        f"{module} -> {name}"
+        for module in MODULES
+        for name in imports(module)
+        if room_of(module) in floor and name.partition(".")[0] == "kdq" and room_of(name) != room_of(module)
+        if floor.get(room_of(name), -1) <= floor[room_of(module)]
+    }
+    assert not found
+
+
+def test_few_modules_stand_in_the_root() -> None:
+    assert len(list((ROOT / "kdq").glob("*.py"))) <= 4
+
+
+@pytest.mark.parametrize("framework", MAY_IMPORT)
+def test_frameworks_stay_in_their_rooms(framework: str) -> None:
+    rooms = {
+        room_of(module)
+        for module in MODULES
+        if any(name.partition(".")[0] == framework for name in imports(module)) and room_of(module) != "bench"
+    }
+    assert rooms <= MAY_IMPORT[framework]
+
+
 def test_imports_make_no_circle() -> None:
-    graph = {module: {name for name in imports(module, top_level=True) if name in MODULES} for module in MODULES}
-    graph = {module: needs - {module} for module, needs in graph.items()}
+    """Neither at the top of a module, nor inside its functions, nor for types only."""
+    graph = {module: {name for name in imports(module) if name in MODULES} - {module} for module in MODULES}
     assert list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 

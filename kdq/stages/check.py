@@ -123,6 +123,8 @@ class _Check:
         if node.get("_target_") not in (None, "???"):
             known = _parameters(_callable(where, node["_target_"]))
             options = {name: value for name, value in node.items() if not str(name).startswith("_")}
+            if where.endswith(".net"):
+                options.pop("num_classes", None)  # passed only to what takes it
             self.names(where, options, options if known is None else known)
         for name, value in node.items():
             self.calls(f"{where}.{name}", value)

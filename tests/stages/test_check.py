@@ -87,6 +87,14 @@ def test_a_key_that_nobody_reads_and_a_wrong_value_are_refused(overrides: list[s
     assert "\n" not in str(caught.value)
 
 
+def test_a_network_of_one_s_own_need_not_take_the_classes() -> None:
+    own = ["model@student=custom", "student.name=own", "student.net._target_=torch.nn.Identity"]
+    check_config(compose(own))
+    check_config(compose([*own, "student.net._target_=torch.nn.ReLU"]))
+    with pytest.raises(KdqError, match=r"did you mean student.net.inplace\?"):
+        check_config(compose([*own, "student.net._target_=torch.nn.ReLU", "+student.net.inplaec=true"]))
+
+
 def test_a_sweep_launches_nothing_for_them(tmp_path: Path) -> None:
     cells = [("method=baseline", "+data.crop=3"), ("method=teacher", "+callbacks.x=1")]
     plan = make_plan(cells, lambda overrides: compose(list(overrides)), tmp_path)
