@@ -162,7 +162,7 @@ def _follow() -> None:
 
 
 def _start(order: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-    """This task's process of a training. It ends with this one: see :mod:`kdq.stages.train_processes`."""
+    """This task's process of a training. It ends with this one: see :mod:`kdq.train.processes`."""
     address, _ = _place()
     own = {
         "MASTER_ADDR": address,
@@ -172,7 +172,7 @@ def _start(order: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1")),
     }
-    command = [sys.executable, "-m", "kdq.stages.train_processes", str(order["job"])]
+    command = [sys.executable, "-m", "kdq.train.processes", str(order["job"])]
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | own)
 
 

@@ -18,7 +18,7 @@ from kdq.cli.app import CONFIG_PATH
 from kdq.records.store import Entry
 from kdq.stages.cell import Cell
 from kdq.stages.train import float_model
-from kdq.stages.train_processes import count_devices, refuse_torchrun
+from kdq.train.processes import count_devices, refuse_torchrun
 from kdq.train.slurm import ended
 from kdq.utils.errors import KdqError
 from tests.offline_runs import offline_runs
@@ -118,9 +118,7 @@ def test_the_error_of_a_process_is_the_error_of_the_training(tmp_path: Path) -> 
 
 def test_a_process_ends_with_its_parent() -> None:
     """However the parent ends: here the pipe that it holds is closed."""
-    code = (
-        "import kdq.stages.train_processes as p, threading, time; threading.Thread(target=p._end_with_parent).start()"
-    )
+    code = "import kdq.train.processes as p, threading, time; threading.Thread(target=p._end_with_parent).start()"
     child = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(600)"], stdin=subprocess.PIPE)
     assert child.stdin is not None
     assert child.poll() is None

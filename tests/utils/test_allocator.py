@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from kdq.cli import app
-from kdq.stages import train_processes as processes
+from kdq.train import processes
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="mallopt is glibc's"

@@ -4,7 +4,7 @@
 Lightning's own launchers repeat the command line, which in a sweep is the whole sweep, or fork this process, which
 may have started a device. Here each process gets the job as a file and does nothing but train:
 
-    parent (holds the store's lock)          worker 0..n-1: python -m kdq.stages.train_processes JOB.json
+    parent (holds the store's lock)          worker 0..n-1: python -m kdq.train.processes JOB.json
     writes work/job.json, starts n workers   read it, train under DDP
     waits; one dead worker ends all          worker 0 logs, checkpoints, writes work/result/
     reads work/result/
@@ -117,7 +117,7 @@ def _run_workers(work: Path, processes: int) -> list[int]:
         "WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
-    command = [sys.executable, "-m", "kdq.stages.train_processes", str(work / "job.json")]
+    command = [sys.executable, "-m", "kdq.train.processes", str(work / "job.json")]
     workers = []
     try:
         for rank in range(processes):
