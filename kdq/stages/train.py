@@ -24,10 +24,10 @@ from kdq.records.store import Entry, Make, Store, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
 from kdq.stages.training import NetworkSpec, TrainingSpec, check_fit, log_model
+from kdq.stages.worker import run_training
 from kdq.tracking.names import reference
 from kdq.train.evaluate import evaluate
 from kdq.train.fit import ranked
-from kdq.train.processes import run_training
 from kdq.train.recipe import Recipe
 from kdq.utils.config import plain
 from kdq.utils.files import file_digest

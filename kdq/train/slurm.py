@@ -91,11 +91,11 @@ def check(processes: int) -> None:
         )
 
 
-def run(job: Path) -> list[int]:
-    """Run the training of ``job`` with one process in each task; returns their exit codes, all 0 if it went well."""
+def run(module: str, job: Path) -> list[int]:
+    """Run ``python -m module job`` as one process in each task; returns their exit codes, all 0 if it went well."""
     global _number
     assert _orders is not None, "several tasks of Slurm train inside of leading()"
-    order, number = {"job": str(job), "port": _free_port()}, _number
+    order, number = {"module": module, "job": str(job), "port": _free_port()}, _number
     _number += 1
     _orders.set(f"order-{number}", json.dumps(order))
     names = [f"code-{number}-{rank}" for rank in range(1, tasks())]
@@ -172,7 +172,7 @@ def _start(order: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1")),
     }
-    command = [sys.executable, "-m", "kdq.train.processes", str(order["job"])]
+    command = [sys.executable, "-m", order["module"], str(order["job"])]
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | own)
 
 

@@ -118,7 +118,7 @@ def test_the_error_of_a_process_is_the_error_of_the_training(tmp_path: Path) -> 
 
 def test_a_process_ends_with_its_parent() -> None:
     """However the parent ends: here the pipe that it holds is closed."""
-    code = "import kdq.train.processes as p, threading, time; threading.Thread(target=p._end_with_parent).start()"
+    code = "import kdq.train.processes as p, time; p.follow_parent()"
     child = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(600)"], stdin=subprocess.PIPE)
     assert child.stdin is not None
     assert child.poll() is None

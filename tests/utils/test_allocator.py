@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from kdq.cli import app
-from kdq.train import processes
+from kdq.stages import worker
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="mallopt is glibc's"
@@ -51,4 +51,4 @@ def test_what_the_user_says_counts() -> None:
 
 def test_every_job_and_every_process_of_a_training_asks_for_it() -> None:
     assert "keep_freed_memory" in app._job.__code__.co_names
-    assert "keep_freed_memory" in processes._worker.__code__.co_names
+    assert "keep_freed_memory" in worker._worker.__code__.co_names

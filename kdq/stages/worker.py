@@ -1,0 +1,101 @@
+"""A training in this process, or in one process for each device: what the processes of :mod:`kdq.train.processes` do.
+
+parent (holds the store's lock)          worker 0..n-1: python -m kdq.stages.worker JOB.json
+writes work/job.json, starts n workers   read it, train under DDP
+waits                                    worker 0 logs, checkpoints, writes work/result/
+reads work/result/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from kdq.stages.cell import Cell
+from kdq.stages.training import TrainingSpec, train
+from kdq.train import processes
+from kdq.train import slurm as cluster
+from kdq.train.fit import Best
+from kdq.utils.cpu import keep_freed_memory
+from kdq.utils.errors import KdqError
+
+
+@contextmanager
+def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> Iterator[tuple[dict[str, Best], dict[str, Any]]]:
+    """Run ``spec`` in this process, or in one process for each of ``trainer.devices`` when there are several.
+
+    Raises:
+        KdqError: the training failed, or something else has already started several processes of kdq.
+    """
+    config = cell.cfg.trainer
+    count = processes.count_devices(config.devices, config.accelerator) * config.num_nodes
+    if cluster.tasks() > 1 or config.num_nodes > 1:
+        cluster.check(count)
+    if count == 1:
+        with train(cell, spec, work) as result:
+            yield result
+        return
+    processes.refuse_torchrun()
+    batch, accumulate = spec.recipe["batch_size"], spec.recipe["accumulate"]
+    if batch % (count * accumulate):
+        raise KdqError(f"recipe.batch_size={batch} must be a multiple of {count} devices x {accumulate} portions")
+    job = {"cfg": OmegaConf.to_container(cell.cfg, resolve=True), "spec": asdict(spec), "work": str(work.absolute())}
+    (work / "job.json").write_text(json.dumps(job))
+    shutil.rmtree(work / "result", ignore_errors=True)
+    for old in work.glob("error-*.txt"):
+        old.unlink()
+    codes = processes.run("kdq.stages.worker", work / "job.json", count)
+    # A worker whose peer died fails, too; the one with a message for people is the cause.
+    messages = [file.read_text() for file in sorted(work.glob("error-*.txt"))]
+    if messages:
+        raise KdqError(messages[0])
+    if any(codes):
+        raise KdqError(f"a process of the training died (exit codes {codes}): its error is above")
+    yield _read_result(work / "result")
+
+
+def _write_result(folder: Path, best: dict[str, Best], metrics: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, one in best.items():
+        save_file({key: tensor.contiguous() for key, tensor in one.weights.items()}, folder / f"{name}.safetensors")
+    scores = {name: [one.top1, one.epoch] for name, one in best.items()}
+    (folder / "result.json").write_text(json.dumps({"best": scores, "metrics": metrics}))
+
+
+def _read_result(folder: Path) -> tuple[dict[str, Best], dict[str, Any]]:
+    result = json.loads((folder / "result.json").read_text())
+    best = {
+        name: Best(top1, epoch, load_file(folder / f"{name}.safetensors"))
+        for name, (top1, epoch) in result["best"].items()
+    }
+    return best, result["metrics"]
+
+
+def _worker(job_file: Path) -> None:
+    processes.follow_parent()
+    keep_freed_memory()
+    job, rank, world_size = json.loads(job_file.read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cell, spec, work = Cell(OmegaConf.create(job["cfg"])), TrainingSpec.from_json(job["spec"]), Path(job["work"])
+    try:
+        with train(cell, spec, work, rank, world_size) as (best, metrics):
+            if rank == 0:
+                _write_result(work / "result", best, metrics)
+    except KdqError as error:
+        (work / f"error-{rank}.txt").write_text(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]))
