@@ -35,6 +35,9 @@ def ending_on_signals() -> Iterator[None]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if not interrupted.is_set():  # further ones change nothing
             interrupted.set()
+            sys.unraisablehook = lambda _: (
+                None
+            )  # from a destructor it gets no further: then the thread ends the process
             raise KeyboardInterrupt
 
     # Python heeds signals between two of its own operations, those with small numbers first; wake-ups come at once,
