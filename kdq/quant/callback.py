@@ -121,8 +121,8 @@ class QuantizationCallback(Callback, ABC):
         errors = {f"quantize/error_{name}": [x.error for x in report.layers] for name, report in reports.items()}
         return [{"quantize/layer": i} | {name: values[i] for name, values in errors.items()} for i in layers]
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._find(pl_module)
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._find(pl_module)  # once the module's own setup and configure_model have run
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restored = {checkpoint.best_model_path for checkpoint in checkpoints(trainer)}

@@ -264,6 +264,20 @@ class Unused(Foreign):
         self.backbone.extra.never = nn.Linear(3, 3)
 
 
+def test_a_network_that_the_module_s_setup_makes_is_found(loaders: Any) -> None:
+    class Late(Foreign):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.backbone
+
+        def configure_model(self) -> None:
+            self.backbone = backbone()
+
+    quantization = PostTrainingQuantization(3, network="backbone", path=None)
+    trainer_with(quantization, max_epochs=1).fit(Late(), *loaders)
+    assert quantization.result.report.avg_bits == 3
+
+
 SEARCH = {"avg_bits": 3.0, "candidates": CANDIDATES, "network": "backbone"}
 EARLY: list[tuple[Any, Callable[[], QuantizationCallback], str]] = [
     (Foreign, lambda: PostTrainingQuantization(network="net"), r"network='net'\): the module has no such.* backbone"),
