@@ -14,6 +14,19 @@ from typing import Any
 
 
 @dataclass
+class Fault:
+    """What is wrong with a server: ``lost`` hangs up, ``silent`` and ``slow`` do not answer (soon).
+
+    Attributes:
+        kind: ``lost``, ``silent``, ``slow``, ``garbage``, or an HTTP status.
+        after: how many requests are answered first.
+    """
+
+    kind: str
+    after: int = 0
+
+
+@dataclass
 class ServedRun:
     """A run as the server has it."""
 
@@ -43,7 +56,8 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.uploads: dict[str, bytes] = {}
         self.views: list[dict[str, Any]] = []
         self.unanswered: list[str] = []
-        self.lost = False  # as if the network were gone
+        self.fault: Fault | None = None
+        self.requests, self.closed = 0, threading.Event()
 
     def operation(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         found = re.search(r"(?:query|mutation)\s+(\w+)", query)
@@ -231,8 +245,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: WandbServer
 
     def do_POST(self) -> None:
-        if self.server.lost:
-            self.close_connection = True
+        if self._fails():
             return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
@@ -245,15 +258,38 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.stream(found[1], json.loads(body))
         self._send(json.dumps(answer).encode())
 
+    def _fails(self) -> bool:
+        """Whether the server's fault has answered instead."""
+        fault, self.server.requests = self.server.fault, self.server.requests + 1
+        if fault is None or self.server.requests <= fault.after:
+            return False
+        if fault.kind == "slow":
+            self.server.closed.wait(2)
+            return False
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fault.kind == "silent":
+            self.server.closed.wait()
+        if fault.kind in ("lost", "silent"):
+            self.close_connection = True
+        elif fault.kind == "garbage":
+            self._send(b"<html>hello, " + body[:1] + b"</html>")
+        else:
+            self._send(b'{"errors": [{"message": "refused"}]}', int(fault.kind))
+        return True
+
     def do_PUT(self) -> None:
+        if self._fails():
+            return
         self.server.uploads[self.path] = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self._send(b"{}")
 
     def do_GET(self) -> None:
+        if self._fails():
+            return
         self._send(b"{}")
 
-    def _send(self, content: bytes) -> None:
-        self.send_response(200)
+    def _send(self, content: bytes, status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -271,5 +307,6 @@ def wandb_server() -> Iterator[WandbServer]:
     try:
         yield server
     finally:
+        server.closed.set()
         server.shutdown()
         server.server_close()

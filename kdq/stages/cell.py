@@ -21,7 +21,7 @@ from kdq.data.sets import ImageSet
 from kdq.models.build import build
 from kdq.records.store import Entry, Store
 from kdq.stages.check import check_config
-from kdq.tracking.open import tracked
+from kdq.tracking.open import check_loggers, tracked
 from kdq.tracking.run import RunInfo, RunLogger, flat
 from kdq.train.trainer import check_trainer, weights_flags, with_trainer_flags
 from kdq.utils.config import plain
@@ -39,6 +39,7 @@ class Cell:
         """Raises KdqError for a key that nobody reads, a value of another type, and a name that no file can have."""
         check_config(self.cfg)
         check_trainer(plain(self.cfg.trainer))
+        check_loggers(plain(self.cfg.logger))
         for part in ("data", "method", "teacher", "student", "quant"):
             name = str(self.cfg[part].name)
             if not re.fullmatch(r"[\w.+-]+", name):

@@ -123,8 +123,7 @@ def train(
         yield fit(module, cell.images, trainer, recipe, work, callbacks=callbacks)
         return
     with _tracked(cell, spec) as track:
-        loggers = [track.logger] if track.logger else []
-        best, metrics = fit(module, cell.images, trainer, recipe, work, loggers, callbacks, title)
+        best, metrics = fit(module, cell.images, trainer, recipe, work, track.loggers, callbacks, title)
         winner = best[ranked(best)[0]]
         facts = {"val_top1": 100 * winner.top1, "best_epoch": winner.epoch} | metrics
         track.summary(facts)

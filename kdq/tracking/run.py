@@ -1,4 +1,4 @@
-"""What a stage tells about itself, and where that goes: a W&B run, CSV files, or nowhere."""
+"""What a stage tells about itself, and where that goes: all loggers of the config."""
 
 from __future__ import annotations
 
@@ -53,19 +53,14 @@ class Artifact:
     content: Callable[[], bytes] | None = None
 
 
-class RunLogger:
-    """The log of one stage. This one keeps the metrics, in ``logger`` if there is one; W&B's keeps everything."""
+class Log:
+    """What one logger is told about a stage; this one keeps nothing."""
 
     #: Where a W&B run lies on disk, to be browsed or synchronised; empty for others.
     folder = ""
 
-    def __init__(self, logger: Logger | None = None) -> None:
-        self.logger = logger
-
     def metrics(self, values: Mapping[str, float]) -> None:
         """One point of each of these curves."""
-        if self.logger is not None:
-            self.logger.log_metrics(dict(values))
 
     def axis(self, x: str, curves: Iterable[str]) -> None:
         """Draw ``curves`` over the metric ``x``. To be told before their first point."""
@@ -87,6 +82,56 @@ class RunLogger:
 
     def made(self, artifact: Artifact) -> None:
         """The stage has made ``artifact``."""
+
+
+class RunLogger(Log):
+    """The log of one stage: tells all loggers of the config.
+
+    Attributes:
+        loggers: what a Lightning ``Trainer`` takes as its ``logger``.
+    """
+
+    def __init__(self) -> None:
+        self.logs: list[Log] = []
+        self.loggers: list[Logger] = []
+
+    @property
+    def folder(self) -> str:  # type: ignore[override]
+        return next((log.folder for log in self.logs if log.folder), "")
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        for log in self.logs:
+            log.metrics(values)
+
+    def axis(self, x: str, curves: Iterable[str]) -> None:
+        curves = list(curves)
+        for log in self.logs:
+            log.axis(x, curves)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        for log in self.logs:
+            log.summary(values)
+
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        rows = list(rows)
+        for log in self.logs:
+            log.table(name, columns, rows)
+
+    def lines(self, name: str, title: str, x: str, y: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+        for log in self.logs:
+            log.lines(name, title, x, y, curves)
+
+    def points(self, name: str, title: str, x: str, y: str, values: Sequence[tuple[float, float]]) -> None:
+        for log in self.logs:
+            log.points(name, title, x, y, values)
+
+    def bars(self, name: str, title: str, label: str, value: str, values: Sequence[tuple[str, float]]) -> None:
+        for log in self.logs:
+            log.bars(name, title, label, value, values)
+
+    def made(self, artifact: Artifact) -> None:
+        for log in self.logs:
+            log.made(artifact)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

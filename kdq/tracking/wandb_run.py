@@ -6,8 +6,10 @@ import base64
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 from wandb.sdk.lib.paths import LogicalPath
 
 from kdq.tracking.names import run_id, valid_name
+from kdq.tracking.patience import Patience
 from kdq.tracking.resume import folder_id, next_step
-from kdq.tracking.run import Artifact, RunInfo, RunLogger
+from kdq.tracking.run import Artifact, Log, RunInfo
 from kdq.utils.errors import KdqError
 
 log = logging.getLogger(__name__)
@@ -27,45 +30,76 @@ log = logging.getLogger(__name__)
 # with it out: every process starts its own.
 os.environ.pop("WANDB_SERVICE", None)
 
-#: Seconds to reach the server when a run starts, and to upload what is left when it ends.
-START_TIMEOUT, END_TIMEOUT = 30.0, 300.0
+#: Seconds that a process waits for W&B's server in all, and what it takes to write a run's end to the disk.
+PATIENCE, WRITING = 26.0, 2.0
 #: Job types whose curves are drawn over the trainer's steps.
 TRAININGS = ("teacher", "distill")
 
 
+@dataclass(frozen=True)
+class WandbConfig:
+    """The node ``logger.wandb``.
+
+    Attributes:
+        mode: ``online``, ``offline`` or ``disabled``.
+        upload: whose files artifacts carry: ``none``, ``quantized`` or ``all``.
+    """
+
+    project: str = "kdq"
+    entity: str | None = None
+    mode: str = "offline"
+    upload: str = "quantized"
+
+    def __post_init__(self) -> None:
+        """Raises KdqError for a value that is none of the choices."""
+        choices = {"mode": ("online", "offline", "disabled"), "upload": ("none", "quantized", "all")}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise KdqError(f"logger.wandb.{name}={value!r} is unknown: use {', '.join(known)}")
+
+
+class _Server:
+    """What this process knows of W&B's server: its patience, and why it went on without."""
+
+    def __init__(self) -> None:
+        self.patience = Patience(PATIENCE)
+        self.lost = ""
+
+
+_server = _Server()
+
+
 @contextmanager
-def wandb_run(logger: Mapping[str, Any], runs: Path, about: RunInfo) -> Iterator[RunLogger]:
+def wandb_run(config: WandbConfig, runs: Path, about: RunInfo) -> Iterator[WandbLog]:
     """A run that is closed when the block ends: as failed if the block raises.
 
     Everything that it leaves lies below ``runs``, also what W&B would keep in the home folder until it is uploaded.
 
     Raises:
-        KdqError: the config is wrong, or even an offline run cannot start.
+        KdqError: even an offline run cannot start.
     """
-    mode, upload = _mode(logger["mode"]), logger["upload"]
-    if upload not in ("none", "quantized", "all"):
-        raise KdqError(f"logger.upload={upload!r} is unknown: use none, quantized or all")
     runs.mkdir(parents=True, exist_ok=True)
     kept = str((runs / "wandb-data").absolute())
     with _environment({"WANDB_DATA_DIR": kept, "WANDB_CACHE_DIR": kept}):
-        run, first_step = _start(logger, mode, runs, about)
-        track = WandbRunLogger(run, upload, first_step)
+        run, first_step = _start(config, _mode(config.mode), runs, about)
+        log = WandbLog(run, config.upload, first_step)
         exit_code = 1
         try:
-            track.starts(about)
-            yield track
+            log.starts(about)
+            yield log
             exit_code = 0
         finally:
             _finish(run, exit_code)
 
 
-class WandbRunLogger(RunLogger):
+class WandbLog(Log):
     """Everything that a stage tells, in a W&B run. Where W&B fails, it is told once and the stage goes on."""
 
     def __init__(self, run: wandb.Run, upload: str, first_step: int | None = None) -> None:
         self.run, self.upload, self._lost, self._step = run, upload, False, first_step
         self.folder = "" if run.disabled else str(Path(run.dir).parent)
-        super().__init__(_Logger(self))
+        self.logger = _Logger(self)
 
     def starts(self, about: RunInfo) -> None:
         """Say over what curves are drawn, and which models the stage takes."""
@@ -76,7 +110,10 @@ class WandbRunLogger(RunLogger):
         for name in about.inputs if not self.run.offline and not self.run.disabled else ():
             # Models that were made offline are not there yet: `kdq-wandb link` adds them.
             with suppress(Exception):
-                self.run.use_artifact(name)
+                _server.patience.wait(partial(self.run.use_artifact, name))
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        self.log(values)
 
     def axis(self, x: str, curves: Iterable[str]) -> None:
         self.guarded(lambda: self.run.define_metric(x))
@@ -87,22 +124,22 @@ class WandbRunLogger(RunLogger):
         self.guarded(lambda: self.run.summary.update(dict(values)))
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        self.log({name: _table(columns, rows)})
+        self._show({name: _table(columns, rows)})
 
     def lines(self, name: str, title: str, x: str, y: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
         table = _table(["curve", x, y], [(curve, *point) for curve, values in curves.items() for point in values])
         fields, strings = {"step": x, "lineKey": "curve", "lineVal": y}, {"title": title, "xname": x}
-        self.log({name: wandb.plot_table("wandb/lineseries/v0", table, fields, strings)})
+        self._show({name: wandb.plot_table("wandb/lineseries/v0", table, fields, strings)})
 
     def points(self, name: str, title: str, x: str, y: str, values: Sequence[tuple[float, float]]) -> None:
-        self.log({name: wandb.plot.scatter(_table([x, y], values), x, y, title)})
+        self._show({name: wandb.plot.scatter(_table([x, y], values), x, y, title)})
 
     def bars(self, name: str, title: str, label: str, value: str, values: Sequence[tuple[str, float]]) -> None:
-        self.log({name: wandb.plot.bar(_table([label, value], values), label, value, title)})
+        self._show({name: wandb.plot.bar(_table([label, value], values), label, value, title)})
 
     def made(self, model: Artifact) -> None:
         """Log ``model`` as an artifact: its file where ``logger.upload`` says so, else a reference to it."""
-        self.guarded(lambda: self.run.log_artifact(self._artifact(model), aliases=["latest", model.key]))
+        self._asking(lambda: self.run.log_artifact(self._artifact(model), aliases=["latest", model.key]))
 
     def _artifact(self, model: Artifact) -> wandb.Artifact:
         facts = dict(model.facts) | {"kdq_key": model.key}
@@ -124,8 +161,20 @@ class WandbRunLogger(RunLogger):
 
     def log(self, values: Mapping[str, Any]) -> None:
         """One row of the run's history."""
+        self.guarded(self._row(values))
+
+    def _show(self, values: Mapping[str, Any]) -> None:
+        """A row with tables: W&B asks its server about those."""
+        self._asking(self._row(values))
+
+    def _row(self, values: Mapping[str, Any]) -> Callable[[], Any]:
         step, self._step = self._step, None  # from the first one on, W&B counts
-        self.guarded(lambda: self.run.log(dict(values), step=step, commit=True))
+        return partial(self.run.log, dict(values), step=step, commit=True)
+
+    def _asking(self, tell: Callable[[], Any]) -> None:
+        """What may wait for the server."""
+        online = not self.run.offline and not self.run.disabled
+        self.guarded(partial(_server.patience.wait, tell) if online else tell)
 
     def guarded(self, tell: Callable[[], Any]) -> None:
         """W&B's own process may die, or its disk be full; a training of many hours must not end with it."""
@@ -133,15 +182,14 @@ class WandbRunLogger(RunLogger):
             tell()
         except Exception as error:
             if not self._lost:
-                cause = " ".join(str(error).split())
-                log.warning("W&B did not take everything (%s: %s); the run goes on", type(error).__name__, cause)
+                log.warning("W&B did not take everything (%s); the run goes on", _reason(error))
             self._lost = True
 
 
 class _Logger(WandbLogger):
     """For Lightning: metrics through ``track``."""
 
-    def __init__(self, track: WandbRunLogger) -> None:
+    def __init__(self, track: WandbLog) -> None:
         super().__init__(experiment=track.run)
         self._track = track
 
@@ -153,16 +201,14 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> wandb.Table
     return wandb.Table(columns=list(columns), data=[list(row) for row in rows])
 
 
-def _start(logger: Mapping[str, Any], mode: str, runs: Path, about: RunInfo) -> tuple[wandb.Run, int | None]:
+def _start(config: WandbConfig, mode: str, runs: Path, about: RunInfo) -> tuple[wandb.Run, int | None]:
     """The run, and the step of its first row where W&B would not know it."""
     offline, name = mode == "offline", run_id(about.job_type, about.key, folder_id(runs))
     first_step = next_step(runs, name) if offline else None
     settings = wandb.Settings(
         silent=True,
         console="off",
-        init_timeout=START_TIMEOUT,
-        finish_timeout=0.0 if offline else END_TIMEOUT,
-        finish_timeout_raises=True,
+        init_timeout=PATIENCE / 2,  # for its own words on what is wrong; what is left is for the end of the run
         disable_code=True,
         disable_git=True,  # the commit of kdq itself is in the config
         x_disable_stats=about.job_type not in TRAININGS,
@@ -170,8 +216,8 @@ def _start(logger: Mapping[str, Any], mode: str, runs: Path, about: RunInfo) -> 
         x_transaction_log_flush_interval=1.0,  # what a killed run loses; `wandb leet` shows the rest while it runs
     )
     options: dict[str, Any] = {
-        "project": logger["project"],
-        "entity": logger["entity"],
+        "project": config.project,
+        "entity": config.entity,
         "dir": str(runs),
         "id": name,
         "resume": "allow",
@@ -182,41 +228,78 @@ def _start(logger: Mapping[str, Any], mode: str, runs: Path, about: RunInfo) -> 
         "config": {**about.config, "inputs": list(about.inputs)},
         "settings": settings,
     }
+    start = partial(wandb.init, mode=mode, **options)  # type: ignore[arg-type]
     try:
-        return wandb.init(mode=mode, **options), first_step or None  # type: ignore[arg-type]
+        return _server.patience.wait(start) if mode == "online" else start(), first_step or None
     except Exception as error:
         if mode != "online":
-            raise KdqError(f"W&B could not start ({error}): set logger=csv or logger=none") from error
-        _unreachable.append(str(error))
-        wandb.teardown()  # its process would keep the id for the run that did not start
-        log.warning("W&B cannot be reached (%s): logging offline; `wandb sync` uploads it", str(error).split("\n")[0])
-        return _start(logger, "offline", runs, about)
+            raise KdqError(f"W&B could not start ({_reason(error)}): set logger=csv or logger=none") from error
+        _go_on_without(error)
+        log.warning("W&B cannot be reached (%s): logging offline; `wandb sync` uploads it", _server.lost)
+        return _start(config, "offline", runs, about)
 
 
 def _finish(run: wandb.Run, exit_code: int) -> None:
+    finish, online = partial(run.finish, exit_code=exit_code), not run.offline and not run.disabled
     try:
-        run.finish(exit_code=exit_code)
+        _server.patience.wait(finish, at_least=WRITING) if online else finish()
     except Exception as error:
+        _go_on_without(error)
         folder = Path(run.dir).parent
-        log.warning("W&B could not upload all of %s (%s): run `wandb sync %s`", run.name, type(error).__name__, folder)
+        again = f"wandb sync {'--include-online ' if online else ''}{folder}"
+        log.warning("W&B could not upload all of %s (%s): run `%s`", run.name, _server.lost, again)
 
 
-#: Why the server could not be reached: the later runs of this process do not wait for it again.
-_unreachable: list[str] = []
+def _go_on_without(error: Exception) -> None:
+    """End W&B's own process, which would keep the run open, and this one from ending; later runs are offline.
+
+    What the process was told is on the disk: it writes once a second (see ``_start``).
+    """
+    _server.lost = _server.lost or _reason(error)
+    with suppress(Exception):
+        wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]  # there is no public way
+    with suppress(Exception):
+        Patience(WRITING).wait(wandb.teardown)
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 def _mode(asked: str) -> str:
-    if asked not in ("online", "offline", "disabled"):
-        raise KdqError(f"logger.mode={asked!r} is unknown: use offline, online or disabled")
+    """What to ask W&B for: ``online`` only if that may work. One line says why it may not."""
+    address = os.environ.get("WANDB_BASE_URL", "")
+    if address and not re.match(r"https?://[^/\s]+", address):
+        del os.environ["WANDB_BASE_URL"]  # W&B would not start with it, even offline
+        _server.lost = f"WANDB_BASE_URL={address} is no address: it is like https://api.wandb.ai"
+    elif asked != "online" or _server.lost:
+        return "offline" if asked == "online" else asked
+    else:
+        try:
+            wandb.setup(wandb.Settings(silent=True))
+            if wandb.login(prompt=False, verify=False):
+                return "online"
+            _server.lost = "nobody is logged in: run `wandb login`"
+        except Exception as error:
+            _server.lost = _reason(error)
     if asked != "online":
         return asked
-    if _unreachable:
-        return "offline"
-    wandb.setup(wandb.Settings(silent=True))
-    if not wandb.login(prompt=False, verify=False):
-        log.warning("logger.mode=online, but nobody is logged in to W&B (run `wandb login`): logging offline")
-        return "offline"
-    return "online"
+    log.warning("W&B cannot be reached (%s): logging offline; `wandb sync` uploads it", _server.lost)
+    return "offline"
+
+
+#: How W&B's client says what happened, and what that means to a user.
+_REASONS = {
+    r"\b401\b|API_KEY invalid|API key": "the API key is wrong: `wandb login` takes a new one",
+    r"\b403\b": "this account may not write there: see logger.wandb.entity",
+    r"\b404\b": "no W&B server is at that address: see WANDB_BASE_URL",
+    r"invalid character|JSON": "what answers is no W&B server: see WANDB_BASE_URL",
+    r"deadline|[Tt]imed? ?out|did not respond|does not answer": "the server does not answer",
+}
+
+
+def _reason(error: Exception) -> str:
+    """One line that says which failure it was."""
+    text = " ".join(str(error).split())
+    known = next((words for pattern, words in _REASONS.items() if re.search(pattern, text)), "")
+    return f"{known}; {text[:120]}" if known and known not in text else known or f"{type(error).__name__}: {text[:200]}"
 
 
 @contextmanager

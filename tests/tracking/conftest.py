@@ -18,7 +18,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     with wandb_server() as found:
         monkeypatch.setenv("WANDB_BASE_URL", found.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        monkeypatch.setattr(wandb_run, "_unreachable", [])
+        monkeypatch.setattr(wandb_run, "_server", wandb_run._Server())
         wandb.teardown()  # this process keeps the address and the account it began with
         yield found
         assert "\n".join(found.unanswered) == ""

@@ -1,4 +1,4 @@
-"""Stages that tell what they do to CSV files, or to nobody."""
+"""Stages that tell what they do to Lightning's loggers, to one of a user's own, or to nobody."""
 
 from __future__ import annotations
 
@@ -7,51 +7,125 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 
 from kdq.tracking.open import tracked
 from kdq.tracking.run import Artifact, RunInfo, RunLogger, flat
+from kdq.utils.config import compose, plain
 from kdq.utils.errors import KdqError
+
+CSV = {"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": None, "name": None}}
 
 
 def _tell_everything(track: RunLogger) -> None:
     track.axis("bits", ["top1"])
     track.metrics({"bits": 4, "top1": 97.0})
     track.summary({"top1": 97.0})
-    track.table("layers", ["layer"], [["conv1"]])
+    track.table("layers", ["layer", "error"], [["conv1", 0.5]])
     track.lines("curves", "title", "x", "y", {"a": [(1, 2)]})
     track.points("points", "title", "x", "y", [(1, 2)])
     track.bars("bars", "title", "layer", "bits", [("conv1", 2)])
     track.made(Artifact("digits", "0123", "float", Path("nowhere"), {}))
 
 
-@pytest.mark.parametrize(("kind", "files"), [("none", []), ("csv", ["hparams.yaml", "metrics.csv"])])
-def test_csv_keeps_metrics_and_config_and_none_nothing(kind: str, files: list[str], tmp_path: Path) -> None:
-    with tracked({"kind": kind}, tmp_path, RunInfo("quantize", "cell", "sweep", "key", {"data": "digits"})) as track:
+@pytest.mark.parametrize(("loggers", "files"), [({}, []), (CSV, ["hparams.yaml", "metrics.csv"])])
+def test_csv_keeps_metrics_and_config_and_none_nothing(loggers: Any, files: list[str], tmp_path: Path) -> None:
+    with tracked(loggers, tmp_path, RunInfo("quantize", "cell", "sweep", "key", {"data": "digits"})) as track:
         _tell_everything(track)
     found = {path.name: path for path in tmp_path.rglob("*") if path.is_file()}
     assert sorted(found) == files
     assert track.folder == ""
-    if kind == "csv":
-        (row,) = csv.DictReader(found["metrics.csv"].open())
-        assert (float(row["bits"]), float(row["top1"])) == (4, 97)
+    if loggers:
+        metrics, layer = csv.DictReader(found["metrics.csv"].open())
+        assert (float(metrics["bits"]), float(metrics["top1"])) == (4, 97)
+        assert float(layer["layers/error"]) == 0.5
         assert "data: digits" in found["hparams.yaml"].read_text()
 
 
+class Mine(Logger):
+    """A user's logger; ``broken`` ones fail at every call."""
+
+    def __init__(self, save_dir: str, broken: bool = False) -> None:
+        super().__init__()
+        self.folder, self.broken, self.seen, self.config = Path(save_dir), broken, [], {}  # type: ignore[var-annotated]
+        self.ended = ""
+
+    name = version = property(lambda self: "mine")  # type: ignore[assignment]
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if self.broken:
+            raise OSError("no\nspace")
+        self.seen.append((step, metrics))
+
+    def log_hyperparams(self, params: Any, *args: Any) -> None:
+        self.config = params
+
+    def finalize(self, status: str) -> None:
+        self.ended = status
+
+
+MINE = {"_target_": f"{__name__}.Mine"}
+
+
+def test_all_loggers_are_told_and_a_broken_one_once_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loggers = {"broken": MINE | {"broken": True}, "mine": MINE, **CSV}
+    with tracked(loggers, tmp_path, RunInfo("quantize", "cell", "sweep", "key", {"data": "digits"})) as track:
+        _tell_everything(track)
+        _, mine, _ = track.loggers
+        Trainer(logger=track.loggers, max_epochs=0, enable_progress_bar=False, accelerator="cpu")  # takes them
+    assert isinstance(mine, Mine)
+    assert mine.seen == [(0, {"bits": 4, "top1": 97}), (0, {"layers/error": 0.5})]
+    assert (mine.folder, mine.config, mine.ended) == (tmp_path / "mine", {"data": "digits"}, "success")
+    assert list(tmp_path.rglob("metrics.csv"))
+    (warning,) = caplog.messages
+    assert "logger.broken did not take everything (OSError: no space)" in warning
+
+
 @pytest.mark.parametrize(
-    "logger",
+    ("loggers", "words"),
     [
-        {"kind": "mlflow"},
-        {"kind": "wandb", "mode": "sometimes", "upload": "none"},
-        {"kind": "wandb", "mode": "offline", "upload": "most"},
+        ({"wandb": {"mode": "sometimes"}}, r"logger\.wandb\.mode='sometimes' is unknown: use online, offline"),
+        ({"wandb": {"upload": "most"}}, r"logger\.wandb\.upload='most' is unknown: use none, quantized"),
+        ({"wandb": {"entitty": "me"}}, r"logger\.wandb\.entitty .*did you mean entity"),
+        ({"wandb": {}, "mode": "online"}, r"logger\.mode is now logger\.wandb\.mode"),
+        ({"kind": "csv"}, r"logger=csv"),
+        ("wandb", r"logger=wandb"),
+        ({"mine": {"save_dir": "x"}}, r"logger\.mine\._target_="),
+        ({"mine": {"_target_": "nowhere.Logger"}}, r"logger\.mine\._target_=nowhere\.Logger cannot be loaded"),
+        ({"mine": MINE | {"brokn": True}}, r"logger\.mine\.brokn .*did you mean broken"),
+        ({"mine": {"_target_": "builtins.object"}}, r"logger\.mine"),
+        ({"mine": {"_target_": "not.installed.MLFlowLogger"}}, r"logger\.mine .*pip install mlflow"),
     ],
 )
-def test_unknown_settings_are_refused(tmp_path: Path, logger: dict[str, Any]) -> None:
+def test_what_cannot_work_is_refused(tmp_path: Path, loggers: Any, words: str) -> None:
     with (
-        pytest.raises(KdqError, match=r"logger\.(kind|mode|upload)='\w+' is unknown: use "),
-        tracked(logger, tmp_path, RunInfo("quantize", "cell", "sweep", "key")),
+        pytest.raises(KdqError, match=words),
+        tracked(loggers, tmp_path, RunInfo("quantize", "cell", "sweep", "key")),
     ):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "key"), [("logger.mode=online", "logger.wandb.mode"), ("logger.kind=csv", "logger=csv")]
+)
+def test_old_spellings_point_to_the_new_ones(override: str, key: str, cli: Any) -> None:
+    code, _, error = cli(override)
+    assert code == 1
+    assert key in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_every_choice_of_the_group_composes() -> None:
+    for choice in ("wandb", "csv", "tensorboard", "mlflow"):
+        assert list(compose([f"logger={choice}"]).logger) == [choice]
+    assert list(compose(["logger=[wandb,csv]", "logger.wandb.mode=online"]).logger) == ["wandb", "csv"]
+    assert plain(compose(["logger=none"]).logger) == {}
+    mine = compose(["logger=csv", f"+logger.mine._target_={__name__}.Mine"]).logger
+    assert set(mine) == {"csv", "mine"}
 
 
 def test_a_nested_config_becomes_flat() -> None:
@@ -64,7 +138,7 @@ def test_a_nested_config_becomes_flat() -> None:
 
 def test_what_a_failed_stage_told_is_kept(tmp_path: Path) -> None:
     def stage() -> None:
-        with tracked({"kind": "csv"}, tmp_path, RunInfo("quantize", "cell", "sweep", "key")) as track:
+        with tracked(CSV, tmp_path, RunInfo("quantize", "cell", "sweep", "key")) as track:
             track.metrics({"top1": 97.0})
             raise ValueError("broken")
 

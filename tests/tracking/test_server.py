@@ -7,6 +7,7 @@ import logging
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 import pytest
 
 from kdq.cli.wandb import main
+from kdq.records.rows import read_rows
 from kdq.tracking import wandb_run as module
 from kdq.tracking.open import tracked
 from kdq.tracking.run import Artifact, RunInfo, RunLogger
+from tests.conftest import TINY
 from tests.offline_runs import offline_runs
-from tests.wandb_server import WandbServer
+from tests.wandb_server import Fault, WandbServer
 
-ONLINE = {"kind": "wandb", "project": "kdq", "entity": None, "mode": "online", "upload": "quantized"}
-OFFLINE = ONLINE | {"mode": "offline"}
+ONLINE = {"wandb": {"project": "kdq", "entity": None, "mode": "online", "upload": "quantized"}}
+OFFLINE = {"wandb": ONLINE["wandb"] | {"mode": "offline"}}
 TEACHER = RunInfo("teacher", "the teacher", "sweep", "key-of-teacher", tags=["digits"])
 STUDENT = RunInfo("distill", "the student", "sweep", "key-of-student", inputs=["teacher:key-of-teacher"])
 CELL = RunInfo("quantize", "the cell", "sweep", "key-of-cell", {"bits": 4}, inputs=["student:key-of-student"])
@@ -68,20 +71,69 @@ def test_online_a_stage_that_is_run_again_continues_its_run(server: WandbServer,
     assert [(row["_step"], row["val/top1"]) for row in run.history.values()] == [(0, 50), (1, 60), (2, 70)]
 
 
-def test_a_network_lost_in_the_middle_costs_a_warning_and_is_synced_later(
-    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kind", ["lost", "silent"])
+def test_a_server_lost_in_the_middle_costs_a_warning_and_is_synced_later(
+    kind: str, server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "END_TIMEOUT", 2.0)
+    """Also a model and a table, which W&B's client asks the server about."""
+    monkeypatch.setattr(module, "PATIENCE", 6.0)
+    monkeypatch.setattr(module, "_server", module._Server())
+    start = time.monotonic()
     with caplog.at_level(logging.WARNING), tracked(ONLINE, tmp_path / "runs", CELL) as track:
-        server.lost = True
+        server.fault = Fault(kind)
         for bits in (2, 3, 4):
             track.metrics({"quantize/bits": bits, "quantize/top1": 90.0})
-    assert "could not upload all of the cell" in caplog.text
-    server.lost = False
+        track.made(Artifact("student", "key", "float", tmp_path / "student", {}, lambda: b"weights"))
+        track.table("layers", ["layer"], [["conv1"]])
+    log(tmp_path, ONLINE, TEACHER, 50.0)  # no longer waited for
+    module.wandb.teardown()
+    assert time.monotonic() - start < 60  # it was minutes
+    assert caplog.text.count("could not upload all of the cell") == 1
+    assert f"wandb sync --include-online {track.folder}" in caplog.text
+    server.fault = None
     command = [Path(sys.executable).with_name("wandb"), "sync", "--yes", "--include-online", track.folder]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     (run,) = server.runs.values()
-    assert [row["quantize/bits"] for row in run.history.values()] == [2, 3, 4]
+    rows = [row["quantize/bits"] for row in run.history.values() if "quantize/bits" in row]
+    assert rows == [2, 3, 4]
+    assert [run.exit_code for run in offline_runs(tmp_path, "teacher")] == [0]
+
+
+FAULTS = {
+    "silent": "the server does not answer",
+    "401": "the API key is wrong",
+    "404": "no W&B server is at that address",
+    "garbage": "no W&B server",
+    "short key": "the API key is wrong",
+    "notaurl": "WANDB_BASE_URL=notaurl is no address",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_training_goes_on_offline_and_one_line_says_why(
+    kind: str, server: WandbServer, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "short key":
+        monkeypatch.setenv("WANDB_API_KEY", "short")
+    elif kind == "notaurl":
+        monkeypatch.setenv("WANDB_BASE_URL", kind)
+    else:
+        server.fault = Fault(kind)
+    monkeypatch.setattr(module, "PATIENCE", 6.0)
+    monkeypatch.setattr(module, "_server", module._Server())
+    start = time.monotonic()
+    tiny = [argument for argument in TINY if argument != "logger=none"]
+    code, out, error = cli(*tiny, "method=teacher", "logger.wandb.mode=online")
+    assert code == 0, error
+    assert time.monotonic() - start < 100
+    (line,) = [line for line in (out + error).splitlines() if "W&B" in line]
+    assert FAULTS[kind] in line
+    assert "logging offline" in line
+    assert len(read_rows(tmp_path / "rows")) == 1
+    assert list((tmp_path / "store").glob("*/weights.safetensors"))
+    ended = [run.exit_code for run in offline_runs(tmp_path) if run.folder.name.startswith("offline")]
+    assert ended == [0, 0, 0][: len(ended)]
+    assert len(ended) >= 2
 
 
 def test_two_offline_segments_sync_into_one_run(server: WandbServer, tmp_path: Path) -> None:

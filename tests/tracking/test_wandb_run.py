@@ -28,7 +28,7 @@ from kdq.tracking.open import tracked
 from kdq.tracking.run import Artifact, RunInfo, RunLogger
 from kdq.utils.errors import KdqError
 
-WANDB = {"kind": "wandb", "project": "kdq", "entity": None, "mode": "offline", "upload": "quantized"}
+WANDB = {"project": "kdq", "entity": None, "mode": "offline", "upload": "quantized"}
 ABOUT = RunInfo(
     "quantize",
     "digits-vkd",
@@ -43,7 +43,7 @@ ABOUT = RunInfo(
 def track(
     output: Path, tell: Callable[[RunLogger], None], logger: dict[str, Any] = WANDB, about: RunInfo = ABOUT
 ) -> str:
-    with tracked(logger, output / "runs", about) as found:
+    with tracked({"wandb": logger}, output / "runs", about) as found:
         tell(found)
     return found.folder
 
@@ -75,8 +75,7 @@ def test_an_offline_run_holds_what_it_is_found_by(tmp_path: Path) -> None:
 
 def test_trainings_are_drawn_over_the_trainers_steps(tmp_path: Path) -> None:
     def tell(found: RunLogger) -> None:
-        assert found.logger is not None
-        found.logger.log_metrics({"train/loss": 2.0}, step=20)
+        found.loggers[0].log_metrics({"train/loss": 2.0}, step=20)
 
     track(tmp_path, tell, about=replace(ABOUT, job_type="distill"))
     (run,) = offline(tmp_path)
@@ -127,6 +126,7 @@ def test_online_without_an_account_warns_and_stays_offline(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where a login would be stored
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(module, "_server", module._Server())
     before = dict(os.environ)
     with caplog.at_level(logging.WARNING):
         track(tmp_path, point, WANDB | {"mode": "online"})
@@ -141,8 +141,8 @@ def test_an_unreachable_server_is_waited_for_once(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
     module.wandb.teardown()  # else this process keeps the address it began with
-    monkeypatch.setattr(module, "START_TIMEOUT", 1.0)
-    monkeypatch.setattr(module, "_unreachable", [])
+    monkeypatch.setattr(module, "PATIENCE", 2.0)
+    monkeypatch.setattr(module, "_server", module._Server())
     starts = []
     start = module.wandb.init
     monkeypatch.setattr(module.wandb, "init", lambda **options: (starts.append(options["mode"]), start(**options))[1])

@@ -1,0 +1,59 @@
+"""Any of Lightning's loggers as the log of a stage: its metrics, its config, and the numbers of its tables."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from kdq.tracking.run import Log
+
+log = logging.getLogger(__name__)
+#: What a Trainer or a stage calls on a logger.
+_CALLS = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_checkpoint", "finalize")
+
+
+class LightningLog(Log):
+    """A stage as a plain Lightning logger can show it."""
+
+    def __init__(self, logger: Logger, name: str) -> None:
+        self.logger, self._step = logger, 0
+        told: list[str] = []
+        for call in _CALLS:
+            setattr(logger, call, _guarded(getattr(logger, call), name, told))
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        self.logger.log_metrics(_numbers(values), step=self._step)
+        self._step += 1
+
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """The numbers of each row, as one step of curves called after the columns."""
+        for step, row in enumerate(rows):
+            values = {f"{name}/{column}": value for column, value in zip(columns, row, strict=True)}
+            self.logger.log_metrics(_numbers(values), step=step)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+
+
+def _guarded(call: Callable[..., Any], name: str, told: list[str]) -> Callable[..., Any]:
+    """``call``, whose failures are told once for all calls that share ``told``: no training ends with its logger."""
+
+    @wraps(call)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            if not told:
+                told.append(name)
+                cause = " ".join(str(error).split())
+                log.warning(
+                    "logger.%s did not take everything (%s: %s); the run goes on", name, type(error).__name__, cause
+                )
+            return None
+
+    return guarded
