@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     view.add_argument("dir", nargs="?", default="outputs", type=Path, help="paths.output_dir of the runs")
     view.add_argument("--dry-run", action="store_true", help="print the view as JSON instead; needs no account")
     for command in (link, view):
-        command.add_argument("--project", default="kdq", help="logger.project of the runs (kdq)")
+        command.add_argument("--project", default="kdq", help="logger.wandb.project of the runs (kdq)")
         command.add_argument("--entity", help="user or team; default: that of your login")
         command.add_argument("--sweep", help="only runs of this sweep (the W&B group)")
     options = parser.parse_args(arguments)
