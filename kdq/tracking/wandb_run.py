@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 # W&B's own process, inherited from a parent, would keep the run of a killed child open, and the child that goes on
 # with it out: every process starts its own.
 os.environ.pop("WANDB_SERVICE", None)
+# Its tracebacks are for its own files; what failed is told in one line.
+logging.getLogger("wandb").propagate = False
 
 #: Seconds that a process waits for W&B's server in all, and what it takes to write a run's end to the disk.
 PATIENCE, WRITING = 26.0, 2.0
@@ -138,7 +140,7 @@ class WandbLog(Log):
         self._show({name: wandb.plot.bar(_table([label, value], values), label, value, title)})
 
     def made(self, model: Artifact) -> None:
-        """Log ``model`` as an artifact: its file where ``logger.upload`` says so, else a reference to it."""
+        """Log ``model`` as an artifact: its file where ``logger.wandb.upload`` says so, else a reference to it."""
         self._asking(lambda: self.run.log_artifact(self._artifact(model), aliases=["latest", model.key]))
 
     def _artifact(self, model: Artifact) -> wandb.Artifact:
@@ -258,7 +260,7 @@ def _go_on_without(error: Exception) -> None:
     _server.lost = _server.lost or _reason(error)
     with suppress(Exception):
         wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]  # there is no public way
-    with suppress(Exception):
+    with suppress(Exception, SystemExit):  # it ends with the exit code of its process
         Patience(WRITING).wait(wandb.teardown)
     os.environ.pop("WANDB_SERVICE", None)
 
