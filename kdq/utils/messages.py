@@ -44,7 +44,7 @@ MOVED = {
     "deploy.images": "give deploy.calibration_images",
     **dict.fromkeys((f"deploy.{name}" for name in ("batch", "runs", "threads", "act_range")), "give deploy=onnx first"),
     "logger.kind": "give logger=wandb, logger=csv or logger=none",
-    **{f"logger.{name}": f"give logger.wandb.{name}, with logger=wandb" for name in ("mode", "project", "entity")},
+    **{f"logger.{key}": f"give logger.wandb.{key}" for key in ("mode", "project", "entity", "upload")},
 }
 #: How Python, safetensors and torch say that a disk is full.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|inline_container.*unexpected pos")

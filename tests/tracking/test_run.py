@@ -110,7 +110,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path, loggers: Any, words: str) -
 
 
 @pytest.mark.parametrize(
-    ("override", "key"), [("+logger.mode=online", "logger.wandb.mode"), ("+logger.kind=csv", "logger=csv")]
+    ("override", "key"), [("logger.mode=online", "logger.wandb.mode"), ("logger.kind=csv", "logger=csv")]
 )
 def test_old_spellings_point_to_the_new_ones(override: str, key: str, cli: Any) -> None:
     code, _, error = cli(override)
