@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from kdq.data.sets import ImageSet
+from kdq.data.image_set import ImageSet
 from kdq.distill.losses import dkd_loss, kd_loss, mutual_loss, soft_cross_entropy
 from kdq.distill.mixup import mix
 

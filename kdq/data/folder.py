@@ -8,9 +8,11 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from kdq.data.sets import ImageSet
+from kdq.data.image_set import ImageSet
+from kdq.data.split import split as divided
 from kdq.utils.cpu import usable_cores
 from kdq.utils.errors import KdqError
 from kdq.utils.progress import progress
@@ -49,7 +52,9 @@ def class_names(root: str | Path) -> list[str]:
     return names
 
 
-def image_folder(root: str, image_size: int, in_channels: int, cache: str) -> ImageSet:
+def image_folder(
+    root: str, image_size: int, in_channels: int, cache: str, split: Mapping[str, Any] | None = None
+) -> ImageSet:
     """Read an image folder, at ``image_size`` x ``image_size`` pixels with ``in_channels`` (1 grey, 3 RGB).
 
     Images are turned as their EXIF orientation says. Those of another size are scaled so that the shorter side fits and
@@ -58,6 +63,10 @@ def image_folder(root: str, image_size: int, in_channels: int, cache: str) -> Im
     model's key remembers is the
     digests of the decoded pixels (:attr:`ImageSet.train_digest`), which are the same wherever the folder lies.
 
+    Args:
+        split: ``val_fraction``, ``seed`` and ``train_limit`` of :func:`kdq.data.split.split`: with a limit, training
+            images that are in no part are not decoded, and are black.
+
     Raises:
         KdqError: a folder is missing or empty, train and test differ in their classes, or an image is corrupt.
     """
@@ -65,16 +74,25 @@ def image_folder(root: str, image_size: int, in_channels: int, cache: str) -> Im
         raise KdqError(f"data.in_channels={in_channels}: images are read as grey (1) or RGB (3)")
     source, classes = Path(root).expanduser(), class_names(root)
     parts = {part: _list_images(source / part, classes) for part in ("train", "test")}
-    folder = Path(cache) / _listing_key(source, parts, image_size, in_channels)
+    rows = {part: range(len(files)) for part, files in parts.items()} | _limited(len(parts["train"]), split)
+    folder = Path(cache) / _listing_key(source, parts, image_size, in_channels, rows)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _decode_into(folder, parts, image_size, in_channels, classes)
+                _decode_into(folder, parts, rows, image_size, in_channels, classes)
     (train, train_labels), (test, test_labels) = (
         _mapped(folder, part, [label for _, label in files], image_size, in_channels) for part, files in parts.items()
     )
     return ImageSet(train, train_labels, test, test_labels, tuple(classes))
+
+
+def _limited(images: int, asked: Mapping[str, Any] | None) -> dict[str, Sequence[int]]:
+    """The training images that a limit leaves, as ``{"train": rows}``; nothing without a limit."""
+    if asked is None or asked["train_limit"] is None:
+        return {}
+    found = divided(images, asked["val_fraction"], asked["seed"], asked["train_limit"])
+    return {"train": sorted([*found.train.tolist(), *found.val.tolist()])}
 
 
 def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
@@ -94,8 +112,16 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     return found
 
 
-def _listing_key(source: Path, parts: dict[str, list[tuple[Path, int]]], image_size: int, in_channels: int) -> str:
+def _listing_key(
+    source: Path,
+    parts: dict[str, list[tuple[Path, int]]],
+    image_size: int,
+    in_channels: int,
+    rows: Mapping[str, Sequence[int]],
+) -> str:
     sha = hashlib.sha256(f"2 {image_size} {in_channels}".encode())
+    if not isinstance(rows["train"], range):
+        sha.update(repr(rows["train"]).encode())
     for files in parts.values():
         for file, _ in files:
             try:
@@ -110,9 +136,14 @@ def _listing_key(source: Path, parts: dict[str, list[tuple[Path, int]]], image_s
 
 
 def _decode_into(
-    folder: Path, parts: dict[str, list[tuple[Path, int]]], size: int, in_channels: int, classes: list[str]
+    folder: Path,
+    parts: dict[str, list[tuple[Path, int]]],
+    rows: Mapping[str, Sequence[int]],
+    size: int,
+    in_channels: int,
+    classes: list[str],
 ) -> None:
-    """Decode every image into ``.npy`` files in a temporary folder, then rename it to ``folder``."""
+    """Decode the images of ``rows`` into ``.npy`` files in a temporary folder, then rename it to ``folder``."""
     prefix = f".decode-{folder.name}-"
     for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed: this one holds the lock
         shutil.rmtree(left, ignore_errors=True)
@@ -123,10 +154,11 @@ def _decode_into(
             pixels = np.lib.format.open_memmap(temporary / f"{part}_images.npy", "w+", np.uint8, shape)
             with (
                 ThreadPoolExecutor(max_workers=usable_cores()) as pool,
-                progress(f"decoding {part} images", len(files), "image") as bar,
+                progress(f"decoding {part} images", len(rows[part]), "image") as bar,
             ):
-                decoded = pool.map(lambda file: _decode(file[0], size, in_channels), files)
-                for row, image in enumerate(decoded):
+                asked = [files[row][0] for row in rows[part]]
+                decoded = pool.map(lambda file: _decode(file, size, in_channels), asked)
+                for row, image in zip(rows[part], decoded, strict=True):
                     pixels[row] = image
                     bar.update()
             pixels.flush()

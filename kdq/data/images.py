@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kdq.data.augment import Augment, Preprocess
+from kdq.data.image_set import ImageSet
 from kdq.data.loader import EvalLoader
-from kdq.data.sets import ImageSet
 from kdq.data.source import Source, source
 from kdq.data.split import split
 from kdq.utils.errors import KdqError

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +15,9 @@ from filelock import FileLock
 from torch import Tensor
 from torchvision.datasets.utils import extract_archive
 
+from kdq.data.folder import image_folder
+from kdq.data.image_set import ImageSet
 from kdq.utils.errors import KdqError
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A classification data set in memory (or memory-mapped).
-
-    Attributes:
-        train_images, test_images: uint8 ``(images, height, width, channels)``.
-        train_labels, test_labels: int64 ``(images,)``, values in ``0 .. len(classes) - 1``.
-        classes: names, in label order.
-    """
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    classes: tuple[str, ...]
-
-    @cached_property
-    def train_digest(self) -> str:
-        """SHA-256 over the training pixels and labels: what a stored model's key says about its data."""
-        return _digest(self.train_images, self.train_labels)
-
-    @cached_property
-    def test_digest(self) -> str:
-        """SHA-256 over the test pixels and labels, which rows depend on, too."""
-        return _digest(self.test_images, self.test_labels)
-
-
-def _digest(*tensors: Tensor) -> str:
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(repr(tuple(tensor.shape)).encode())
-        sha.update(np.ascontiguousarray(tensor.numpy()).data)
-    return sha.hexdigest()
 
 
 def digits() -> ImageSet:
@@ -78,18 +42,33 @@ def fashion_mnist(root: str) -> ImageSet:
     return _torchvision_set("Fashion-MNIST", FashionMNIST, Path(root), files)
 
 
-def cifar10(root: str) -> ImageSet:
-    """CIFAR-10 (Krizhevsky 2009): 50 000 + 10 000 RGB images, 32x32."""
+def cifar10(root: str, cache: str | None = None, split: Mapping[str, Any] | None = None) -> ImageSet:
+    """CIFAR-10 (Krizhevsky 2009): 50 000 + 10 000 RGB images, 32x32; see :func:`_cifar`."""
     from torchvision.datasets import CIFAR10
 
-    return _torchvision_set("CIFAR-10", CIFAR10, Path(root), [CIFAR10.filename])
+    return _cifar("cifar10", CIFAR10, Path(root), cache, split)
 
 
-def cifar100(root: str) -> ImageSet:
-    """CIFAR-100 (Krizhevsky 2009): 50 000 + 10 000 RGB images, 32x32, a hundred classes."""
+def cifar100(root: str, cache: str | None = None, split: Mapping[str, Any] | None = None) -> ImageSet:
+    """CIFAR-100 (Krizhevsky 2009): 50 000 + 10 000 RGB images, 32x32, a hundred classes; see :func:`_cifar`."""
     from torchvision.datasets import CIFAR100
 
-    return _torchvision_set("CIFAR-100", CIFAR100, Path(root), [CIFAR100.filename])
+    return _cifar("cifar100", CIFAR100, Path(root), cache, split)
+
+
+def _cifar(name: str, dataset: Any, root: Path, cache: str | None, split: Mapping[str, Any] | None) -> ImageSet:
+    """The original images as whatever is there: class folders of lossless files (``train/<class>/*.png`` and
+    ``test/<class>/*.png`` in ``root`` or in a folder of the set's name below it), whose classes are in alphabetical
+    order, as the set's labels are; else torchvision's archive, fetched where it is missing.
+
+    Args:
+        cache: where decoded class folders are kept; by default below ``root``.
+        split: see :func:`kdq.data.folder.image_folder`.
+    """
+    for folder in (root / name, root):
+        if (folder / "train").is_dir() and (folder / "test").is_dir():
+            return image_folder(str(folder), 32, 3, cache or str(root / "image_folder"), split)
+    return _torchvision_set(name.upper().replace("CIFAR", "CIFAR-"), dataset, root, [dataset.filename])
 
 
 def _torchvision_set(name: str, dataset: Callable[..., Any], root: Path, files: list[str]) -> ImageSet:

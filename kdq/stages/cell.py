@@ -16,8 +16,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from kdq.data.image_set import ImageSet
 from kdq.data.images import Images
-from kdq.data.sets import ImageSet
 from kdq.models.build import build
 from kdq.records.store import Entry, Store
 from kdq.stages.check import check_config

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kdq.data.folder import class_names, image_folder
+from kdq.data.sets import cifar10
+from kdq.data.split import split
 from kdq.utils.errors import KdqError
 
 
@@ -146,3 +149,32 @@ def test_one_class_is_refused(root: Path) -> None:
     shutil.rmtree(root / "train/dog")
     with pytest.raises(KdqError, match="1 class folders"):
         class_names(root)
+
+
+def test_a_limit_decodes_what_it_leaves_and_changes_no_image(tmp_path: Path) -> None:
+    """The split of a limited set has the images that it has of the whole one."""
+    root = tmp_path / "images"
+    for part, count in (("train", 40), ("test", 2)):
+        for name in "ab":
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (4, 4), (index, 100, 7)).save(root / part / name / f"{index:02}.png")
+    asked = {"val_fraction": 0.1, "seed": 3, "train_limit": 10}
+    whole, limited = (image_folder(str(root), 4, 3, str(tmp_path / "cache"), s) for s in (None, asked))
+    found = split(80, 0.1, 3, 10)
+    for rows in (found.train, found.val):
+        assert torch.equal(whole.train_images[rows], limited.train_images[rows])
+    assert int((limited.train_images.flatten(1).amax(1) > 0).sum()) == 18
+    assert torch.equal(whole.train_labels, limited.train_labels)
+
+
+def test_cifar_is_read_from_class_folders_where_they_are(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "cifar10" / part / name).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (32, 32), (index, 100, 7)).save(tmp_path / "cifar10" / part / name / f"{index}.png")
+    for root in (tmp_path, tmp_path / "cifar10"):
+        found = cifar10(str(root), str(tmp_path / "cache"))
+        assert found.classes == ("cat", "dog")
+        assert found.train_images.shape == (6, 32, 32, 3)
