@@ -7,10 +7,11 @@ it. A sweep plans its waves, and a cell alone makes what it needs, from the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def obtain(store: Store, model: Model) -> Entry:
 def planned(cell: Cell) -> Model:
     """The model whose weights the cell quantizes: the teacher itself, or the student that the method trains."""
     if cell.role == "teacher":
+        _check_networks([cell.of_role("teacher")])
         return _teacher(cell)
     method = plain(cell.cfg.method)
     name, peer = method.pop("name"), method.pop("peer", None)
@@ -96,6 +98,7 @@ def planned(cell: Cell) -> Model:
     role["weights"] = method.pop("weights", role["weights"])
     takes = getattr(hydra.utils.get_class(method["_target_"]), "takes", ())
     others: dict[str, _Start] = {}
+    _check_networks([role, *([cell.of_role("teacher")] if "teacher" in takes else []), *([peer] if peer else [])])
     if "teacher" in takes:
         model = _teacher(cell)
         spec = NetworkSpec(cell.cfg.teacher.name, plain(cell.cfg.teacher.net), 0, None)
@@ -237,6 +240,24 @@ def _start(cell: Cell, role: Mapping[str, Any]) -> _Start:
         path = locate(source)
         weights, identity = str(path), file_digest(path)
     return _Start(NetworkSpec(role["name"], role["net"], role["seed"], weights), identity, model)
+
+
+def _check_networks(roles: Iterable[Mapping[str, Any]]) -> None:
+    """Build the networks, and read their weights, before any image is decoded for them: either may be the user's own.
+
+    Raises:
+        KdqError: one cannot be built, or the weights do not fit it.
+    """
+    for role in roles:
+        named = role["weights"] in (None, IMAGENET, BASELINE)
+        _check_network(json.dumps(role["net"]), None if named else locate(role["weights"]))
+
+
+@lru_cache(maxsize=16)
+def _check_network(net: str, weights: Path | None) -> None:
+    network = build(json.loads(net))
+    if weights is not None:
+        load_weights(network, weights)
 
 
 def artifact(store: Store, model: Model) -> str:
