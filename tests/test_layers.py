@@ -88,7 +88,7 @@ FLOORS = (
 )
 #: The rooms that may import a framework.
 MAY_IMPORT = {
-    "hydra": {"cli", "sweep", "stages", "train", "utils"},
+    "hydra": {"cli", "sweep", "stages", "train", "tracking", "utils"},
     "omegaconf": {"cli", "sweep", "stages", "records", "utils"},
     "lightning": {"stages", "train", "tracking", "quant", "distill", "data"},
     "wandb": {"cli", "tracking"},

@@ -198,7 +198,13 @@ def _kdq(case: Case) -> dict[str, Any]:
         role = "teacher" if case.method == "teacher" else "student"
         overrides = [
             *("data=cifar10", "data.name=noise", "data.source._target_=kdq.bench.loops.random_images"),
-            *("~data.source.root", f"+data.source.count={count}", f"data.val_fraction={128 / count}"),
+            *(
+                "~data.source.root",
+                "~data.source.cache",
+                "~data.source.split",
+                f"+data.source.count={count}",
+                f"data.val_fraction={128 / count}",
+            ),
             *(f"model@teacher={case.teacher}", f"model@student={case.student}", f"method={case.method}"),
             *("quant=none", "logger=csv", f"paths.output_dir={folder}/out", f"trainer.precision={case.precision}"),
             *(f"{role}.recipe.epochs=2", f"{role}.recipe.batch_size={case.batch_size}", f"{role}.recipe.lr=0.01"),
