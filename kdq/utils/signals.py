@@ -35,9 +35,7 @@ def ending_on_signals() -> Iterator[None]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if not interrupted.is_set():  # further ones change nothing
             interrupted.set()
-            sys.unraisablehook = lambda _: (
-                None
-            )  # from a destructor it gets no further: then the thread ends the process
+            sys.unraisablehook = _say_nothing  # from a destructor it gets no further: then the thread ends the process
             raise KeyboardInterrupt
 
     # Python heeds signals between two of its own operations, those with small numbers first; wake-ups come at once,
@@ -52,6 +50,10 @@ def ending_on_signals() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         _end(received.get() if interrupted.is_set() else signal.SIGINT, str(error))
+
+
+def _say_nothing(raised: object) -> None:
+    """In place of Python's own complaint about what a destructor raised."""
 
 
 def _watch(wakeups: int, received: queue.SimpleQueue[int]) -> None:
