@@ -1,32 +1,36 @@
-"""Every command, table and code block of README.md and CONTRIBUTING.md holds what it promises."""
+"""Every command, table and code block of README.md, CONTRIBUTING.md and the notebooks' text holds what it promises."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shlex
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 import kdq
-from kdq.models.build import build
-from kdq.quant.solvers.alphabets import uniform
-from kdq.records.rows import read_rows
+from kdq.models import CifarResNet
 from kdq.utils.config import compose
+from tests.notebooks import NAMES, text
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
+PAGES |= {f"notebooks/{name}": text(name) for name in NAMES}
 COMMANDS = [
     line
-    for page in (README, (ROOT / "CONTRIBUTING.md").read_text())
+    for page in PAGES.values()
     for block in re.findall(r"```bash\n(.*?)```", page, re.S)
     for line in block.strip().splitlines()
 ]
@@ -47,10 +51,10 @@ def check(overrides: list[str]) -> None:
     overrides = [override for override in overrides if override != "..."]
     parsed = OverridesParser.create().parse_overrides(overrides)
     choices = []
-    for override, text in zip(parsed, overrides, strict=True):
+    for override, given in zip(parsed, overrides, strict=True):
         sweep = override.is_sweep_override()
-        key = text.partition("=")[0]
-        choices.append([f"{key}={value}" for value in override.sweep_string_iterator()] if sweep else [text])
+        key = given.partition("=")[0]
+        choices.append([f"{key}={value}" for value in override.sweep_string_iterator()] if sweep else [given])
     for turn in range(max(map(len, choices), default=1)):
         compose([values[turn % len(values)] for values in choices if "hydra.launcher." not in values[0]])
 
@@ -97,68 +101,67 @@ def test_the_table_of_groups_names_all_choices() -> None:
 
 
 def test_the_tables_of_methods_and_quantizers_are_complete() -> None:
-    cells = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]+) \|", README, re.M))))
+    cells = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]+) \|", text("grid.ipynb"), re.M))))
     for group in ("method", "quant"):
         missing = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} - cells
         assert missing <= {"none", *(f"published_{part}" for part in ("levels", "stride", "share", "images"))}
 
 
-def test_files_that_it_links_to_exist() -> None:
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_it_links_to_exist(page: str) -> None:
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[page]):
+        assert ((ROOT / page).parent / target).exists(), target
 
 
-def test_the_library_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_lists_all_notebooks() -> None:
+    assert set(re.findall(r"\(notebooks/([\w.]+)\)", README)) == set(NAMES)
+
+
+def block(mark: str) -> str:
+    """The Python code of README behind a mark, for a training of one epoch on the CPU."""
+    code = README.split(f"<!-- {mark} -->\n```python\n")[1].split("```")[0]
+    assert "max_epochs=30" in code
+    return code.replace("max_epochs=30", "max_epochs=1, accelerator='cpu', enable_progress_bar=False")
+
+
+class Mine(L.LightningModule):
+    """Somebody's module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val/acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.outputs = self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_the_lightning_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as they stand there: the second one tests the quantized network."""
     monkeypatch.chdir(tmp_path)
-    code = README.split("## As a library")[1].split("```python\n")[1].split("```")[0]
-    model = build({"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 4, "width": 0.25})
-    batch = torch.randn(8, 3, 8, 8)
-    scope = {"model": model.eval(), "calibration_batches": [batch]}
-    exec(code, scope)
-    wanted = scope["quantized"](batch)
-    assert torch.equal(scope["same"](batch), wanted)
-    assert torch.equal(scope["small"](batch), wanted)
-
-
-def own_files(folder: Path) -> None:
-    found = re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", README, re.S)
-    assert [name for name, _ in found] == ["mine.py", "conf/method/cosine.yaml", "conf/quant/sigma_delta.yaml"]
-    for name, text in found:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-
-
-def test_ones_own_method_and_solver(tmp_path: Path) -> None:
-    """As README shows them, by its command, small."""
-    own_files(tmp_path)
-    line = README.split("<!-- own -->\n```bash\n")[1].split("\n")[0]
-    arguments = [*words(line)[1:], "size=smoke", "logger=none"]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])}
-    run = [sys.executable, "-c", "from kdq.cli.app import main; main()", *arguments]
-    subprocess.run(run, cwd=tmp_path, env=environ, check=True, timeout=280, capture_output=True)
-    rows = read_rows(tmp_path / "outputs" / "rows")
-    cells = set(itertools.product(("cosine", "vkd"), ("sigma_delta", "gpfq"), (2, 4)))
-    assert {(row.method, row.quantizer, row.bits) for row in rows} == cells
-    del environ["PYTHONPATH"]
-    run[-len(arguments) :] = ["--config-dir", "conf", "method=cosine", "size=smoke", "logger=none"]
-    lost = subprocess.run(
-        run, cwd=tmp_path, env={**environ, "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "PYTHONSAFEPATH": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert lost.stderr.splitlines()[-1].startswith("kdq: there is no module mine; if it is yours")
-
-
-def test_ones_own_solver_does_what_it_says(tmp_path: Path) -> None:
-    """First-order sigma-delta keeps every running sum of errors within half a step."""
-    own_files(tmp_path)
-    scope: dict = {}
-    exec((tmp_path / "mine.py").read_text(), scope)
-    layer = nn.Linear(40, 3)
-    alphabet = uniform(2 * layer.weight.detach(), 6)  # room beyond the largest weight
-    chosen = scope["sigma_delta"](layer.weight.detach(), None, None, alphabet)
-    lost = (layer.weight.detach() - chosen).cumsum(-1).abs()
-    assert (lost <= alphabet.scale / 2 + 1e-6).all()
-    assert (lost > 0).any()
+    data = TensorDataset(torch.randn(64, 1, 8, 8), torch.randint(10, (64,)))
+    scope: dict[str, Any] = {f"{part}_loader": DataLoader(data, 16) for part in ("train", "val", "test")}
+    scope |= {name: CifarResNet(8, num_classes=10, in_channels=1, width=0.25) for name in ("teacher", "student")}
+    trained = scope["student"]
+    exec(block("lightning"), scope)
+    assert torch.equal(scope["module"].student.network.fc.weight, trained.fc.weight)
+    scope["my_module"] = Mine()
+    exec(block("callback"), scope)
+    packed = kdq.load(scope["quantization"].files[4], network=Mine())
+    assert scope["quantization"].result.report.avg_bits == 4
+    with torch.no_grad():
+        assert torch.equal(packed(data.tensors[0][-16:]), scope["my_module"].outputs)
 
 
 def test_the_version_is_the_same_everywhere() -> None:

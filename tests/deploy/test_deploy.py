@@ -1,4 +1,4 @@
-"""``deploy=onnx`` in a cell, ``kdq-export``, and the serving script of the README, as a user runs them."""
+"""``deploy=onnx`` in a cell, ``kdq-export``, and the serving script of its notebook, as a user runs them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from kdq.data.sets import digits
 from kdq.deploy.runtime import session, top1
 from kdq.records.rows import read_rows
 from tests.conftest import TINY, data_config
-
-ROOT = Path(__file__).parent.parent.parent
-
+from tests.notebooks import files
 
 QUICK = ["deploy.runs=5", "deploy.batch=8", "deploy.threads=1", "deploy.calibration_images=64"]
 
@@ -225,13 +223,11 @@ def test_mistakes_are_one_line_that_says_what_to_do(run: Any, export: Any, tmp_p
     assert "\n" not in near + wrong
 
 
-def test_the_readmes_script_classifies_an_image_file(run: Any, tmp_path: Path) -> None:
+def test_the_notebooks_script_classifies_an_image_file(run: Any, tmp_path: Path) -> None:
     """With onnxruntime alone: importing torch or kdq would fail."""
     output, _, rows = run
-    text = (ROOT / "README.md").read_text()
-    script = text.split("<!-- serve -->\n```python\n")[1].split("```")[0]
     blocked = "import sys\nsys.modules.update(torch=None, kdq=None)\n"
-    (tmp_path / "classify.py").write_text(blocked + script)
+    (tmp_path / "classify.py").write_text(blocked + files("deploy.ipynb")["classify.py"])
     shutil.copy((output / rows[-1].artifact).with_suffix(".int8.onnx"), tmp_path / "model.int8.onnx")
     pixels, labels = digits().test_images.numpy(), digits().test_labels.tolist()
     network = kdq.load(output / rows[-1].artifact)
@@ -248,10 +244,9 @@ def test_the_readmes_script_classifies_an_image_file(run: Any, tmp_path: Path) -
     assert about["size"] == [8, 8]
 
 
-def test_the_readmes_script_sees_the_pixels_that_the_network_was_measured_on(tmp_path: Path) -> None:
+def test_the_notebooks_script_sees_the_pixels_that_the_network_was_measured_on(tmp_path: Path) -> None:
     """Of images of any shape: scaled and cropped as an image folder is read."""
-    text = (ROOT / "README.md").read_text().split("<!-- serve -->\n```python\n")[1].split("```")[0]
-    code = "image = " + text.split("image = ", 1)[1].split("pixels = ")[0]
+    code = "image = " + files("deploy.ipynb")["classify.py"].split("image = ", 1)[1].split("pixels = ")[0]
     random = np.random.default_rng(0)
     for number, shape in enumerate([(48, 160), (90, 64), (32, 32), (256, 256), (900, 1200)]):
         file = tmp_path / f"{number}.png"
