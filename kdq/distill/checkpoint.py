@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.models.build import build_trusted
+from kdq.models.table import build_small
 from kdq.utils.errors import KdqError
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def built(description: Any, name: str) -> nn.Module:
     if isinstance(description, nn.Module):
         return description
     if isinstance(description, Mapping):
-        return build_trusted(description)
+        return build_small(description)
     raise KdqError(
         f"the checkpoint names no network that kdq builds by itself: give load_from_checkpoint(path, {name}=network), "
         "or weights_only=False if you trust whoever wrote the file"

@@ -1,4 +1,4 @@
-"""Networks from what a config or a stored file says of them."""
+"""Networks from what the user's own config says of them; for what files say see :mod:`kdq.models.table`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import Any
 from torch import nn
 
 from kdq.utils.errors import KdqError, no_module
-
-#: Stored files may name an architecture only from these modules: reading a file never runs other code.
-TRUSTED_MODULES = ("kdq.models", "torchvision.models")
 
 
 def build(net: Mapping[str, Any]) -> nn.Module:
@@ -46,22 +43,6 @@ def build(net: Mapping[str, Any]) -> nn.Module:
 def _takes(signature: inspect.Signature, name: str) -> bool:
     kinds = (parameter.kind for parameter in signature.parameters.values())
     return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
-
-
-def is_trusted(net: Mapping[str, Any]) -> bool:
-    """Whether the recipe ``net`` names an architecture of :data:`TRUSTED_MODULES`."""
-    module, _, name = str(net.get("_target_")).rpartition(".")
-    return module in TRUSTED_MODULES and not name.startswith("_")
-
-
-def build_trusted(net: Mapping[str, Any]) -> nn.Module:
-    """:func:`build` for a recipe that was read from a file: only architectures of :data:`TRUSTED_MODULES`."""
-    if not is_trusted(net):
-        raise KdqError(
-            f"the file names the architecture {net.get('_target_')!r}, not one of {', '.join(TRUSTED_MODULES)}: "
-            "build it yourself and pass it as load(path, network=...)"
-        )
-    return build(net)
 
 
 def _resolve(target: str) -> Any:

@@ -35,6 +35,7 @@ def _says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
         result = builder(*args, **kwargs)
         bound = dict(signature.bind(*args, **kwargs).arguments)
         network = bound.pop("self", result)
+        bound |= bound.pop("normalization", {})
         network.kdq_net = {"_target_": f"kdq.models.{name}", **bound}
         return result
 

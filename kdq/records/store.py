@@ -33,9 +33,10 @@ from torch import Tensor
 from kdq.records.lock import locked
 from kdq.utils.errors import KdqError
 from kdq.utils.files import file_digest, parse_json
+from kdq.utils.names import stable
 
 #: Raised when the meaning of a spec changes, or what is made from it: older entries and rows are then not found.
-FORMAT = 2
+FORMAT = 3
 #: From a work folder to the state dict and the metrics of a model, once the block is entered. What may wait for a
 #: server, closing a log, comes when the block is left: by then the model is published and its lock is free.
 Make = Callable[[Path], AbstractContextManager[tuple[Mapping[str, Tensor], Mapping[str, Any]]]]
@@ -43,8 +44,9 @@ _FILES = ("weights.safetensors", "config.yaml", "metrics.json")
 
 
 def key_of(spec: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that identify ``spec`` (plain JSON values), whatever the order of its entries."""
-    text = json.dumps({"format": FORMAT, **spec}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Sixteen hexadecimal digits that identify ``spec`` (plain JSON values), whatever the order of its entries, and
+    wherever kdq's own objects lie (:mod:`kdq.utils.names`)."""
+    text = json.dumps({"format": FORMAT, **stable(spec)}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -137,7 +139,7 @@ class Store:
         temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=f".publish-{key}-"))
         try:
             (temporary / _FILES[0]).write_bytes(weights_file(weights))
-            (temporary / _FILES[1]).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(spec))))
+            (temporary / _FILES[1]).write_text(OmegaConf.to_yaml(OmegaConf.create(stable(spec))))
             (temporary / _FILES[2]).write_text(json.dumps(metrics, indent=1) + "\n")
             digests = {name: file_digest(temporary / name) for name in _FILES}
             (temporary / "entry.json").write_text(json.dumps({"format": FORMAT, "key": key, "sha256": digests}))

@@ -26,6 +26,7 @@ from kdq.tracking.run import RunInfo, RunLogger, flat
 from kdq.train.trainer import check_trainer, weights_flags, with_trainer_flags
 from kdq.utils.config import plain
 from kdq.utils.errors import KdqError
+from kdq.utils.names import stable
 from kdq.utils.version import __version__, git_sha
 
 
@@ -101,8 +102,9 @@ class Cell:
         own, peer = plain(self.cfg[role].net), (plain(self.cfg.method).get("peer") or {}).get("net")
         # Of two networks that were trained together the other one may be the better. Nothing else that a stored file
         # names is called.
-        net = entry.metrics.get("net", own)
-        if net not in (own, peer):
+        stored = stable(entry.metrics.get("net", own))
+        net = next((net for net in (own, peer) if stable(net) == stored), None)
+        if net is None:
             raise KdqError(
                 f"the stored model {entry.path} names a network that the config does not: delete this folder"
             )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kdq.deploy.extra import needs
 from kdq.deploy.onnx_files import CLOSEST, FORMATS, onnx_models
 from kdq.deploy.runtime import session, top1
-from kdq.models.build import build, is_trusted
+from kdq.models.build import build
+from kdq.models.table import is_in_table
 from kdq.quant.activations import RANGES
 from kdq.quant.packing.file import load_packed
 from kdq.records.rows import ROW_FORMAT, Row, write_row
@@ -103,9 +104,9 @@ def deploy(cell: Cell, row: Row) -> Row:
 
 
 def packed_network(cell: Cell, path: Path) -> nn.Module:
-    """The packed network. One that is not of this library's own architectures is built as the config says."""
+    """The packed network. One that files may not name (:mod:`kdq.models.table`) is built as the config says."""
     net = plain(cell.cfg[cell.role].net)
-    return load_packed(path, None if is_trusted(net) else build(net))
+    return load_packed(path, None if is_in_table(net) else build(net))
 
 
 def calibration(cell: Cell) -> Iterator[Tensor]:

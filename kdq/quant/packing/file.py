@@ -12,7 +12,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdq.models.build import build_trusted
+from kdq.models.table import shape_of, stored_name
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.packing.bits import packed_bytes
 from kdq.quant.packing.packed import PackedWeight, keep_packed
@@ -84,7 +83,7 @@ def save_packed(
     quantizers = getattr(network, "quantized_activations", {})
     header: dict[str, Any] = {
         "format": FORMAT,
-        "net": getattr(network, "kdq_net", None),
+        "net": stored_name(getattr(network, "kdq_net", None)),
         "preprocess": dict(preprocess) if preprocess else getattr(network, "kdq_preprocess", None),
         "layers": layers,
         "activations": {name: {"scale": q.scale, "zero": q.zero, "bits": q.bits} for name, q in quantizers.items()},
@@ -122,7 +121,8 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
 
     Args:
         network: an instance of the architecture, needed unless the file names one: networks that
-            :func:`kdq.models.build.build` made, kdq's or torchvision's, say what they are. It is not modified.
+            :func:`kdq.models.build.build` made, kdq's or torchvision's (:mod:`kdq.models.table`), say what they are. It
+            is not modified.
         decode: ``"once"``: weights are decoded now, for speed; ``"layer"``: each layer's whenever it runs, so that
             memory holds the packed codes and one layer's weights.
 
@@ -134,14 +134,9 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     path = Path(path)
     header, tensors = _read(path)
     try:
-        if network is None:
-            if header["net"] is None:
-                raise KdqError(f"{path} does not say its architecture: build it and pass kdq.load(path, network=...)")
-            network = _skeleton(header["net"])
-        else:
-            network = copy.deepcopy(network).cpu()
         tensors = _with_zeros(header, tensors)
         weights = {name: _layer(tensors, name, layer) for name, layer in header["layers"].items()}
+        network = _architecture(path, header, tensors, weights) if network is None else copy.deepcopy(network).cpu()
         activations = {name: _activation(fields) for name, fields in header.get("activations", {}).items()}
         _fill(network, path, header, tensors, weights, decode)
         for name, quantizer in activations.items():
@@ -156,12 +151,16 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     return network.eval()
 
 
-def _skeleton(net: Mapping[str, Any]) -> nn.Module:
-    """The architecture without memory for its weights, where nothing but a state dict fills it."""
-    with torch.device("meta"):
-        network = build_trusted(net)
-    held, saved = chain(network.parameters(), network.buffers()), network.state_dict()
-    return network if len(list(held)) == len(saved) else build_trusted(net)
+def _architecture(
+    path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Mapping[str, PackedWeight]
+) -> nn.Module:
+    """The network that the file names, without memory for its weights, if it is what the file holds."""
+    if header["net"] is None:
+        raise KdqError(f"{path} does not say its architecture: build it and pass kdq.load(path, network=...)")
+    packed = {f"{name}.{part}" for name in weights for part in ("codes", "scale", "zero")}
+    sizes = [tensor.numel() for name, tensor in tensors.items() if name not in packed]
+    sizes += [weight.shape.numel() for weight in weights.values()]
+    return shape_of(header["net"], len(sizes), sum(sizes))
 
 
 def _fill(

@@ -1,0 +1,75 @@
+"""The stable names of kdq's own objects, for what is kept on disk: a moved or renamed function changes no key.
+
+A config calls an object by its dotted path. What is stored or hashed names it by an entry of :data:`STABLE`, whichever
+of its paths, old or new, was given. Whoever moves an object adds its new path here. Code of one's own keeps its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def _paths(name: str, *paths: str) -> dict[str, str]:
+    return dict.fromkeys(paths, name)
+
+
+#: Every dotted path that kdq's objects have or had, to the name that never changes. Names hold no dot, so that nothing
+#: that can be imported has one.
+STABLE: dict[str, str] = {
+    **_paths("cifar_resnet", "kdq.models.CifarResNet", "kdq.models.networks.CifarResNet"),
+    **_paths("whitened_net", "kdq.models.WhitenedNet", "kdq.models.networks.WhitenedNet"),
+    **_paths("resnet18", "kdq.models.resnet18", "kdq.models.networks.resnet18"),
+    **_paths("resnet34", "kdq.models.resnet34", "kdq.models.networks.resnet34"),
+    **_paths("resnet50", "kdq.models.resnet50", "kdq.models.networks.resnet50"),
+    **_paths(
+        "cross_entropy",
+        "kdq.distill.Baseline",
+        "kdq.distill.module.Baseline",
+        "kdq.distill.CrossEntropy",
+        "kdq.distill.module.CrossEntropy",
+        "kdq.distill.cross_entropy.CrossEntropy",
+    ),
+    **_paths("vkd", "kdq.distill.VKD", "kdq.distill.vkd.VKD"),
+    **_paths("mixup", "kdq.distill.Mixup", "kdq.distill.mixup.Mixup"),
+    **_paths("dkd", "kdq.distill.DKD", "kdq.distill.dkd.DKD"),
+    **_paths("dml", "kdq.distill.DML", "kdq.distill.dml.DML"),
+    **_paths("train_config", "kdq.distill.TrainConfig", "kdq.distill.config.TrainConfig"),
+    **{
+        f"kdq.quant{room}.{solver}.{solver}": solver
+        for solver in ("gpfq", "gptq", "qronos", "rtn", "spfq")
+        for room in ("", ".solvers")
+    },
+    **{
+        f"kdq.quant{room}.alphabets.{alphabet}": alphabet
+        for alphabet in ("uniform", "symmetric", "asymmetric", "ternary", "paper")
+        for room in ("", ".solvers")
+    },
+    **_paths("sampled_moments", "kdq.quant.sampled.SampledMoments", "kdq.quant.calibrate.sampled.SampledMoments"),
+    **_paths("quant_config", "kdq.quant.config.QuantConfig"),
+    **_paths("search_config", "kdq.quant.config.SearchConfig"),
+    **_paths("post_training_quantization", "kdq.quant.callback.PostTrainingQuantization"),
+    **_paths("greedy_bit_search", "kdq.quant.callback.GreedyBitSearch", "kdq.quant.bitsearch.callback.GreedyBitSearch"),
+    **{
+        f"kdq.data.{module}.{images}": images
+        for module in ("sets", "folder")
+        for images in ("digits", "fashion_mnist", "cifar10", "cifar100", "image_folder")
+    },
+}
+
+
+def stable(config: Any) -> Any:
+    """``config`` with the stable names of what it calls by ``_target_``, or by the ``path`` beside one.
+
+    Example:
+        >>> stable({"net": {"_target_": "kdq.models.CifarResNet", "depth": 20}, "solver": "gpfq"})
+        {'net': {'_target_': 'cifar_resnet', 'depth': 20}, 'solver': 'gpfq'}
+    """
+    if isinstance(config, Mapping):
+        called = ("_target_", "path") if "_target_" in config else ()
+        return {key: _named(value) if key in called else stable(value) for key, value in config.items()}
+    return [stable(part) for part in config] if isinstance(config, (list, tuple)) else config
+
+
+def _named(target: Any) -> Any:
+    return STABLE.get(target, target) if isinstance(target, str) else target
