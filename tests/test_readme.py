@@ -65,6 +65,16 @@ def test_a_kdq_command_composes(line: str) -> None:
         check([word for word in words(line)[1:] if word != "-m"])
 
 
+def test_the_commands_of_the_reference_compose() -> None:
+    """What made the published rows can be asked for by today's keys."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "outputs/reference/README.md").read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if line.startswith("kdq ")]
+    assert len(commands) > 10
+    for line in commands:
+        check([word for word in words(line)[1:] if word != "-m"])
+
+
 def test_the_commands_are_all_known() -> None:
     """What other commands the pages name exist, and so do their options."""
     for line in COMMANDS:
