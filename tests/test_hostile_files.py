@@ -58,6 +58,8 @@ NASTY: list[Any] = [
         "../../../etc/passwd",
         "\x00",
         "\u202e\n<script>",
+        "\ud800",
+        "=1+1",
     ),
     *([], {}, [[]], {"": None}, [None] * 3, "os.system", {"_target_": "os.system", "command": "exit"}),
 ]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
+import reprlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pandas as pd
+from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 
 from kdq.utils.errors import KdqError
 from kdq.utils.files import parse_json, replacing, write_text
@@ -19,64 +21,94 @@ from kdq.utils.files import parse_json, replacing, write_text
 log = logging.getLogger(__name__)
 
 #: Version of the columns below; a reader reads all earlier ones.
-ROW_FORMAT = 2
+ROW_FORMAT = 3
+
+
+def _encodable(text: str) -> str:
+    text.encode()  # half of a surrogate pair cannot be written anywhere
+    return text
+
+
+def _file_name(name: str) -> str:
+    if "\0" in name or Path(name).name != name:
+        raise ValueError(f"{name!r} is no part of a file's name")
+    return name
+
+
+def _below(path: str) -> str:
+    if Path(path).is_absolute() or {"..", "\0"} & {*Path(path).parts, *path}:
+        raise ValueError(f"{path!r} leads out of the folder")
+    return path
+
+
+Text = Annotated[str, Strict(), AfterValidator(_encodable)]
+Name = Annotated[Text, AfterValidator(_file_name)]
+Int = Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)]
+Float = Annotated[float, Strict()]
+Percent = Annotated[float, Strict(), Field(ge=0, le=100)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Bytes = Annotated[Int, Field(gt=0)]
 
 
 @dataclass(frozen=True)
 class Row:
     """One cell. Accuracies and drops are in percent (points), sizes in bytes, times in seconds unless named ``_ms``,
-    throughputs in images a second. What was not measured is None: rows of format 1, and cells without ``deploy``, lack
-    the columns behind ``act_bits``."""
+    throughputs in images a second. What was not measured is None: rows of earlier formats, and cells without
+    ``deploy``, lack the columns behind ``act_bits``.
 
-    data: str
-    method: str
-    arch: str
-    role: str
-    seed: int
-    quantizer: str
-    alphabet: str
-    bits: int
-    avg_bits: float
-    search: str
-    top1_float: float
-    top1: float
-    top5: float
-    drop: float
-    nll: float
-    ece: float
-    val_top1: float
-    params: int
-    weight_bits_total: int
-    size_bytes: int
-    float_bytes: int
-    macs: int
-    calibration_images: int
-    latency_ms_torch: float
-    train_seconds: float
-    quantize_seconds: float
-    device: str
-    kdq_version: str
-    git_sha: str
-    config_hash: str
-    wandb_run: str
-    artifact: str
-    act_bits: int = 32
-    bops: int | None = None
-    top1_onnx_fp32: float | None = None
-    top1_onnx_int8: float | None = None
-    onnx_fp32_bytes: int | None = None
-    onnx_int8_bytes: int | None = None
-    latency_ms_onnx_fp32: float | None = None
-    latency_ms_onnx_int8: float | None = None
-    latency_p95_ms_onnx_fp32: float | None = None
-    latency_p95_ms_onnx_int8: float | None = None
-    throughput_onnx_fp32: float | None = None
-    throughput_onnx_int8: float | None = None
-    throughput_batch: int | None = None
-    latency_threads: int | None = None
-    deploy_hash: str | None = None
-    threads: int | None = None  # of the CPU, on which most steps of the training were taken
-    row_format: int = ROW_FORMAT
+    This class is the schema: reading (:func:`read_rows`) and the types of :func:`table` follow from its annotations.
+    """
+
+    data: Name
+    method: Name
+    arch: Name
+    role: Text
+    seed: Int
+    quantizer: Name
+    alphabet: Text
+    bits: Int
+    avg_bits: Positive
+    search: Text
+    top1_float: Percent
+    top1: Percent
+    top5: Float
+    drop: Float
+    nll: Float
+    ece: Float
+    val_top1: Float
+    params: Int
+    weight_bits_total: Int
+    size_bytes: Bytes
+    float_bytes: Bytes
+    macs: Int
+    calibration_images: Int
+    latency_ms_torch: Float
+    train_seconds: Float
+    quantize_seconds: Float
+    device: Text
+    kdq_version: Text
+    git_sha: Text
+    config_hash: Name
+    wandb_run: Text
+    artifact: Annotated[Text, AfterValidator(_below)]
+    act_bits: Int = 32
+    bops: Int | None = None
+    top1_onnx_fp32: Float | None = None
+    top1_onnx_int8: Float | None = None
+    onnx_fp32_bytes: Int | None = None
+    onnx_int8_bytes: Int | None = None
+    latency_ms_onnx_fp32: Float | None = None
+    latency_ms_onnx_int8: Float | None = None
+    latency_p95_ms_onnx_fp32: Float | None = None
+    latency_p95_ms_onnx_int8: Float | None = None
+    throughput_onnx_fp32: Float | None = None
+    throughput_onnx_int8: Float | None = None
+    throughput_batch: Int | None = None
+    latency_threads: Int | None = None
+    deploy_hash: Text | None = None
+    threads: Int | None = None  # of the CPU, on which most steps of the training were taken
+    limited: Text = ""  # the trainer's flags that made this a trial: fast_dev_run, limit_train_batches, ...
+    row_format: Int = ROW_FORMAT
 
     @property
     def file_name(self) -> str:
@@ -154,41 +186,67 @@ def read_row(path: Path) -> Row:
         raise KdqError(f"{path} is not a row of kdq's: {' '.join(str(error).split())}") from error
 
 
-def _row(values: dict[str, Any]) -> Row:
-    if values.get("row_format", 0) > ROW_FORMAT:
-        raise ValueError(f"row format {values['row_format']} is newer than this kdq: update kdq")
-    row = Row(**{name: values[name] for name in values if name in COLUMNS})
-    for field in dataclasses.fields(Row):
-        value, (name, _, optional) = getattr(row, field.name), str(field.type).partition(" | ")
-        if value is None and optional:
-            continue
-        kind = {"str": str, "int": int, "float": float}[name]
-        if isinstance(value, bool) or not isinstance(value, (kind, int) if kind is float else kind):
-            raise ValueError(f"{field.name} is {value!r}")
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"{field.name} has {len(str(value))} digits")
-    # Files are written by these names, and read.
-    if Path(row.file_name).name != row.file_name or "\0" in row.file_name:
-        raise ValueError(f"{row.file_name!r} is no name of a file")
-    if Path(row.artifact).is_absolute() or {"..", "\0"} & {*Path(row.artifact).parts, *row.artifact}:
-        raise ValueError(f"artifact {row.artifact!r} leads out of the folder")
-    impossible = [name for name in ("top1", "top1_float") if not 0 <= getattr(row, name) <= 100]
-    impossible += [name for name in ("size_bytes", "float_bytes", "avg_bits") if not 0 < getattr(row, name) < math.inf]
-    if impossible:
-        raise ValueError(f"{impossible[0]} is {getattr(row, impossible[0])}")
-    return row
+def _row(values: Any) -> Row:
+    if isinstance(values, dict) and isinstance(version := values.get("row_format"), int) and version > ROW_FORMAT:
+        raise ValueError(f"row format {version} is newer than this kdq: update kdq")
+    try:
+        return _schema().validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the row"
+        raise ValueError(f"{where} is {reprlib.repr(first['input'])}: {first['msg']}") from None
+
+
+@cache
+def _schema() -> TypeAdapter[Row]:
+    return TypeAdapter(Row)
+
+
+def whole(output: Path, row: Row) -> bool:
+    """Whether the packed file of ``row`` is there with all its bytes."""
+    try:
+        return (output / row.artifact).stat().st_size == row.size_bytes
+    except OSError:
+        return False
+
+
+def without_artifacts(output: Path, rows: Iterable[Row]) -> list[str]:
+    """A line for each row below ``output`` whose packed file is gone or cut short. Published rows have none, and are
+    none the worse for it: nothing is missing where there is no store."""
+    if not (output / "store").is_dir():
+        return []
+    kept = [row for row in rows if row.artifact and (output / "rows" / row.file_name).is_file()]
+    return [
+        f"{row.artifact} is {'cut short' if (output / row.artifact).exists() else 'gone'}: the row's own command makes "
+        "it again"
+        for row in kept
+        if not whole(output, row)
+    ]
 
 
 def table(rows: Iterable[Row]) -> pd.DataFrame:
-    """The rows as a data frame with :data:`COLUMNS`, also when there is none."""
+    """The rows as a data frame with :data:`COLUMNS`, also when there is none. Whole numbers stay whole where some are
+    missing."""
     frame = pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
-    # Whole numbers stay whole where some are missing.
-    kinds = {"int | None": "Int64", "float | None": "float64"}
-    optional = {field.name: kinds[field.type] for field in dataclasses.fields(Row) if field.type in kinds}
-    return frame.astype(optional)
+    kinds = {name: set(get_args(hint)) or {hint} for name, hint in get_type_hints(Row).items()}
+    numbers = {name: "float64" for name, kind in kinds.items() if float in kind}
+    numbers |= {name: "Int64" if len(kind) > 1 else "int64" for name, kind in kinds.items() if int in kind}
+    return frame.astype(numbers)
+
+
+#: What makes spreadsheets take a text for a formula, and the mark itself.
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠'")
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Write the merged table atomically."""
+    """Write the merged table atomically.
+
+    A text that a spreadsheet would run as a formula (it begins with one of ``= + - @``, a tab or a new line) gets a
+    ``'`` before it, and so does one that begins with ``'``: whoever reads the file takes one leading ``'`` off. The
+    rows themselves and results.parquet hold every text as it is.
+    """
+    frame = table(rows)
+    for name in frame.select_dtypes(exclude="number").columns:
+        frame[name] = [f"'{x}" if isinstance(x, str) and x.startswith(_FORMULA) else x for x in frame[name]]
     with replacing(path) as temporary:
-        table(rows).to_csv(temporary, index=False)
+        frame.to_csv(temporary, index=False)

@@ -30,6 +30,9 @@ def print_results(console: Console, output: Path, rows: Sequence[Row], written: 
         console.print(f"[bold]{escape(said.data)}, {escape(said.quantizer)}[/]\n{escape(said.text)}", highlight=False)
     if len(written.answer) > ANSWERS:
         console.print(f"{len(written.answer) - ANSWERS} more answers are in report.md", highlight=False)
+    if written.lacking:
+        more = f" ({len(written.lacking)} rows lack theirs)" if len(written.lacking) > 1 else ""
+        console.print(f"not complete: {written.lacking[0]}{more}", markup=False, highlight=False, soft_wrap=True)
     by_name = {path.name: path for path in written.files}
     for name, file in (
         ("results", "results.csv"),

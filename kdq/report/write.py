@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from kdq.records.failures import read_failures
-from kdq.records.rows import Row, read_rows, table, write_csv
+from kdq.records.rows import Row, read_rows, table, without_artifacts, write_csv
 from kdq.report.cells import by_seed, cells, missing, named, printable, width_name
 from kdq.report.layers import Frontier, Widths, frontiers, mixed_widths
 from kdq.report.words import Statement, statements, without_repeats
@@ -25,11 +25,12 @@ _FAILURES = 10
 
 @dataclass
 class Written:
-    """The files written, what could not be (one line each), and the answer in short."""
+    """The files written, what could not be, the answer in short, and the packed files that rows lack; lines of text."""
 
     files: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     answer: list[Statement] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
 
 
 class Material:
@@ -88,9 +89,16 @@ class Material:
         ]
 
     @cached_property
+    def lacking(self) -> list[str]:
+        """The packed files that rows promise and that are not there, or not whole."""
+        return without_artifacts(self.output, self.rows)
+
+    @cached_property
     def warnings(self) -> list[str]:
         """What a reader must know before the numbers."""
         said = [f"A damaged row was left out: {line}" for line in self.skipped]
+        said += [f"A packed file is lacking: {line}." for line in self.lacking[:_FAILURES]]
+        said += [f"{more} more packed files are lacking."] if (more := len(self.lacking) - _FAILURES) > 0 else []
         failed = list(read_failures(self.output).values())
         said += [f"Failed: {failure.name}: {failure.cause}" for failure in failed[:_FAILURES]]
         said += ["What is no longer wanted of these: delete its file in failed/."] if failed else []
@@ -112,7 +120,8 @@ def write_report(output: Path) -> Written:
     A part that cannot be written is told in a warning and in the result, and the others are: the cells' own rows are
     safe whatever becomes of the report.
     """
-    material, written = Material(output), Written()
+    material = Material(output)
+    written = Written(lacking=material.lacking)
     folder = output / "report"
     parts: dict[str, tuple[Path, Callable[[Path], Sequence[Path]]]] = {
         "the table": (output / "results.csv", lambda path: _csv(path, material)),

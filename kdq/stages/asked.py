@@ -18,7 +18,7 @@ from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
 from kdq.quant.config import OPTIONS, QuantConfig, refuse_unknown
 from kdq.quant.network import quantizable_layers
 from kdq.quant.solvers.alphabet import check_bits
-from kdq.records.rows import Row, has
+from kdq.records.rows import Row, has, whole
 from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
@@ -98,12 +98,6 @@ def row_keys(cell: Cell, model: Model) -> dict[str, str]:
     asked = asked_bits(cell)
     check_quantizer(cell)
     return {name: key_of(row_spec(cell, model, bits)) for name, bits in asked.items()}
-
-
-def whole(output: Path, row: Row) -> bool:
-    """Whether the packed file of ``row`` is there with all its bytes."""
-    path = output / row.artifact
-    return path.is_file() and path.stat().st_size == row.size_bytes
 
 
 def complete(output: Path, row: Row, columns: Mapping[str, Any]) -> bool:

@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 
 from kdq.records.failures import Job, recorded
 from kdq.records.lock import locked
-from kdq.records.rows import Row, has, read_rows, write_row
+from kdq.records.rows import Row, has, read_rows, whole, write_row
 from kdq.records.store import key_of
-from kdq.stages.asked import complete, row_keys, row_spec, whole
+from kdq.stages.asked import complete, row_keys, row_spec
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns, deploy
 from kdq.stages.quantize import arch_of, quantize, tracked_rows

@@ -28,7 +28,7 @@ from kdq.stages.train import Model, artifact
 from kdq.tracking.names import series
 from kdq.tracking.run import RunLogger
 from kdq.train.evaluate import test
-from kdq.train.trainer import evaluation_trainer
+from kdq.train.trainer import evaluation_trainer, limited
 from kdq.utils.config import plain
 from kdq.utils.cpu import settle_threads
 from kdq.utils.latency import of_networks
@@ -206,6 +206,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "train_seconds": float(entry.metrics["train_seconds"]),
         "device": _device_name(cell.device),
         "threads": entry.metrics.get("threads"),
+        "limited": limited(plain(cfg.trainer)),
         "kdq_version": __version__,
         "git_sha": git_sha(),
     }
