@@ -26,7 +26,7 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
 
     ``quantizer`` also tells what its name alone does not: rounded activations (``gpfq A8``), the alphabet or the search
     where rows of one name differ in them, the calibration images where rows of one cell do, and that the ``paper``
-    alphabet takes one bit more than it is asked for. ``width`` is ``bits``,
+    alphabet takes one bit more than it is asked for; trials (``limited``) are never averaged with other rows. ``width`` is ``bits``,
     or for a ``searched`` row its average width rounded up to a quarter, since budgets are upper bounds.
     """
     frame = table(rows)
@@ -42,6 +42,8 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
         frame.loc[differing, "quantizer"] += " " + frame.loc[differing, column].map(printable)
     rounded = frame["act_bits"] < 32
     frame.loc[rounded, "quantizer"] += " A" + frame.loc[rounded, "act_bits"].astype(str)
+    trial = frame["limited"] != ""
+    frame.loc[trial, "quantizer"] += " TRIAL " + frame.loc[trial, "limited"].map(printable)
     frame["searched"] = frame["search"] != ""
     frame["width"] = widths(frame)
     several = frame.groupby([*CELL, "seed"])["calibration_images"].transform("nunique") > 1

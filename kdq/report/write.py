@@ -99,6 +99,10 @@ class Material:
         said = [f"A damaged row was left out: {line}" for line in self.skipped]
         said += [f"A packed file is lacking: {line}." for line in self.lacking[:_FAILURES]]
         said += [f"{more} more packed files are lacking."] if (more := len(self.lacking) - _FAILURES) > 0 else []
+        if trials := sum(row.limited != "" for row in self.rows):
+            said.append(
+                f"{trials} rows are trials, under flags of the Trainer such as fast_dev_run: they are no results."
+            )
         failed = list(read_failures(self.output).values())
         said += [f"Failed: {failure.name}: {failure.cause}" for failure in failed[:_FAILURES]]
         said += ["What is no longer wanted of these: delete its file in failed/."] if failed else []

@@ -89,3 +89,9 @@ def test_quantizers_tell_their_calibration_images_where_a_cell_has_several(row: 
     assert named(rows)["quantizer"].tolist() == ["gpfq 64 images", "gpfq 256 images", "rtn", "gpfq 64 images"]
     elsewhere = [row(calibration_images=64), row(calibration_images=256, data="pets")]
     assert set(named(elsewhere)["quantizer"]) == {"gpfq"}
+
+
+def test_trials_are_never_averaged_with_results(row: Callable[..., Row]) -> None:
+    rows = [row(seed=0, top1=90.0), row(seed=1, top1=92.0), row(seed=2, top1=10.0, limited="fast_dev_run=True")]
+    found = {cell["quantizer"]: cell["top1"] for cell in cells(named(rows)).to_dict("records")}
+    assert found == {"gpfq": 91, "gpfq TRIAL fast_dev_run=True": 10}
