@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
 from kdq.utils.errors import KdqError
+
+#: One value for each channel of an image.
+Channels = Sequence[float] | None
+#: Of a network: ``mean, std, data_mean, data_std``.
+Normalization = tuple[Channels, Channels, Channels, Channels]
 
 
 def _says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +40,6 @@ def _says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
         result = builder(*args, **kwargs)
         bound = dict(signature.bind(*args, **kwargs).arguments)
         network = bound.pop("self", result)
-        bound |= bound.pop("normalization", {})
         network.kdq_net = {"_target_": f"kdq.models.{name}", **bound}
         return result
 
@@ -44,26 +48,44 @@ def _says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
 
 @_says_what_it_is
 def resnet18(
-    num_classes: int, in_channels: int = 3, stem: str = "cifar", **normalization: Sequence[float] | None
+    num_classes: int,
+    in_channels: int = 3,
+    stem: str = "cifar",
+    mean: Channels = None,
+    std: Channels = None,
+    data_mean: Channels = None,
+    data_std: Channels = None,
 ) -> nn.Module:
     """ResNet-18 (He et al. 2016, arXiv 1512.03385): 11.17 M parameters with ten classes."""
-    return _resnet(tv.BasicBlock, [2, 2, 2, 2], num_classes, in_channels, stem, normalization)
+    return _resnet(tv.BasicBlock, [2, 2, 2, 2], num_classes, in_channels, stem, (mean, std, data_mean, data_std))
 
 
 @_says_what_it_is
 def resnet34(
-    num_classes: int, in_channels: int = 3, stem: str = "cifar", **normalization: Sequence[float] | None
+    num_classes: int,
+    in_channels: int = 3,
+    stem: str = "cifar",
+    mean: Channels = None,
+    std: Channels = None,
+    data_mean: Channels = None,
+    data_std: Channels = None,
 ) -> nn.Module:
     """ResNet-34 (He et al. 2016): 21.28 M parameters with ten classes."""
-    return _resnet(tv.BasicBlock, [3, 4, 6, 3], num_classes, in_channels, stem, normalization)
+    return _resnet(tv.BasicBlock, [3, 4, 6, 3], num_classes, in_channels, stem, (mean, std, data_mean, data_std))
 
 
 @_says_what_it_is
 def resnet50(
-    num_classes: int, in_channels: int = 3, stem: str = "cifar", **normalization: Sequence[float] | None
+    num_classes: int,
+    in_channels: int = 3,
+    stem: str = "cifar",
+    mean: Channels = None,
+    std: Channels = None,
+    data_mean: Channels = None,
+    data_std: Channels = None,
 ) -> nn.Module:
     """ResNet-50 (He et al. 2016): 23.52 M parameters with ten classes."""
-    return _resnet(tv.Bottleneck, [3, 4, 6, 3], num_classes, in_channels, stem, normalization)
+    return _resnet(tv.Bottleneck, [3, 4, 6, 3], num_classes, in_channels, stem, (mean, std, data_mean, data_std))
 
 
 class Renormalize(nn.Module):
@@ -78,19 +100,23 @@ class Renormalize(nn.Module):
         KdqError: one of the four is missing, not one value a channel, or not positive where it divides.
     """
 
-    def __init__(self, in_channels: int = 1, **given: Sequence[float] | None) -> None:
+    def __init__(
+        self,
+        mean: Channels = None,
+        std: Channels = None,
+        data_mean: Channels = None,
+        data_std: Channels = None,
+        in_channels: int = 1,
+    ) -> None:
         super().__init__()
-        names = ("mean", "std", "data_mean", "data_std")
-        if unknown := sorted(set(given) - set(names)):
-            raise KdqError(f"a network takes no {', '.join(unknown)}: how its images were normalised is {names}")
-        for name in names:
-            values = given.get(name)
+        given = {"mean": mean, "std": std, "data_mean": data_mean, "data_std": data_std}
+        for name, values in given.items():
             if values is None or len(values) != in_channels or (name.endswith("std") and min(values) <= 0):
                 raise KdqError(
                     f"net.{name}={values} must be {in_channels} numbers, one a channel: a network that is normalised "
-                    f"in its own way needs all of {', '.join(names)}"
+                    f"in its own way needs all of {', '.join(given)}"
                 )
-        mean, std, data_mean, data_std = (given[name] or () for name in names)
+        mean, std, data_mean, data_std = (values or () for values in given.values())
         self.scale = [ours / own for ours, own in zip(data_std, std, strict=True)]
         self.shift = [(ours - own) / by for ours, own, by in zip(data_mean, mean, std, strict=True)]
 
@@ -99,9 +125,9 @@ class Renormalize(nn.Module):
         return torch.stack(planes, -1).permute(0, 3, 1, 2)  # channels-last, as images come
 
 
-def _renormalize(in_channels: int, given: Mapping[str, Sequence[float] | None]) -> Renormalize | None:
+def _renormalize(in_channels: int, given: Normalization) -> Renormalize | None:
     """None where the network takes the images as the data normalises them."""
-    return Renormalize(in_channels, **given) if given else None
+    return Renormalize(*given, in_channels) if any(values is not None for values in given) else None
 
 
 class _ResNet(tv.ResNet):
@@ -119,7 +145,7 @@ def _resnet(
     num_classes: int,
     in_channels: int,
     stem: str,
-    normalization: Mapping[str, Sequence[float] | None],
+    normalization: Normalization,
 ) -> nn.Module:
     """torchvision's ResNet. ``stem="cifar"`` keeps small images at full resolution: a 3x3 convolution with
     stride 1 and no max-pooling, the shape in which CIFAR weights such as ``edadaltocg/resnet50_cifar10`` are
@@ -157,7 +183,10 @@ class CifarResNet(nn.Module):
         in_channels: int = 3,
         width: float = 1.0,
         shortcut: str = "B",
-        **normalization: Sequence[float] | None,
+        mean: Channels = None,
+        std: Channels = None,
+        data_mean: Channels = None,
+        data_std: Channels = None,
     ) -> None:
         super().__init__()
         if shortcut not in ("A", "B"):
@@ -167,7 +196,7 @@ class CifarResNet(nn.Module):
         if width <= 0:
             raise KdqError(f"width={width} must be positive")
         planes = [max(1, round(width * channels)) for channels in (16, 32, 64)]
-        self.renormalize = _renormalize(in_channels, normalization)
+        self.renormalize = _renormalize(in_channels, (mean, std, data_mean, data_std))
         self.conv1 = nn.Conv2d(in_channels, planes[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
         self.relu = nn.ReLU(inplace=True)

@@ -26,8 +26,8 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
 
     ``quantizer`` also tells what its name alone does not: rounded activations (``gpfq A8``), the alphabet or the search
     where rows of one name differ in them, the calibration images where rows of one cell do, and that the ``paper``
-    alphabet takes one bit more than it is asked for; trials (``limited``) are never averaged with other rows. ``width`` is ``bits``,
-    or for a ``searched`` row its average width rounded up to a quarter, since budgets are upper bounds.
+    alphabet takes one bit more than it is asked for; trials (``limited``) have names of their own. ``width`` is
+    ``bits``, or for a ``searched`` row its average width rounded up to a quarter, since budgets are upper bounds.
     """
     frame = table(rows)
     for column in SERIES:
