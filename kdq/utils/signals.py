@@ -50,6 +50,9 @@ def ending_on_signals() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         _end(received.get() if interrupted.is_set() else signal.SIGINT, str(error))
+    finally:
+        for signum in SIGNALS:  # what comes while Python ends changes nothing: everything is done
+            signal.signal(signum, signal.SIG_IGN)
 
 
 def _say_nothing(raised: object) -> None:

@@ -320,7 +320,7 @@ def test_a_fit_without_images_that_are_not_augmented_is_refused_before_it(loader
         (PostTrainingQuantization, {"calibration": iter(())}, "is an iterator, good for one pass"),
         (PostTrainingQuantization, {"bits": [2, 4], "path": "a.kdq"}, r"one file for several widths: write \{bits\}"),
         (GreedyBitSearch, {}, "has no budget"),
-        (GreedyBitSearch, {"avg_bits": float("nan")}, "avg_bits=nan must be a number"),
+        (GreedyBitSearch, {"avg_bits": float("nan")}, "avg_bits=nan must be a finite number"),
         (GreedyBitSearch, {"avg_bits": 3, "solvr": "rtn"}, r"unknown option solvr \(did you mean solver\?"),
         (GreedyBitSearch, {"avg_bits": 3, "cost": "joules"}, "cost='joules' is unknown"),
     ],

@@ -89,5 +89,5 @@ def test_corrected_networks_are_stored_whole(relu_net: nn.Module, tmp_path: Path
 
 
 def test_an_unknown_correction_is_refused(relu_net: nn.Module) -> None:
-    with pytest.raises(KdqError, match="correct='both' is unknown: use one of None"):
+    with pytest.raises(KdqError, match="correct='both' is unknown: use one of null"):
         kdq.quantize(relu_net, [torch.randn(4, 3, 9, 9)], bits=2, correct="both")

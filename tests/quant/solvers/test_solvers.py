@@ -172,7 +172,7 @@ def test_the_order_of_columns_is_undone(problem: tuple[Tensor, Tensor, Tensor]) 
         ({"solver": "magic"}, "rtn, gpfq"),
         ({"order": "up"}, "natural"),
         ({"scale": "big"}, "gram"),
-        ({"refine": -1}, "sweeps"),
+        ({"refine": -1}, "refine=-1"),
         ({"refine": 1, "per_channel": False}, "per_channel"),
         ({"act_bits": 9}, "from 2 to 8"),
         ({"act_bits": 4, "act_range": "all"}, "percentile"),
