@@ -32,7 +32,8 @@ def test_equal_and_overlapping_jobs_at_once_quantize_every_width_once(
         return real(cell, entry, keys, track)
 
     monkeypatch.setattr(kdq.stages.pipeline, "quantize", quantize)
-    asked = [config("quant.bits=[2,8]")] * 4 + [config("quant.bits=[4,8]")] * 2
+    # Each with a config of its own, as processes have: OmegaConf's nodes are not made for several threads.
+    asked = [config(f"quant.bits={bits}") for bits in ["[2,8]"] * 4 + ["[4,8]"] * 2]
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(run, asked))
     assert sorted(made) == ["2", "4", "8"]

@@ -6,17 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kdq.records.rows import COLUMNS, Row, write_row
+from kdq.records.rows import write_row
 from kdq.stages.quantize_log import DEPLOYED
 from kdq.tracking.workspace import workspace
+from tests.rows import ROW
 
 
 def write_rows(output: Path, *sets: str) -> None:
     """A row for each of these data sets."""
-    kinds = {"str": "x", "int": 8, "float": 1.0}
-    values: dict[str, Any] = {f.name: kinds.get(str(f.type)) for f in dataclasses.fields(Row) if f.name in COLUMNS}
     for data in sets:
-        write_row(output / "rows", Row(**values | {"data": data, "config_hash": data, "row_format": 1}))
+        write_row(output / "rows", dataclasses.replace(ROW, data=data, config_hash=data))
 
 
 def panels(data: str, deployed: bool = False) -> dict[str, dict[str, Any]]:
