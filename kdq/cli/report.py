@@ -49,7 +49,11 @@ def _write(output: Path, public: Path | None) -> int:
 
     written = write_report(output)
     logging.disable(logging.WARNING)  # the damaged rows were named while the report was written
-    print_results(Console(), output, read_rows(output / "rows"), written, output / "runs")
+    try:
+        rows = read_rows(output / "rows")
+    finally:
+        logging.disable(logging.NOTSET)
+    print_results(Console(), output, rows, written, output / "runs")
     if public is not None:
         try:
             publish(output, written.files, public)
