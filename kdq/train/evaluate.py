@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from kdq.distill import CrossEntropy
-from kdq.train.trainer import evaluation_trainer
+from kdq.train.trainer import evaluation_trainer, interruptible
 from kdq.utils.kernels import exact_kernels
 
 
@@ -33,7 +33,7 @@ def test(trainer: L.Trainer, module: L.LightningModule, data: Any) -> dict[str, 
         five), ``ece``, the expected calibration error with 15 bins in percent, and ``nll``, the mean cross-entropy in
         nats.
     """
-    with exact_kernels(trainer.strategy.root_device):
+    with exact_kernels(trainer.strategy.root_device), interruptible(trainer):
         trainer.test(module, data, verbose=False)
     values = {name: float(trainer.callback_metrics[f"test/{name}"]) for name in ("top1", "top5", "ece", "loss")}
     nll = values.pop("loss")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from kdq.distill.module import DistillationModule
 from kdq.train.monitor import Monitor
 from kdq.train.recipe import Recipe
 from kdq.train.threads import ThreadProbe
-from kdq.train.trainer import training_trainer
+from kdq.train.trainer import interruptible, training_trainer
 from kdq.utils.errors import KdqError
 from kdq.utils.files import replacing
 from kdq.utils.progress import progress
@@ -159,7 +158,6 @@ def fit(
         KdqError: the loss became NaN, or the checkpoint in ``work`` cannot be read.
     """
     best, checkpoint, probe = KeepBest(), work / "last.ckpt", ThreadProbe(trainer.get("threads", "auto"))
-    heeds = signal.getsignal(signal.SIGINT)
     steps = len(images.split.train) // recipe.batch_size
     every = trainer.get("log_every_n_steps") or max(1, min(20, steps))  # at least once an epoch
     bar = [] if trainer.get("enable_progress_bar") is False else [_Progress(title)]
@@ -190,15 +188,10 @@ def fit(
         if resume and lightning.is_global_zero:
             log.info("%s: going on after epoch %d of %d", title, finished, recipe.epochs)
         data = ImageDataModule(images, recipe.batch_size, module.seed, recipe.accumulate)
-        lightning.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except SystemExit:  # so Lightning answers Ctrl-C, deaf to further ones from then on
-        if not lightning.interrupted:
-            raise
-        signal.signal(signal.SIGINT, heeds)
+        with interruptible(lightning, lambda: f"epoch {_finished_epochs(checkpoint) + 1}"):
+            lightning.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     finally:
         _release(lightning)
-    if lightning.interrupted:
-        raise KeyboardInterrupt(f"epoch {_finished_epochs(checkpoint) + 1}")  # where the same command goes on
     if not best.best:
         raise KdqError("the training ended without a validated epoch")
     trained_images = max(1, steps) * min(recipe.batch_size, len(images.split.train)) * lightning.current_epoch

@@ -10,8 +10,10 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import signal
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import hydra.utils
@@ -136,6 +138,27 @@ def evaluation_trainer(
         "enable_checkpointing": False,
     }
     return _trainer(config, ours)
+
+
+@contextmanager
+def interruptible(trainer: L.Trainer, where: Callable[[], str] = str) -> Iterator[None]:
+    """Run ``trainer.fit`` or ``trainer.test`` so that Ctrl-C stays a KeyboardInterrupt.
+
+    Lightning answers it by leaving Python with exit code 1, deaf to further ones from then on, or by a quiet end of
+    the fit.
+
+    Args:
+        where: what the KeyboardInterrupt is to say: where the same command goes on.
+    """
+    heeds = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, heeds)
+    if trainer.interrupted:
+        raise KeyboardInterrupt(where())
 
 
 def _trainer(config: Mapping[str, Any], ours: Mapping[str, Any]) -> L.Trainer:

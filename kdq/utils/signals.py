@@ -50,6 +50,10 @@ def ending_on_signals() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         _end(received.get() if interrupted.is_set() else signal.SIGINT, str(error))
+    except SystemExit:
+        if not interrupted.is_set():
+            raise
+        _end(received.get())  # a library answered the KeyboardInterrupt by leaving Python
     finally:
         for signum in SIGNALS:  # what comes while Python ends changes nothing: everything is done
             signal.signal(signum, signal.SIG_IGN)

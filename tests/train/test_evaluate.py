@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,3 +52,17 @@ def test_batches_of_any_size_give_the_same_metrics() -> None:
     whole = evaluate(_Table(), DataLoader(TensorDataset(logits, labels), 100), 7)
     parts = evaluate(_Table(), DataLoader(TensorDataset(logits, labels), 33), 7)
     assert parts == pytest.approx(whole, abs=1e-4)
+
+
+class _Interrupted(_Table):
+    """Where Ctrl-C comes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_an_evaluation_is_a_keyboard_interrupt_and_the_next_one_too() -> None:
+    heeds = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):  # not Lightning's SystemExit(1)
+        evaluate(_Interrupted(), DataLoader(TensorDataset(torch.zeros(8, 7), torch.zeros(8, dtype=torch.long)), 4), 7)
+    assert signal.getsignal(signal.SIGINT) is heeds
