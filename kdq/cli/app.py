@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -23,6 +23,7 @@ from kdq.utils.config import CONFIG_PATH, plain
 from kdq.utils.cpu import keep_freed_memory, use_cores
 from kdq.utils.errors import KdqError
 from kdq.utils.messages import describe
+from kdq.utils.signals import interrupted
 from kdq.utils.version import __version__
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ def _job(cfg: DictConfig) -> list[Row] | float | list[float]:
         _keep_trace()
         if not alone or cfg.kdq.debug:
             raise
-        # Hydra would put a line of its own before ours.
-        print(f"kdq: {describe(error)}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error)  # Hydra would put a line of its own before ours
 
 
 def _place() -> Job:
@@ -91,8 +90,13 @@ def main() -> None:
     except Exception as error:
         if any(argument.lower() == "kdq.debug=true" for argument in sys.argv[1:]):
             raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    if not interrupted():
         print(f"kdq: {describe(error)}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(1)
 
 
 def _direct_optuna() -> None:

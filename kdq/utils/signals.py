@@ -22,6 +22,16 @@ from types import FrameType
 PATIENCE = 2.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ending = threading.Lock()
+_interrupted = threading.Event()
+
+
+def interrupted() -> bool:
+    """Whether a signal has come: errors from then on are of work that it broke off.
+
+    >>> interrupted()
+    False
+    """
+    return _interrupted.is_set()
 
 
 @contextmanager
@@ -30,11 +40,11 @@ def ending_on_signals() -> Iterator[None]:
 
     A ``KeyboardInterrupt`` that says in its first argument where the same command goes on is quoted.
     """
-    interrupted, received = threading.Event(), queue.SimpleQueue[int]()
+    received = queue.SimpleQueue[int]()
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        if not interrupted.is_set():  # further ones change nothing
-            interrupted.set()
+        if not interrupted():  # further ones change nothing
+            _interrupted.set()
             sys.unraisablehook = _say_nothing  # from a destructor it gets no further: then the thread ends the process
             raise KeyboardInterrupt
 
@@ -49,9 +59,9 @@ def ending_on_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        _end(received.get() if interrupted.is_set() else signal.SIGINT, str(error))
+        _end(received.get() if interrupted() else signal.SIGINT, str(error))
     except SystemExit:
-        if not interrupted.is_set():
+        if not interrupted():
             raise
         _end(received.get())  # a library answered the KeyboardInterrupt by leaving Python
     finally:
