@@ -56,7 +56,7 @@ def test_analysis(run: Callable[[str], list[Any]], tmp_path: Path) -> None:
                 write_row(tmp_path / "outputs" / "rows", make_row(**values, size_bytes=size * bits * 1000))
     outputs = run("analysis.ipynb")
     assert "12 rows" in _text(outputs)
-    assert "Does quantizing a distilled student beat quantizing the teacher?" in _text(outputs)
+    assert "digits at equal bytes (gpfq, 2 seeds): " in _text(outputs)
     assert _figures(outputs) == 1
 
 

@@ -41,6 +41,11 @@ def _below(path: str) -> str:
     return path
 
 
+def _writable(config: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(config, ensure_ascii=False).encode()
+    return config
+
+
 Text = Annotated[str, Strict(), AfterValidator(_encodable)]
 Name = Annotated[Text, AfterValidator(_file_name)]
 Int = Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)]
@@ -48,6 +53,7 @@ Float = Annotated[float, Strict()]
 Percent = Annotated[float, Strict(), Field(ge=0, le=100)]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[Int, Field(gt=0)]
+Config = Annotated[dict[str, Any], AfterValidator(_writable)]
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,10 @@ class Row:
     deploy_hash: Text | None = None
     threads: Int | None = None  # of the CPU, on which most steps of the training were taken
     limited: Text = ""  # the trainer's flags that made this a trial: fast_dev_run, limit_train_batches, ...
+    classes: Int | None = None
+    epochs: Int | None = None  # of the training of the float model; 0: its weights were read from a file
+    recipe: Text = ""  # of that training, in words
+    config: Config | None = None  # what composes the cell again, interpolations as written: kdq-reproduce
     row_format: Int = ROW_FORMAT
 
     @property
@@ -117,7 +127,8 @@ class Row:
         )
 
 
-COLUMNS = [field.name for field in dataclasses.fields(Row)]
+#: Columns of tables: everything but the config, which is no single value.
+COLUMNS = [field.name for field in dataclasses.fields(Row) if field.name != "config"]
 #: Columns that tell cells apart, in the order tables are sorted by.
 AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "act_bits", "bits"]
 
@@ -228,7 +239,7 @@ def table(rows: Iterable[Row]) -> pd.DataFrame:
     """The rows as a data frame with :data:`COLUMNS`, also when there is none. Whole numbers stay whole where some are
     missing."""
     frame = pd.DataFrame([vars(row) for row in rows], columns=COLUMNS)
-    kinds = {name: set(get_args(hint)) or {hint} for name, hint in get_type_hints(Row).items()}
+    kinds = {name: set(get_args(hint)) or {hint} for name, hint in get_type_hints(Row).items() if name in COLUMNS}
     numbers = {name: "float64" for name, kind in kinds.items() if float in kind}
     numbers |= {name: "Int64" if len(kind) > 1 else "int64" for name, kind in kinds.items() if int in kind}
     return frame.astype(numbers)

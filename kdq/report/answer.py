@@ -1,150 +1,204 @@
-"""The question, answered with numbers: does the quantized student beat the quantized teacher, where, and by how much?
+"""The question, answered with numbers: which model is better, at equal bytes and at equal bits, and by how much?
 
-Every function takes the lines of :func:`kdq.report.cells.by_seed`, or the pairs of curves made from them, and returns a
-data frame. Models are compared under the same data and quantizer only. Differences are between means over seeds, with
-Welch's test (:mod:`kdq.report.difference`); the finite test set adds an uncertainty that seeds do not show.
+Models are compared under the same data and quantizer only. Differences are between means over seeds, with Welch's test
+(:mod:`kdq.report.difference`); the finite test set adds an uncertainty that seeds do not show.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from itertools import product
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from kdq.report.curve import Curve, crossings, curve, shared_sizes
-from kdq.report.difference import difference
+from kdq.report.curve import Curve, curve, shared_sizes
+from kdq.report.difference import Difference, difference
 
-#: Who is compared: a student's method and architecture, and the teacher's architecture.
-PAIR = ["data", "quantizer", "method", "arch", "teacher"]
-CurvePair = tuple[tuple[str, ...], Curve, Curve]
-_DIFFERENCE = ["difference", "low", "high", "p", "n_a", "n_b"]
-
-
-def at_equal_bits(frame: pd.DataFrame) -> pd.DataFrame:
-    """Student (a) minus teacher (b) at each width that both have, in points of top-1; the float models at ``inf``."""
-    lines = []
-    for pair, student, teacher in _pairs(frame):
-        for width, searched, a, b in _by_width(student, teacher):
-            lines.append((*pair, width, searched, a.mean(), b.mean(), *_compared(a, b)))
-    return pd.DataFrame(lines, columns=[*PAIR, "width", "searched", "student_top1", "teacher_top1", *_DIFFERENCE])
-
-
-def curve_pairs(frame: pd.DataFrame) -> list[CurvePair]:
-    """Every student's curve with that of every teacher of the same data and quantizer."""
-    found: dict[tuple[str, ...], Curve | None] = {}
-    pairs = []
-    for pair, *models in _pairs(frame):
-        data, quantizer, *student, teacher = pair
-        keys = [(data, quantizer, *student), (data, quantizer, teacher)]
-        for key, model in zip(keys, models, strict=True):
-            if key not in found:
-                found[key] = curve(model)
-        a, b = (found[key] for key in keys)
-        if a is not None and b is not None:
-            pairs.append((pair, a, b))
-    return pairs
+#: How a quantized model can be made, in the order they are told.
+ROADS = {
+    "teacher": "quantize the teacher",
+    "student": "train or distil a student, then quantize it",
+    "tuned": "distil into the quantized network",
+}
+#: What is compared, in the order it is told.
+KINDS = {
+    "bytes": "top-1 at equal bytes, student − teacher",
+    "bits": "top-1 at equal bits, student − teacher",
+    "control": "top-1 at equal bits, distilled − plain student",
+    "drop": "points lost to quantization, distilled − plain student",
+    "tune": "top-1 at equal bits, tuned − not tuned",
+}
+#: Sizes within this share of each other are the same, such as a float file and one of 32 bits.
+SAME_SIZE = 0.01
 
 
-def at_equal_bytes(pairs: Iterable[CurvePair]) -> pd.DataFrame:
-    """Student (a) minus teacher (b) at each size that one of them has and the curve of the other covers
-    (:class:`kdq.report.curve.Curve`); no line where their sizes do not overlap."""
-    lines = []
-    for pair, student, teacher in pairs:
-        for size in shared_sizes(student, teacher):
-            a, b = student.at(size)[:, 0], teacher.at(size)[:, 0]
-            lines.append((*pair, float(size), a.mean(), b.mean(), *_compared(a, b)))
-    return pd.DataFrame(lines, columns=[*PAIR, "bytes", "student_top1", "teacher_top1", *_DIFFERENCE])
+class Model(NamedTuple):
+    """A way to a quantized network, whatever its quantizer and width. ``tune`` names a training after quantization."""
+
+    method: str
+    arch: str
+    role: str
+    tune: str
+
+    @property
+    def road(self) -> str:
+        return "tuned" if self.tune else self.role
+
+    @property
+    def untuned(self) -> str:
+        """The method before it was tuned."""
+        return self.method.removesuffix(f" + {self.tune}")
 
 
-def extents(pairs: Iterable[CurvePair]) -> pd.DataFrame:
-    """Each pair's smallest and largest sizes, and the mean accuracy of each model at its smallest."""
-    lines = []
-    for pair, student, teacher in pairs:
-        ends = [(found.sizes[0], found.sizes[-1], found.top1[:, 0].mean()) for found in (student, teacher)]
-        lines.append((*pair, *ends[0], *ends[1]))
-    of = [f"{role}_{what}" for role in ("student", "teacher") for what in ("from", "to", "top1_from")]
-    return pd.DataFrame(lines, columns=[*PAIR, *of])
+@dataclass(frozen=True)
+class Place:
+    """Two models at one size or width: their means over seeds and what they differ by."""
+
+    at: float
+    searched: bool
+    a: float
+    b: float
+    difference: Difference
 
 
-def crossovers(pairs: Iterable[CurvePair]) -> pd.DataFrame:
-    """The sizes at which the mean curves of student and teacher cross: ``bytes``, and who leads ``below`` it.
+@dataclass(frozen=True)
+class Comparison:
+    """Model ``a`` against ``b``, wherever both can be: at ``bytes``, or at widths with the float models at ``inf``."""
 
-    ``low`` and ``high`` are the smallest and largest crossing of the ``n`` seeds that both have; NaN unless there are
-    at least two and each crosses once.
+    data: str
+    quantizer: str
+    kind: str
+    a: Model
+    b: Model
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The best model of each road on validation images, so that no test image chooses who is compared; a plain student
+    only where none is distilled, for it is the control.
+
+    ``leads`` are the sizes in bytes that are measured, each with its models and their accuracies by seed, the best
+    mean first.
     """
-    lines = []
-    for pair, student, teacher in pairs:
-        sizes = shared_sizes(student, teacher)
-        if len(sizes) < 2:
-            continue
-        ahead = student.at(sizes).mean(axis=0) - teacher.at(sizes).mean(axis=0)
-        common = [seed for seed in student.seeds if seed in teacher.seeds]
-        a, b = student.at(sizes), teacher.at(sizes)
-        single = [crossings(sizes, a[student.seeds.index(seed)] - b[teacher.seeds.index(seed)]) for seed in common]
-        once = len(single) > 1 and all(len(found) == 1 for found in single)
-        low, high = (min(single)[0], max(single)[0]) if once else (math.nan, math.nan)
-        leader = ("student", "teacher") if next(x for x in [*ahead, 1.0] if x) > 0 else ("teacher", "student")
-        for number, size in enumerate(crossings(sizes, ahead)):
-            lines.append((*pair, size, low, high, len(common), leader[number % 2]))
-    return pd.DataFrame(lines, columns=[*PAIR, "bytes", "low", "high", "n", "below"])
+
+    data: str
+    quantizer: str
+    roads: dict[str, Model]
+    leads: list[tuple[float, list[tuple[Model, np.ndarray]]]]
 
 
-def degradation(frame: pd.DataFrame) -> pd.DataFrame:
-    """What quantization costs: per data, quantizer and width, the models by their mean drop from float, the smallest
-    first (``rank`` 1). The difference is to the model of rank 1 (b), whose own line has none."""
-    lines = []
-    for (data, quantizer, width), group in frame.groupby(["data", "quantizer", "width"], sort=True):
-        drops = {
-            (str(method), str(arch)): model["drop"].to_numpy()
-            for (method, arch), model in group.groupby(["method", "arch"], sort=True)
-        }
-        ranked = sorted(drops, key=lambda model: round(drops[model].mean(), 6))
-        searched = bool(group["searched"].any())
-        for rank, model in enumerate(ranked, start=1):
-            found = drops[model]
-            spread = found.std(ddof=1) if len(found) > 1 else math.nan
-            compared = _compared(found, drops[ranked[0]]) if rank > 1 else (math.nan,) * 4 + (len(found),) * 2
-            lines.append((data, quantizer, width, searched, rank, *model, found.mean(), spread, *compared))
-    columns = ["data", "quantizer", "width", "searched", "rank", "method", "arch", "drop", "std", *_DIFFERENCE]
-    return pd.DataFrame(lines, columns=columns)
+def models(group: pd.DataFrame) -> dict[Model, pd.DataFrame]:
+    """The lines (:func:`kdq.report.cells.by_seed`) of each model of one data set and quantizer."""
+    return {Model(*map(str, key)): lines for key, lines in group.groupby(list(Model._fields), sort=True)}
 
 
-def control(frame: pd.DataFrame) -> pd.DataFrame:
-    """What distillation adds: each distilled student (a) minus the ``baseline`` of its architecture (b), trained on
-    cross-entropy alone, at each width and, at ``inf``, before quantization."""
-    lines = []
-    for (data, quantizer, arch), group in frame[frame["role"] == "student"].groupby(["data", "quantizer", "arch"]):
-        baseline = group[group["method"] == "baseline"]
-        if baseline.empty:
-            continue
-        for method, student in group[group["method"] != "baseline"].groupby("method", sort=True):
-            for width, searched, a, b in _by_width(student, baseline):
-                lines.append((data, quantizer, method, arch, width, searched, *_compared(a, b)))
-    return pd.DataFrame(lines, columns=["data", "quantizer", "method", "arch", "width", "searched", *_DIFFERENCE])
-
-
-def _pairs(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame, pd.DataFrame]]:
-    """Every student with every teacher of the same data and quantizer."""
+def comparisons(frame: pd.DataFrame) -> list[Comparison]:
+    """Every comparison that the lines of :func:`kdq.report.cells.by_seed` allow, by data set, quantizer and kind."""
+    compared = []
     for (data, quantizer), group in frame.groupby(["data", "quantizer"], sort=True):
-        teachers = group[group["role"] == "teacher"].groupby("arch", sort=True)
-        students = group[group["role"] == "student"].groupby(["method", "arch"], sort=True)
-        for ((method, arch), student), (teacher_arch, teacher) in product(students, teachers):
-            yield (str(data), str(quantizer), str(method), str(arch), str(teacher_arch)), student, teacher
+        found = models(group)
+        curves = {model: curve(lines) for model, lines in found.items()}
+        for kind, a, b in sorted(_pairs(list(found)), key=lambda pair: list(KINDS).index(pair[0])):
+            if kind == "bytes":
+                places = _at_sizes(curves[a], curves[b])
+            else:
+                places = _at_widths(found[a], found[b], "drop" if kind == "drop" else "top1")
+            compared.append(Comparison(str(data), str(quantizer), kind, a, b, tuple(places)))
+    return compared
 
 
-def _by_width(a: pd.DataFrame, b: pd.DataFrame) -> Iterator[tuple[float, bool, Any, Any]]:
-    """The accuracies of two models by seed, at each width they share, and last of their float models."""
+def contests(frame: pd.DataFrame) -> list[Contest]:
+    """One for each data set and quantizer, the one that compares most at first, of equal ones the least lossy."""
+    found = []
+    for (data, quantizer), group in frame.groupby(["data", "quantizer"], sort=True):
+        by_road: dict[str, list[Model]] = {}
+        of = models(group)
+        for model in of:
+            by_road.setdefault(model.road, []).append(model)
+        roads = {
+            road: max(by_road[road], key=lambda model: (model.untuned != "baseline", of[model]["val_top1"].mean()))
+            for road in ROADS
+            if road in by_road
+        }
+        leads = _leads({model: curve(of[model]) for model in roads.values()})
+        shared = sum(len(there) > 1 for _, there in leads)
+        found.append(
+            ((data, -len(roads), -shared, group["drop"].mean()), Contest(str(data), str(quantizer), roads, leads))
+        )
+    return [contest for _, contest in sorted(found, key=lambda pair: pair[0])]
+
+
+def table(compared: Iterable[Comparison]) -> pd.DataFrame:
+    """The comparisons as a data frame with a line for each place, for going on from here."""
+    lines: list[tuple[object, ...]] = []
+    for one in compared:
+        names = (one.data, one.quantizer, one.kind, one.a.method, one.a.arch, one.b.method, one.b.arch)
+        lines += [(*names, place.at, place.a, place.b, *vars(place.difference).values()) for place in one.places]
+    models = ["method_a", "arch_a", "method_b", "arch_b"]
+    numbers = ["a", "b", "difference", "low", "high", "p", "n_a", "n_b"]
+    return pd.DataFrame(lines, columns=["data", "quantizer", "kind", *models, "at", *numbers])
+
+
+def _pairs(found: list[Model]) -> Iterator[tuple[str, Model, Model]]:
+    for a in found:
+        for b in found:
+            if a.role == "student" and b.role == "teacher":
+                yield "bytes", a, b
+                yield "bits", a, b
+            same = a.arch == b.arch and a.role == b.role
+            if same and a.tune == b.tune and a.role == "student" and a.untuned != b.untuned == "baseline":
+                yield "control", a, b
+                yield "drop", a, b
+            if same and a.tune and not b.tune and a.untuned == b.method:
+                yield "tune", a, b
+
+
+def _at_widths(a: pd.DataFrame, b: pd.DataFrame, column: str) -> Iterator[Place]:
+    """Each width that both have, and last their float models, which lose nothing."""
     for width in sorted(set(a["width"]) & set(b["width"])):
         mine, other = a[a["width"] == width], b[b["width"] == width]
-        yield width, bool(mine["searched"].any()), mine["top1"], other["top1"]
-    whole = [model.groupby("seed")["top1_float"].mean() for model in (a, b)]
-    yield math.inf, False, whole[0], whole[1]
+        yield _place(width, bool(mine["searched"].any()), mine[column].to_numpy(), other[column].to_numpy())
+    if column == "top1":
+        whole = [model.groupby("seed")["top1_float"].mean().to_numpy() for model in (a, b)]
+        yield _place(math.inf, False, *whole)
 
 
-def _compared(a: pd.Series | np.ndarray, b: pd.Series | np.ndarray) -> tuple[float, float, float, float, int, int]:
-    found = difference(np.asarray(a, float), np.asarray(b, float))
-    return found.value, found.low, found.high, found.p, found.n_a, found.n_b
+def _at_sizes(a: Curve | None, b: Curve | None) -> Iterator[Place]:
+    """Each size that one of them has and the curve of the other covers."""
+    if a is not None and b is not None:
+        for size in distinct(shared_sizes(a, b)):
+            yield _place(size, False, a.at(size)[:, 0], b.at(size)[:, 0])
+
+
+def _leads(curves: Mapping[Model, Curve | None]) -> list[tuple[float, list[tuple[Model, np.ndarray]]]]:
+    known = {model: found for model, found in curves.items() if found is not None}
+    leads = []
+    for size in distinct(size for found in known.values() for size in found.sizes):
+        there = [(model, top1) for model, found in known.items() if np.isfinite(top1 := found.at(size)[:, 0]).all()]
+        leads.append((size, sorted(there, key=_mean, reverse=True)))
+    return leads
+
+
+def _mean(pair: tuple[Model, np.ndarray]) -> float:
+    return float(pair[1].mean())
+
+
+def distinct(sizes: Iterable[float], same: float = SAME_SIZE) -> list[float]:
+    """The sizes in order, without those that are the same as the one before.
+
+    >>> distinct([400, 100, 403])
+    [100.0, 400.0]
+    """
+    kept: list[float] = []
+    for size in sorted(map(float, sizes)):
+        if not kept or size > (1 + same) * kept[-1]:
+            kept.append(size)
+    return kept
+
+
+def _place(at: float, searched: bool, a: np.ndarray, b: np.ndarray) -> Place:
+    return Place(float(at), searched, float(a.mean()), float(b.mean()), difference(a, b))

@@ -17,21 +17,28 @@ SERIES = ["data", "method", "arch", "quantizer"]
 CELL = [*SERIES, "width"]
 #: Columns whose mean and standard deviation over seeds are shown, and columns that have a mean only.
 SPREAD = ["top1", "top1_float", "drop", "top1_onnx_int8", "top1_onnx_fp32"]
-MEANS = ["nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "float_bytes"]
+MEANS = ["val_top1", "nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "float_bytes"]
 _LONGEST_NAME = 60
 
 
 def named(rows: Sequence[Row]) -> pd.DataFrame:
-    """The rows with printable names and two changes for people.
+    """The rows with printable names and changes for people.
 
     ``quantizer`` also tells what its name alone does not: rounded activations (``gpfq A8``), the alphabet or the search
     where rows of one name differ in them, the calibration images where rows of one cell do, and that the ``paper``
-    alphabet takes one bit more than it is asked for; trials (``limited``) have names of their own. ``width`` is
-    ``bits``, or for a ``searched`` row its average width rounded up to a quarter, since budgets are upper bounds.
+    alphabet takes one bit more than it is asked for; trials (``limited``) have names of their own. ``method`` tells,
+    too, what tuned the quantized network (``vkd + qad``). ``width`` is ``bits``, or for a ``searched`` row its average
+    width rounded up to a quarter, since budgets are upper bounds.
     """
     frame = table(rows)
-    for column in SERIES:
+    # Optional: how the network was trained after it had been quantized.
+    frame["tune"] = frame["tune"].fillna("").map(str) if "tune" in frame else ""
+    for column in (*SERIES, "device"):
         frame[column] = frame[column].map(printable)
+    for column in ("tune", "recipe"):
+        frame[column] = frame[column].map(lambda text: text and printable(text))
+    tuned = frame["tune"] != ""
+    frame.loc[tuned, "method"] += " + " + frame.loc[tuned, "tune"]
     for column in [name for name in (*SPREAD, *latency_columns(frame)) if name in frame]:
         frame[column] = pd.to_numeric(frame[column])  # None where it was not measured becomes NaN
     # 2^b + 1 levels: what these rows have at 2 bits, others have at 3.
@@ -70,7 +77,7 @@ def _spread(frame: pd.DataFrame) -> list[str]:
 def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
     """One line per cell and seed. Rows that differ in nothing but settings without a column become their mean; how
     many they were is in ``rows``."""
-    keys = [*CELL, "role", "searched", "seed"]
+    keys = [*CELL, "role", "tune", "searched", "seed"]
     numbers = [*_spread(frame), *MEANS, *latency_columns(frame)]
     groups = frame.groupby(keys, sort=True)
     return groups[numbers].mean().assign(rows=groups.size()).reset_index()
@@ -79,7 +86,7 @@ def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
 def cells(frame: pd.DataFrame) -> pd.DataFrame:
     """One line per cell: means over its ``n`` seeds, ``<column>_std`` for :data:`SPREAD` (NaN for one seed), and the
     number of ``rows``, larger than ``n`` where rows of one seed differ in settings that have no column."""
-    groups = by_seed(frame).groupby([*CELL, "role", "searched"], sort=True)
+    groups = by_seed(frame).groupby([*CELL, "role", "tune", "searched"], sort=True)
     numbers = [*_spread(frame), *MEANS, *latency_columns(frame)]
     spread = groups[_spread(frame)].std().add_suffix("_std")
     return groups[numbers].mean().join(spread).assign(n=groups.size(), rows=groups["rows"].sum()).reset_index()
@@ -114,6 +121,14 @@ def missing(found: pd.DataFrame) -> pd.DataFrame:
                 if n < wanted:
                     lines.append((data, method, arch, quantizer, width, n, wanted))
     return pd.DataFrame(lines, columns=[*CELL, "n", "wanted"])
+
+
+def near_chance(frame: pd.DataFrame) -> pd.DataFrame:
+    """The cells of :func:`named` rows with less than a tenth of what lies between chance and 100 %."""
+    keys = [*CELL, "classes"]
+    means = frame[frame["classes"] > 1].groupby(keys, sort=True)[["top1", "top1_float"]].mean().reset_index()
+    chance = 100 / means["classes"].astype(float)
+    return means[means["top1"] < chance + 0.1 * (100 - chance)]
 
 
 def pareto(x: Sequence[float], y: Sequence[float], same: float = 0.01) -> list[int]:

@@ -69,18 +69,3 @@ def shared_sizes(a: Curve, b: Curve) -> np.ndarray:
     low, high = max(a.sizes[0], b.sizes[0]), min(a.sizes[-1], b.sizes[-1])
     sizes = np.unique(np.concatenate([a.sizes, b.sizes]))
     return sizes[(sizes >= low) & (sizes <= high)]
-
-
-def crossings(sizes: np.ndarray, ahead: np.ndarray) -> list[float]:
-    """The sizes at which ``ahead``, piecewise linear in the logarithm of ``sizes``, changes its sign."""
-    found: list[float] = []
-    x = np.log(sizes)
-    signs = np.sign(np.where(np.abs(ahead) < 1e-9, 0.0, ahead))
-    for i in np.flatnonzero(signs)[1:]:
-        before = int(np.flatnonzero(signs[:i])[-1])
-        if signs[i] != signs[before]:
-            # Between the two, all that lies is zero: the change is where zero begins.
-            j = before + 1
-            share = 1.0 if signs[j] == 0 else ahead[before] / (ahead[before] - ahead[j])
-            found.append(float(np.exp(x[before] + share * (x[j] - x[before]))))
-    return found

@@ -25,7 +25,7 @@ from kdq.report.cells import latency_columns, records
 from kdq.report.figures import method_colors
 from kdq.report.latency import shown_latency
 from kdq.report.layers import Frontier, Widths
-from kdq.report.words import NOTES, Statement
+from kdq.report.words import COLUMNS, NOTES, PLACES, Answer
 
 #: Columns of a cell that the page shows, and the digits it keeps of them.
 _DIGITS = {
@@ -47,7 +47,7 @@ _NAMES = ["data", "method", "arch", "quantizer", "searched", "n"]
 
 def page(
     found: pd.DataFrame,
-    statements: Sequence[Statement],
+    answers: Sequence[Answer],
     summary: str,
     warnings: Sequence[str],
     searched: pd.DataFrame,
@@ -64,7 +64,9 @@ def page(
     beside = published.beside(found)
     payload = {
         "cells": _cells(found),
-        "statements": [asdict(statement) for statement in statements],
+        "answers": [asdict(answer) for answer in answers],
+        "answer_columns": COLUMNS,
+        "place_columns": PLACES,
         "notes": NOTES if len(found) else (),
         "summary": summary,
         "warnings": list(warnings),

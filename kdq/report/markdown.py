@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -13,29 +13,25 @@ from kdq.report.tables import (
     markdown_accuracies,
     markdown_distilled,
     markdown_published,
+    markdown_table,
     markdown_text,
 )
-from kdq.report.words import NOTES, Statement, without_repeats
+from kdq.report.words import COLUMNS, NOTES, PLACES, Answer
 
 
 def markdown(
-    found: pd.DataFrame, statements: Sequence[Statement], summary: str, warnings: Sequence[str], figures: Sequence[Path]
+    found: pd.DataFrame, answers: Sequence[Answer], summary: str, warnings: Sequence[str], figures: Sequence[Path]
 ) -> str:
     """The report's text. ``found`` are lines of :func:`kdq.report.cells.cells`, ``figures`` lie beside it."""
     lines = ["# kdq report", ""]
     if found.empty:
         lines += ["No rows yet: run `kdq experiment=quickstart`.", ""]
         return "\n".join([*lines, *_list(warnings)])
-    lines += [markdown_text(summary), "", *_list(warnings), "## The answer", ""]
-    for (data, quantizer), group in groupby(
-        without_repeats(statements), key=lambda found: (found.data, found.quantizer)
-    ):
-        lines += [
-            f"### {markdown_text(f'{data}, {quantizer}')}",
-            "",
-            *_list([line for found in group for line in found.text.split("\n")]),
-        ]
-    lines += [*(f"{note}\n" for note in NOTES), "## Top-1 in percent (packed bytes)", ""]
+    lines += _list(warnings)
+    for answer in answers:
+        lines += _answer(answer)
+    lines += [*_folded("How to read this", [*_list(NOTES), markdown_text(summary), ""])]
+    lines += ["## Top-1 in percent (packed bytes)", ""]
     lines += ["Mean ± standard deviation over seeds.", "", *markdown_accuracies(found)]
     beside, distilled = published.beside(found), published.distilled_beside(found)
     if len(beside):
@@ -47,6 +43,21 @@ def markdown(
         lines += ["## Figures", ""]
         lines += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in figures]
     return "\n".join([*lines, ""])
+
+
+def _answer(answer: Answer) -> Iterator[str]:
+    yield from (f"## {markdown_text(answer.data)}", "", f"**{markdown_text(answer.headline)}**", "")
+    for text in answer.made:
+        yield from (markdown_text(text), "")
+    for kind, group in groupby(answer.lines, key=lambda line: line.kind):
+        lines = list(group)
+        yield from markdown_table([kind, *COLUMNS[1:]], [line.cells for line in lines])
+        places = [(line.cells[0], *place) for line in lines for place in line.places]
+        yield from _folded("every place", markdown_table([kind, *PLACES], places))
+
+
+def _folded(summary: str, lines: Sequence[str]) -> list[str]:
+    return [f"<details><summary>{summary}</summary>", "", *lines, "</details>", ""]
 
 
 def _list(texts: Sequence[str]) -> list[str]:

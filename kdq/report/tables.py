@@ -65,44 +65,48 @@ def markdown_accuracies(found: pd.DataFrame) -> list[str]:
     for data, part in found.groupby("data", sort=True):
         widths, grid = _widths(part), grid_widths(part)
         head = ["method", "arch", "quantizer", "seeds", "float", *(width_name(*width) for width in widths)]
-        lines += [f"### {markdown_text(str(data))}", "", *_rule(head)]
+        entries: list[list[str]] = []
         for names, group in series(part):
             by_width = {(cell.width, cell.searched): cell for cell in records(group)}
             whole = mean_std(group["top1_float"].mean(), group["top1_float_std"].mean())
-            entries = [f"{whole} ({group['float_bytes'].mean():,.0f})"]
+            seeds = f"{group['n'].min()}" if group["n"].nunique() == 1 else f"{group['n'].min()}–{group['n'].max()}"
+            entries.append([*names[1:], seeds, f"{whole} ({group['float_bytes'].mean():,.0f})"])
             for width in widths:
                 cell = by_width.get(width)
                 if cell is not None:
-                    entries.append(f"{mean_std(cell.top1, cell.top1_std)} ({cell.size_bytes:,.0f})")
+                    entries[-1].append(f"{mean_std(cell.top1, cell.top1_std)} ({cell.size_bytes:,.0f})")
                 else:
-                    entries.append("missing" if _is_missing(width, names[3], grid) else "")
-            seeds = f"{group['n'].min()}" if group["n"].nunique() == 1 else f"{group['n'].min()}–{group['n'].max()}"
-            lines.append(markdown_line([*map(markdown_text, names[1:]), seeds, *entries]))
-        lines.append("")
+                    entries[-1].append("missing" if _is_missing(width, names[3], grid) else "")
+        lines += [f"### {markdown_text(str(data))}", "", *markdown_table(head, entries)]
     return lines
 
 
 def markdown_published(beside: pd.DataFrame) -> list[str]:
     """The lines of :func:`kdq.report.published.beside`."""
-    lines = _rule(["data", "method", "arch", "quantizer", "bits", "here", "published", "levels there"])
+    lines = []
     for cell in records(beside):
         levels = "float" if cell.levels == float("inf") else f"{cell.levels:,.0f}"
-        names = map(markdown_text, (cell.data, cell.method, cell.arch, cell.quantizer))
         numbers = [width_name(cell.width), f"{cell.top1:.2f}", f"{cell.published:.2f}", levels]
-        lines.append(markdown_line([*names, *numbers]))
-    return [*lines, ""]
+        lines.append([cell.data, cell.method, cell.arch, cell.quantizer, *numbers])
+    return markdown_table(["data", "method", "arch", "quantizer", "bits", "here", "published", "levels there"], lines)
 
 
 def markdown_distilled(beside: pd.DataFrame) -> list[str]:
     """The lines of :func:`kdq.report.published.distilled_beside`."""
-    lines = _rule(["data", "method", "teacher", "student", "here", "published"])
-    for cell in records(beside):
-        names = map(markdown_text, (cell.data, cell.method, cell.teacher, cell.arch))
-        lines.append(markdown_line([*names, f"{cell.top1_float:.2f}", f"{cell.published:.2f}"]))
-    return [*lines, ""]
+    lines = [
+        [cell.data, cell.method, cell.teacher, cell.arch, f"{cell.top1_float:.2f}", f"{cell.published:.2f}"]
+        for cell in records(beside)
+    ]
+    return markdown_table(["data", "method", "teacher", "student", "here", "published"], lines)
 
 
-def markdown_line(entries: Iterable[str]) -> str:
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """A table of texts as they are, and an empty line."""
+    rule = "|" + " --- |" * len(head)
+    return [_line(head), rule, *(_line(map(markdown_text, line)) for line in lines), ""]
+
+
+def _line(entries: Iterable[str]) -> str:
     return "| " + " | ".join(entries) + " |"
 
 
@@ -113,10 +117,6 @@ def markdown_text(text: str) -> str:
 
 def mean_std(mean: float, std: float) -> str:
     return f"{mean:.2f}" + (f" ± {std:.2f}" if std == std else "")  # NaN: one seed
-
-
-def _rule(head: Sequence[str]) -> list[str]:
-    return [markdown_line(head), "|" + " --- |" * len(head)]
 
 
 def _is_missing(width: tuple[float, bool], quantizer: str, grid: set[tuple[str, float]]) -> bool:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from kdq.records.rows import Row
 from kdq.report.tables import accuracy_table, fitting_tables
+from kdq.report.words import COLUMNS, Answer
 from kdq.report.write import Written
 
-#: The terminal shows the answer for so many data sets and quantizers; report.md has all.
-ANSWERS = 4
+#: The terminal shows the answer for so many data sets, and so many comparisons of each; report.md has all.
+ANSWERS, LINES = 4, 12
 
 
 def print_results(console: Console, output: Path, rows: Sequence[Row], written: Written, runs: Path) -> None:
@@ -26,10 +30,12 @@ def print_results(console: Console, output: Path, rows: Sequence[Row], written: 
             wanted = console.measure(tables[0], options=console.options.update(width=9999)).maximum
             console = Console(file=console.file, width=max(wanted, 100))
         console.print(*tables)
-    for said in written.answer[:ANSWERS]:
-        console.print(f"[bold]{escape(said.data)}, {escape(said.quantizer)}[/]\n{escape(said.text)}", highlight=False)
-    if len(written.answer) > ANSWERS:
-        console.print(f"{len(written.answer) - ANSWERS} more answers are in report.md", highlight=False)
+    for line in written.warnings:
+        console.print(line, style="yellow", markup=False, highlight=False)
+    for answer in written.answers[:ANSWERS]:
+        _print_answer(console, answer)
+    if len(written.answers) > ANSWERS:
+        console.print(f"{len(written.answers) - ANSWERS} more answers are in report.md", highlight=False)
     if written.lacking:
         more = f" ({len(written.lacking)} rows lack theirs)" if len(written.lacking) > 1 else ""
         console.print(f"not complete: {written.lacking[0]}{more}", markup=False, highlight=False, soft_wrap=True)
@@ -46,6 +52,21 @@ def print_results(console: Console, output: Path, rows: Sequence[Row], written: 
     if (runs / "wandb").is_dir():
         _place(console, "W&B runs", str(runs / "wandb"))
         _place(console, "browse them with", f"wandb leet {runs / 'wandb'}")
+
+
+def _print_answer(console: Console, answer: Answer) -> None:
+    console.print(f"\n[bold]{escape(answer.headline)}[/]", highlight=False)
+    for text in answer.made:
+        console.print(text, style="dim", markup=False, highlight=False)
+    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
+    for kind, lines in groupby(answer.lines[:LINES], key=lambda line: line.kind):
+        table.add_row(f"[bold]{escape(kind)}[/]")
+        for line in lines:
+            table.add_row(*map(escape, line.cells))
+    if answer.lines:
+        console.print(table)
+    if len(answer.lines) > LINES:
+        console.print(f"{len(answer.lines) - LINES} more comparisons are in report.md", highlight=False)
 
 
 def _place(console: Console, name: str, where: str) -> None:

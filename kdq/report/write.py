@@ -7,29 +7,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from kdq.records.failures import read_failures
 from kdq.records.rows import Row, read_rows, table, without_artifacts, write_csv
-from kdq.report.cells import by_seed, cells, missing, named, printable, width_name
+from kdq.report.cells import cells, missing, named, near_chance, printable, records, width_name
 from kdq.report.layers import Frontier, Widths, frontiers, mixed_widths
-from kdq.report.words import Statement, statements, without_repeats
+from kdq.report.words import Answer, answers
 from kdq.utils.files import replacing, write_text
 
 log = logging.getLogger(__name__)
 
-#: So many failed cells are named at the report's top.
-_FAILURES = 10
+#: So many of a kind are named at the report's top.
+_NAMED = 10
 
 
 @dataclass
 class Written:
-    """The files written, what could not be, the answer in short, and the packed files that rows lack; lines of text."""
+    """The files written, what could not be, the answers, and the packed files that rows lack; lines of text."""
 
     files: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    answer: list[Statement] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
 
 
@@ -50,8 +52,8 @@ class Material:
         return cells(self.named)
 
     @cached_property
-    def statements(self) -> list[Statement]:
-        return statements(by_seed(self.named))
+    def answers(self) -> list[Answer]:
+        return answers(self.named)
 
     @cached_property
     def widths(self) -> dict[str, Widths]:
@@ -94,27 +96,39 @@ class Material:
         return without_artifacts(self.output, self.rows)
 
     @cached_property
-    def warnings(self) -> list[str]:
-        """What a reader must know before the numbers."""
-        said = [f"A damaged row was left out: {line}" for line in self.skipped]
-        said += [f"A packed file is lacking: {line}." for line in self.lacking[:_FAILURES]]
-        said += [f"{more} more packed files are lacking."] if (more := len(self.lacking) - _FAILURES) > 0 else []
+    def suspect(self) -> list[str]:
+        """What makes the answer itself doubtful: it is said before it."""
+        said = []
+        for cell in records(near := near_chance(self.named))[:_NAMED]:
+            said.append(
+                f"NEAR CHANCE: {_cell(cell)} has {cell.top1:.1f} %, its float model {cell.top1_float:.1f} % "
+                f"({cell.classes:.0f} classes): a failed training or quantizer, no result."
+            )
+        said += [f"NEAR CHANCE: {more} more."] if (more := len(near) - _NAMED) > 0 else []
+        gaps = missing(self.cells)
+        for (data, quantizer, method, arch), part in gaps.groupby(["data", "quantizer", "method", "arch"], sort=True):
+            there, wanted = sorted(set(part["n"])), part["wanted"].max()
+            widths = ", ".join(width_name(width) for width in part["width"])
+            said.append(
+                f"MISSING: {data}, {method} ({arch}), {quantizer} has {' or '.join(map(str, there))} of {wanted} seeds "
+                f"at {widths}."
+            )
         if trials := sum(row.limited != "" for row in self.rows):
             said.append(
                 f"{trials} rows are trials, under flags of the Trainer such as fast_dev_run: they are no results."
             )
+        return said + self.averaged
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What a reader must know before the numbers."""
+        said = [*self.suspect, *(f"A damaged row was left out: {line}" for line in self.skipped)]
+        said += [f"A packed file is lacking: {line}." for line in self.lacking[:_NAMED]]
+        said += [f"{more} more packed files are lacking."] if (more := len(self.lacking) - _NAMED) > 0 else []
         failed = list(read_failures(self.output).values())
-        said += [f"Failed: {failure.name}: {failure.cause}" for failure in failed[:_FAILURES]]
+        said += [f"Failed: {failure.name}: {failure.cause}" for failure in failed[:_NAMED]]
         said += ["What is no longer wanted of these: delete its file in failed/."] if failed else []
-        said += [f"{len(failed) - _FAILURES} more failed: see failed/."] if len(failed) > _FAILURES else []
-        said += self.averaged
-        gaps = missing(self.cells)
-        if len(gaps):
-            first = gaps.iloc[0]
-            said.append(
-                f"{len(gaps)} cells of the grid are missing or have fewer seeds than others. The first: "
-                f"{_cell(first)}, {first['n']} of {first['wanted']} seeds."
-            )
+        said += [f"{len(failed) - _NAMED} more failed: see failed/."] if len(failed) > _NAMED else []
         return said
 
 
@@ -141,8 +155,8 @@ def write_report(output: Path) -> Written:
             written.failures.append(f"{name} could not be written to {path}: {type(error).__name__}: {error}")
             log.warning(written.failures[-1])
             log.debug("", exc_info=True)
-    if "statements" in vars(material):
-        written.answer = without_repeats(found for found in material.statements if found.topic == "answer")
+    if "answers" in vars(material):
+        written.answers, written.warnings = material.answers, material.suspect
         for line in material.averaged:
             log.warning(line)
     return written
@@ -171,7 +185,7 @@ def write_page(path: Path, material: Material) -> list[Path]:
     from kdq.report.html import page
 
     m = material
-    write_text(path, page(m.cells, m.statements, m.summary, m.warnings, m.searched, m.widths, m.searches))
+    write_text(path, page(m.cells, m.answers, m.summary, m.warnings, m.searched, m.widths, m.searches))
     return [path]
 
 
@@ -179,9 +193,9 @@ def _markdown(path: Path, material: Material, written: Sequence[Path]) -> list[P
     from kdq.report.markdown import markdown
 
     figures = [file for file in written if file.suffix == ".png"]
-    write_text(path, markdown(material.cells, material.statements, material.summary, material.warnings, figures))
+    write_text(path, markdown(material.cells, material.answers, material.summary, material.warnings, figures))
     return [path]
 
 
-def _cell(line: pd.Series) -> str:
-    return f"{line['data']}, {line['method']} ({line['arch']}), {line['quantizer']}, {width_name(line['width'])}"
+def _cell(line: Any) -> str:
+    return f"{line.data}, {line.method} ({line.arch}), {line.quantizer}, {width_name(line.width)}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import hydra.utils
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from kdq.data.image_set import ImageSet
@@ -28,6 +28,9 @@ from kdq.utils.config import plain
 from kdq.utils.errors import KdqError
 from kdq.utils.names import stable
 from kdq.utils.version import __version__, git_sha
+
+#: Parts of the config that say where a cell is made and what becomes of it.
+UNRECORDED = ("hydra", "paths", "logger", "sweep", "kdq", "deploy")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Cell:
         """What else a trained model depends on, where it is given: flags of the Trainer, and callbacks."""
         flags = {"trainer": weights_flags(plain(self.cfg.trainer)), "callbacks": plain(self.cfg.callbacks)}
         return {name: value for name, value in flags.items() if value}
+
+    def recorded(self) -> dict[str, Any]:
+        """The config that rows carry: interpolations as they are written, without what no result depends on."""
+        config: dict[str, Any] = OmegaConf.to_container(self.cfg, resolve=False)  # type: ignore[assignment]
+        return {name: value for name, value in config.items() if name not in UNRECORDED}
 
     @property
     def output(self) -> Path:

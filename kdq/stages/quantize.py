@@ -185,7 +185,7 @@ def _left_float(network: nn.Module, float_dtype: str | None) -> Quantized:
 def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
     """The columns that all widths of one model share."""
     cfg, role = cell.cfg, cell.cfg[cell.role]
-    image = _image(cell)
+    image, recipe, read = _image(cell), cell.of_role(cell.role)["recipe"], cell.role == "teacher" and role.weights
     images = 0 if cfg.quant.solver is None else min(cfg.quant.calibration_images, len(cell.images.split.train))
     return {
         "data": cfg.data.name,
@@ -207,6 +207,9 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "device": _device_name(cell.device),
         "threads": entry.metrics.get("threads"),
         "limited": limited(plain(cfg.trainer)),
+        "classes": cfg.data.num_classes,
+        "epochs": 0 if read else recipe["epochs"],
+        "recipe": "" if read else f"{recipe['schedule']}, lr {recipe['lr']:g}, batches of {recipe['batch_size']}",
         "kdq_version": __version__,
         "git_sha": git_sha(),
     }
@@ -226,8 +229,10 @@ def _row(
     artifact = Path("store") / "quantized" / f"{label}-s{common['seed']}-b{bits}-{key}.kdq"
     size = save_packed(network, cell.output / artifact, cell.images.card(), cell.images.set.classes)
     values: dict[str, Any] = dict(common) | dict(found)
+    config = cell.recorded()
     values |= {
         "bits": bits,
+        "config": config | {"quant": config["quant"] | {"bits": None if common["search"] else bits}},
         "avg_bits": report.avg_bits if report.layers else float(report.float_bits),
         "top1_float": reference["top1"],
         "drop": round(reference["top1"] - found["top1"], 4),

@@ -1,8 +1,8 @@
-"""The one W&B run of a whole sweep: its table, its curves, and which models no other beats at their size."""
+"""The one W&B run of a whole sweep: its answer, its table, its curves, and which models no other beats at their
+size."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 
 from kdq.records.rows import AXES, COLUMNS, Row
 from kdq.report.cells import cells, named, pareto, series
+from kdq.report.words import COLUMNS as WORDS
+from kdq.report.words import answers
 from kdq.tracking.names import BYTES, pareto_curve
 from kdq.tracking.open import tracked
 from kdq.tracking.run import RunInfo, RunLogger
@@ -30,9 +32,12 @@ def log_sweep(cfg: DictConfig, rows: Sequence[Row]) -> None:
     tags = [*map(str, values["data"]), *map(str, values["method"])]
     about = RunInfo("report", f"report-{sweep}", group=sweep, key=sweep, config=config, tags=tags)
     with tracked(plain(cfg.logger), Path(cfg.paths.output_dir) / "runs", about) as track:
-        track.table("report/rows", COLUMNS, (dataclasses.astuple(row) for row in rows))
+        track.table("report/rows", COLUMNS, ([getattr(row, name) for name in COLUMNS] for row in rows))
         frame = named(rows)
-        means = cells(frame)
+        means, said = cells(frame), answers(frame)
+        track.summary({f"answer/{answer.data}": answer.headline for answer in said})
+        lines = [(answer.data, line.kind, *line.cells) for answer in said for line in answer.lines]
+        track.table("report/comparisons", ("data", "kind", *WORDS), lines)
         for data, group in frame.groupby("data", sort=True):
             _log_data(track, str(data), group, means[means["data"] == data])
 

@@ -18,6 +18,7 @@ import scipy.stats
 
 from kdq.records.rows import Row
 from kdq.report import answer
+from kdq.report.answer import Place
 from kdq.report.cells import by_seed, named
 
 ACCURACY = {
@@ -52,84 +53,97 @@ def frame(row: Callable[..., Row]) -> pd.DataFrame:
     return by_seed(named(grid(row)))
 
 
+def compared(frame: pd.DataFrame, kind: str, method: str = "vkd", other: str | None = None) -> dict[float, Place]:
+    """The places of the one such comparison."""
+    (found,) = [
+        one
+        for one in answer.comparisons(frame)
+        if (one.kind, one.a.method) == (kind, method) and other in (None, one.b.method)
+    ]
+    return {place.at: place for place in found.places}
+
+
 def test_at_equal_bits(frame: pd.DataFrame) -> None:
-    found = answer.at_equal_bits(frame)
-    vkd = found[found["method"] == "vkd"].set_index("width")
-    assert vkd["difference"].to_dict() == {2: -10, 4: -6, math.inf: -6}
-    assert set(vkd["teacher"]) == {"big"}
+    places = compared(frame, "bits")
+    assert {width: place.difference.value for width, place in places.items()} == {2: -10, 4: -6, math.inf: -6}
+    assert (places[2].a, places[2].b) == (71, 81)
     wanted = scipy.stats.ttest_ind([88, 90], [94, 96], equal_var=False)
-    assert vkd.loc[4, "p"] == pytest.approx(wanted.pvalue)
-    assert math.isnan(vkd.loc[math.inf, "p"])  # no spread
-    assert (vkd[["n_a", "n_b"]] == 2).all().all()
+    assert places[4].difference.p == pytest.approx(wanted.pvalue)
+    assert not places[math.inf].difference.tested  # no spread
+    assert {(place.difference.n_a, place.difference.n_b) for place in places.values()} == {(2, 2)}
 
 
 def test_at_equal_bytes(frame: pd.DataFrame) -> None:
-    found = answer.at_equal_bytes(answer.curve_pairs(frame))
-    vkd = found[found["method"] == "vkd"].set_index("bytes")
+    places = compared(frame, "bytes")
     # Measured sizes where both have an accuracy: 400 (the teacher's 2 bits, the student's 4), 1600 and 3200.
-    assert list(vkd.index) == [400, 1600, 3200]
-    assert vkd.loc[400, "difference"] == pytest.approx(89 - 81)
+    assert list(places) == [400, 1600, 3200]
+    assert places[400].difference.value == pytest.approx(89 - 81)
     # 1600 is two thirds of the way from 400 to 3200 on a logarithmic axis; 3200 a third from 1600 to 12800.
-    assert vkd.loc[1600, "difference"] == pytest.approx((89 + 2 * (91 - 89) / 3) - 95)
-    assert vkd.loc[3200, "difference"] == pytest.approx(91 - (95 + (97 - 95) / 3))
+    assert places[1600].difference.value == pytest.approx((89 + 2 * (91 - 89) / 3) - 95)
+    assert places[3200].difference.value == pytest.approx(91 - (95 + (97 - 95) / 3))
 
 
-def test_crossover(frame: pd.DataFrame) -> None:
-    found = answer.crossovers(answer.curve_pairs(frame))
-    vkd = found[found["method"] == "vkd"].iloc[0]
-    at_400, at_1600 = 8.0, 89 + 4 / 3 - 95
-    wanted = 400 * 4 ** (at_400 / (at_400 - at_1600))
-    assert vkd["bytes"] == pytest.approx(wanted)
-    assert vkd["below"] == "student"
-    # Both seeds: 70 -> 88 -> 91 against 80 -> 94 -> 97, and the same two points higher up to 4 bits.
-    single = [400 * 4 ** (8 / (8 - ((top1 + 2 * (91 - top1) / 3) - (top1 + 6)))) for top1 in (88, 90)]
-    assert (vkd["low"], vkd["high"]) == pytest.approx((min(single), max(single)))
-    assert vkd["n"] == 2
+def test_against_the_plain_student(frame: pd.DataFrame) -> None:
+    assert {at: place.difference.value for at, place in compared(frame, "control").items()} == {
+        2: 10,
+        4: 3,
+        math.inf: 4,
+    }
+    lost = compared(frame, "drop")  # 20 and 2 by vkd, 26 and 1 by the plain student
+    assert {at: place.difference.value for at, place in lost.items()} == {2: -6, 4: 1}
+    wanted = scipy.stats.ttest_ind([21, 19], [27, 25], equal_var=False)
+    assert lost[2].difference.p == pytest.approx(wanted.pvalue)
 
 
-def test_extents(frame: pd.DataFrame) -> None:
-    vkd = answer.extents(answer.curve_pairs(frame)).set_index("method").loc["vkd"]
-    assert vkd[["student_from", "student_to", "student_top1_from"]].tolist() == [100, 3200, 71]
-    assert vkd[["teacher_from", "teacher_to", "teacher_top1_from"]].tolist() == [400, 12_800, 81]
+def test_tuned_models_are_a_road_of_their_own(frame: pd.DataFrame) -> None:
+    tuned = frame[frame["method"] == "vkd"].assign(method="vkd + qad", tune="qad")
+    tuned["top1"] += 1
+    both = pd.concat([frame, tuned])
+    assert {place.difference.value for at, place in compared(both, "tune", "vkd + qad").items() if at < 8} == {1}
+    assert compared(both, "bits", "vkd + qad", "teacher")[2].difference.value == -9
+    (contest,) = answer.contests(both)
+    assert {road: model.method for road, model in contest.roads.items()} == {
+        "teacher": "teacher",
+        "student": "vkd",
+        "tuned": "vkd + qad",
+    }
+    sizes = {size: [model.method for model, _ in there] for size, there in contest.leads}
+    assert sizes[100] == ["vkd + qad", "vkd"]
+    assert sizes[400] == ["vkd + qad", "vkd", "teacher"]
+    assert sizes[12_800] == ["teacher"]
 
 
-def test_degradation(frame: pd.DataFrame) -> None:
-    found = answer.degradation(frame)
-    narrow = found[found["width"] == 2]
-    assert narrow["method"].tolist() == ["teacher", "vkd", "baseline"]
-    assert narrow["drop"].tolist() == [16, 20, 26]
-    assert narrow["difference"].iloc[1:].tolist() == [4, 10]
-    assert math.isnan(narrow["p"].iloc[0])
-    assert narrow["p"].iloc[1] == pytest.approx(scipy.stats.ttest_ind([21, 19], [17, 15], equal_var=False).pvalue)
-
-
-def test_control(frame: pd.DataFrame) -> None:
-    found = answer.control(frame).set_index("width")
-    assert set(found["method"]) == {"vkd"}
-    assert found["difference"].to_dict() == {2: 10, 4: 3, math.inf: 4}
+def test_validation_images_choose_who_is_compared(row: Callable[..., Row]) -> None:
+    rows = [row(method=name, val_top1=val, top1=top1) for name, val, top1 in (("dkd", 90.0, 1.0), ("vkd", 80.0, 99.0))]
+    rows.append(row(method="baseline", val_top1=99.0))  # the control is compared where nothing is distilled
+    (contest,) = answer.contests(by_seed(named(rows)))
+    assert contest.roads["student"].method == "dkd"
+    (contest,) = answer.contests(by_seed(named(rows[2:])))
+    assert contest.roads["student"].method == "baseline"
 
 
 def test_other_data_and_quantizers_are_never_mixed(row: Callable[..., Row]) -> None:
     rows = [r for r in grid(row) if r.method == "teacher"]
     rows += [r for r in grid(row, quantizer="rtn") if r.method == "vkd"]
     rows += [r for r in grid(row, data="pets") if r.method == "baseline"]
-    frame = by_seed(named(rows))
-    for found in (answer.at_equal_bits(frame), answer.control(frame)):
-        assert found.empty
-    assert answer.curve_pairs(frame) == []
+    assert answer.comparisons(by_seed(named(rows))) == []
 
 
-def test_sizes_that_do_not_overlap_give_no_line(row: Callable[..., Row]) -> None:
+def test_sizes_that_do_not_overlap_give_no_place(row: Callable[..., Row]) -> None:
     rows = [r for r in grid(row, float_bytes=0) if r.bits == 2]
-    pairs = answer.curve_pairs(by_seed(named(rows)))
-    assert len(pairs) == 2
-    assert answer.at_equal_bytes(pairs).empty
-    assert answer.crossovers(pairs).empty
+    assert compared(by_seed(named(rows)), "bytes") == {}
+
+
+def test_the_table_has_a_line_for_each_place(frame: pd.DataFrame) -> None:
+    found = answer.comparisons(frame)
+    table = answer.table(found)
+    assert len(table) == sum(len(one.places) for one in found)
+    line = table[(table["kind"] == "bits") & (table["method_a"] == "vkd") & (table["at"] == 2)].iloc[0]
+    assert line[["a", "b", "difference", "n_a"]].tolist() == [71, 81, -10, 2]
 
 
 def test_nothing_from_nothing() -> None:
     frame = by_seed(named([]))
-    assert answer.at_equal_bits(frame).empty
-    assert answer.degradation(frame).empty
-    assert answer.control(frame).empty
-    assert answer.curve_pairs(frame) == []
+    assert answer.comparisons(frame) == []
+    assert answer.contests(frame) == []
+    assert answer.table([]).empty

@@ -131,10 +131,11 @@ def test_filters(page: Page) -> None:
     page.toggle("quantizer", "rtn")
     assert set(page.column(3)) == {"gpfq"}
     assert len(page.traces("drop")) == 2
-    headlines = "return [...document.querySelectorAll('#headlines summary')].map((x) => x.textContent)"
-    assert page.run(headlines) == ["cifar10, gpfq"]
+    headlines = "return [...document.querySelectorAll('.headline')].map((x) => x.textContent.split(' ')[0])"
+    assert page.run(headlines) == ["cifar10", "digits"]  # whatever is chosen
+    compared = "return [...document.querySelectorAll('#comparisons td:first-child')].map((x) => x.textContent)"
+    assert set(page.run(compared)) == {"vkd − baseline, gpfq"}
     page.choose("data", "digits")
-    assert page.run(headlines) == ["digits, gpfq"]
     assert len(page.column(1)) == 5
     assert "missing" in page.run("return document.getElementById('grid').textContent")
     assert page.run("return document.getElementById('published').hidden") is True
@@ -182,6 +183,21 @@ def test_latency_is_the_exported_networks_where_there_is_one(
     assert [points[axis] for axis in "xy"] == [ring[axis] for axis in "xy"] == [[0.1], [96.5]]
     assert "INT8" in page.run("return document.getElementById('latency').textContent")
     assert "INT8" in page.run("return document.getElementById('latency-note').textContent")
+
+
+def test_dark_windows_have_light_ink(page: Page) -> None:
+    color = (
+        "return [getComputedStyle(document.body).backgroundColor, document.getElementById('bits').layout.font.color]"
+    )
+    assert page.run(color) == ["rgb(255, 255, 255)", "#1c2024"]
+    try:
+        dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark})
+        assert page.run(color) == ["rgb(22, 24, 27)", "#e6e8eb"]
+        (teacher, *_) = page.run("return document.getElementById('bits').data.map((t) => t.line.color)")
+        assert teacher == "#8c8c8c" or teacher == "#e6e8eb"
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_narrow_windows_do_not_overflow(page: Page) -> None:

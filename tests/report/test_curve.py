@@ -1,12 +1,11 @@
-"""Curves and crossings against numbers worked out by hand."""
+"""Curves against numbers worked out by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import pytest
 
-from kdq.report.curve import Curve, crossings, curve, shared_sizes
+from kdq.report.curve import Curve, curve, shared_sizes
 
 
 def _model(points: list[tuple[int, float, float, float]], float_bytes: float = 0.0) -> pd.DataFrame:
@@ -58,22 +57,3 @@ def test_curves_are_compared_where_both_are() -> None:
     b = Curve(np.array([150.0, 300.0, 900.0]), np.zeros((1, 3)), (0,))
     assert shared_sizes(a, b).tolist() == [150, 200, 300, 400]
     assert shared_sizes(a, Curve(np.array([500.0]), np.zeros((1, 1)), (0,))).tolist() == []
-
-
-@pytest.mark.parametrize(
-    ("ahead", "wanted"),
-    [
-        ([1, 2, 3, 4], []),
-        ([1, -1, -1, -1], [20.0]),  # half way from 10 to 40
-        ([3, -1, -1, -1], [10 * 4**0.75]),
-        ([1, -1, -1, 1], [20.0, 320.0]),
-        ([1, 0, -1, -1], [40.0]),
-        ([1, 0, 0, -1], [40.0]),
-        ([1, 0, 1, 1], []),
-        ([0, 0, 0, 0], []),
-        ([0, 1, -1, -1], [80.0]),
-    ],
-)
-def test_crossings(ahead: list[float], wanted: list[float]) -> None:
-    sizes = np.array([10.0, 40.0, 160.0, 640.0])
-    assert crossings(sizes, np.array(ahead, float)) == pytest.approx(wanted)

@@ -6,152 +6,149 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kdq.records.rows import Row
-from kdq.report.cells import by_seed, named
-from kdq.report.words import Statement, statements, without_repeats
+from kdq.report.cells import named
+from kdq.report.words import COLUMNS, Answer, answers
 
 
-def _said(rows: list[Row]) -> list[Statement]:
-    return statements(by_seed(named(rows)))
-
-
-def _text(said: list[Statement], topic: str, method: str = "") -> str:
-    (found,) = [statement.text for statement in said if (statement.topic, statement.method) == (topic, method)]
+def _said(rows: list[Row]) -> Answer:
+    (found,) = answers(named(rows))
     return found
 
 
+def _cells(rows: list[Row], kind: str, comparison: str) -> dict[str, str]:
+    (line,) = [line for line in _said(rows).lines if (kind in line.kind and line.cells[0] == comparison)]
+    return dict(zip(COLUMNS, line.cells, strict=True))
+
+
 def _pair(row: Callable[..., Row], student: list[float], teacher: list[float], **changes: object) -> list[Row]:
-    """One width, one accuracy per seed; the teacher's file is four times as large, and there is no float file."""
-    common = {"float_bytes": 0, "bits": 2} | changes
-    rows = [row(method="vkd", seed=seed, top1=top1, size_bytes=100_000, **common) for seed, top1 in enumerate(student)]
+    """One width, one accuracy per seed, the same size for both; the float files are out of the way."""
+    common = {"float_bytes": 0, "bits": 2, "size_bytes": 100_000} | changes
+    rows = [row(method="vkd", seed=seed, top1=top1, **common) for seed, top1 in enumerate(student)]
     return rows + [
-        row(method="teacher", arch="big", seed=seed, top1=top1, size_bytes=400_000, **common)
-        for seed, top1 in enumerate(teacher)
+        row(method="teacher", arch="big", seed=seed, top1=top1, **common) for seed, top1 in enumerate(teacher)
     ]
 
 
 def test_beyond_noise(row: Callable[..., Row]) -> None:
-    said = _said(_pair(row, [80.0, 80.2, 80.4], [90.0, 90.2, 90.4]))
-    # By SciPy: -10 points, 95 % interval -10.45 to -9.55.
-    wanted = "trails at 2 bits (−10.00, −10.45 to −9.55)"
-    assert wanted in _text(said, "bits", "vkd")
-    assert "At equal bits: no at 2 bits (−10.00, −10.45 to −9.55)" in _text(said, "answer")
-    assert "n = 3 and 3 seeds" in _text(said, "answer")
+    rows = _pair(row, [80.0, 80.2, 80.4], [90.0, 90.2, 90.4])
+    # By SciPy: 10 points, 95 % interval 9.55 to 10.45.
+    assert _said(rows).headline == (
+        "digits at equal bytes (gpfq, 3 seeds): the teacher beats vkd at 100 kB (by 10.0 points, 95 % interval 9.5 to "
+        "10.5)."
+    )
+    assert _cells(rows, "bits", "vkd − teacher") == {
+        "comparison": "vkd − teacher",
+        "higher at": "–",
+        "undecided at": "float",
+        "lower at": "2 bits",
+        "at the smallest": "−10.00 (−10.45 to −9.55) at 2 bits",
+        "seeds": "3 and 3",
+    }
 
 
 def test_within_noise(row: Callable[..., Row]) -> None:
-    said = _said(_pair(row, [80.0, 90.0], [81.0, 90.0]))
-    assert "within seed noise at 2 bits (−0.50, " in _text(said, "bits", "vkd")
-    assert "undecided within seed noise at 2 bits" in _text(said, "answer")
-    assert "not more than seed noise" in _text(said, "drop")
+    rows = _pair(row, [80.0, 90.0], [81.0, 90.0])
+    assert (
+        "no road wins beyond seed noise; at 100 kB undecided (the teacher ahead by 0.5 points)" in _said(rows).headline
+    )
+    assert _cells(rows, "bytes", "vkd − teacher")["undecided at"] == "100 kB"
 
 
 def test_one_seed(row: Callable[..., Row]) -> None:
-    said = _said(_pair(row, [92.0], [90.0]))
-    assert "At equal bits: the student leads, untested, at 2 bits (+2.00)." in _text(said, "answer")
-    assert "One seed each: nothing can be said about seed noise." in _text(said, "answer")
-    assert "(one seed: nothing can be said about noise)" in _text(said, "drop")
-    assert "p =" not in " ".join(statement.text for statement in said)
+    rows = _pair(row, [92.0], [90.0])
+    assert "(gpfq, 1 seed): vkd is ahead of the teacher at 100 kB (by 2.0 points, untested)." in _said(rows).headline
+    cells = _cells(rows, "bytes", "vkd − teacher")
+    assert (cells["higher at"], cells["at the smallest"], cells["seeds"]) == (
+        "100 kB",
+        "+2.00 at 100 kB",
+        "1 and 1: untested",
+    )
 
 
-def test_equal_accuracies_without_spread(row: Callable[..., Row]) -> None:
-    said = _said(_pair(row, [90.0, 90.0], [90.0, 90.0]))
-    assert "equal at 2 bits (0.00)" in _text(said, "bits", "vkd")
+def test_equal_accuracies_are_undecided(row: Callable[..., Row]) -> None:
+    assert _cells(_pair(row, [90.0, 90.0], [90.0, 90.0]), "bits", "vkd − teacher")["undecided at"] == "2 bits to float"
+
+
+def test_regions_and_who_is_alone(row: Callable[..., Row]) -> None:
+    """The student is ahead at 400 kB, where the teacher begins, and the teacher at 1.6 MB, where the student ends."""
+    tops = {
+        "vkd": {100_000: 70.0, 400_000: 80.0, 1_600_000: 82.0},
+        "teacher": {400_000: 75.0, 1_600_000: 90.0, 6_400_000: 91.0},
+    }
+    rows = [
+        row(method=method, bits=bits, top1=top1, size_bytes=size, float_bytes=0)
+        for method, sizes in tops.items()
+        for bits, (size, top1) in zip((2, 4, 8), sizes.items(), strict=True)
+    ]
+    assert _said(rows).headline == (
+        "digits at equal bytes (gpfq, 1 seed): vkd is ahead of the teacher at 400 kB (by 5.0 points, untested); "
+        "the teacher is ahead of vkd at 1.6 MB (by 8.0 points, untested); "
+        "below 400 kB only vkd has files (70.0 % at 100 kB)."
+    )
+    cells = _cells(rows, "bytes", "vkd − teacher")
+    assert (cells["higher at"], cells["lower at"]) == ("400 kB", "1.6 MB")
+
+
+def test_places_in_a_row_are_one_region(row: Callable[..., Row]) -> None:
+    rows = [
+        r
+        for bits, size in ((2, 100_000), (3, 150_000), (4, 200_000))
+        for r in _pair(row, [80.0, 80.2, 80.4], [79.0, 79.2, 79.4], bits=bits, size_bytes=size)
+    ]
+    assert "vkd beats the teacher from 100 to 200 kB (by 1.0 points at 100 kB, " in _said(rows).headline
+    assert _cells(rows, "bits", "vkd − teacher")["higher at"] == "2 to 4 bits"
 
 
 def test_no_size_is_shared(row: Callable[..., Row]) -> None:
-    said = _said(_pair(row, [80.0], [90.0]))
-    assert "no size is there for both: the student has 100 kB to 100 kB, the teacher 400 kB to 400 kB." in _text(
-        said, "bytes", "vkd"
-    )
-    assert "At equal bytes: no size is there for both." in _text(said, "answer")
-    assert "cross" not in " ".join(statement.text for statement in said)
-
-
-def test_crossover_and_who_is_alone(row: Callable[..., Row]) -> None:
-    rows = _pair(row, [80.0], [70.0], bits=2)
-    rows.append(row(method="vkd", bits=8, top1=84.0, size_bytes=1_600_000, float_bytes=0))
-    rows.append(row(method="teacher", arch="big", bits=8, top1=94.0, size_bytes=6_400_000, float_bytes=0))
-    text = _text(_said(rows), "bytes", "vkd")
-    # At 400 kB the student has 82, the teacher 70; at 1.6 MB 84 and 82; beyond, only the teacher.
-    assert "leads, untested, at 400 kB (+12.00), 1.6 MB (+2.00)" in text
-    assert "The mean curves do not cross where both exist." in text
-    assert "Below 400 kB only the student has files, from 100 kB with 80.00 %." in text
+    rows = _pair(row, [80.0], [90.0])
+    rows = [replace(r, size_bytes=400_000) if r.role == "teacher" else r for r in rows]
+    assert "no size is there for two roads; below 400 kB only vkd has files (80.0 % at 100 kB)." in _said(rows).headline
+    assert _cells(rows, "bytes", "vkd − teacher")["at the smallest"] == "nothing in common"
 
 
 def test_what_is_missing_is_said(row: Callable[..., Row]) -> None:
-    teacher, student = _pair(row, [80.0], [90.0])[1:], _pair(row, [80.0], [90.0])[:1]
-    assert "no row of a quantized teacher" in _text(_said(student), "answer")
-    assert "no row of a distilled student" in _text(_said(teacher), "answer")
-    control = [row(method="baseline", bits=2, top1=79.0)]
-    assert "no row of a distilled student" in _text(_said(teacher + control), "answer")
-    assert "Without baseline rows" in _text(_said(teacher + student), "answer")
-    assert "Without baseline rows" not in _text(_said(teacher + student + control), "answer")
+    student, teacher = _pair(row, [80.0], [90.0])
+    assert "for no row is of “quantize the teacher”" in _said([student]).headline
+    assert "for no row is of “train or distil a student, then quantize it”" in _said([teacher]).headline
 
 
-def test_answers_without_numbers_are_given_once_for_a_data_set(row: Callable[..., Row]) -> None:
-    rows = [
-        row(method="teacher", arch="big", data=data, quantizer=quantizer)
-        for data in ("digits", "cifar10")
-        for quantizer in ("gpfq", "rtn")
-    ]
-    told = [(found.data, found.quantizer, found.topic) for found in without_repeats(_said(rows))]
-    drops = [(data, quantizer, "drop") for data in ("cifar10", "digits") for quantizer in ("gpfq", "rtn")]
-    assert sorted(told) == sorted([("cifar10", "gpfq", "answer"), ("digits", "gpfq", "answer"), *drops])
+def test_what_distillation_is_worth(row: Callable[..., Row]) -> None:
+    rows = [*_pair(row, [90.0], [91.0]), row(method="baseline", bits=2, top1=88.0, float_bytes=0)]
+    assert _said(rows).headline.endswith("distillation itself is worth +2.0 points over baseline at 2 bits (untested).")
+    assert _cells(rows, "top-1 at equal bits", "vkd − baseline")["higher at"] == "2 bits"
 
 
-def test_the_control(row: Callable[..., Row]) -> None:
-    rows = [row(method="vkd", top1=90.0, top1_float=93.0), row(method="baseline", top1=88.0, top1_float=92.5)]
-    text = _text(_said(rows), "control", "vkd")
-    assert "leads, untested, at 4 bits (+2.00), float (+0.50)" in text
-    assert "cross-entropy alone" in text
-    rows.append(row(method="teacher", top1=95.0))
-    assert "What distillation adds at 4 bits, over the same network without it: vkd (+2.00)." in _text(
-        _said(rows), "answer"
-    )
+def test_what_made_the_numbers(row: Callable[..., Row]) -> None:
+    rows = _pair(row, [80.0], [90.0], params=12_345, calibration_images=64)
+    assert "teacher big (12,345 parameters, training not recorded); student resnet20 (" in _said(rows).made[0]
+    rows = [replace(r, epochs=40, recipe="one_cycle, lr 0.1, batches of 64") for r in rows]
+    wanted = "(12,345 parameters, 40 epochs, one_cycle, lr 0.1, batches of 64); quantized with gpfq (64 images); 1 seed"
+    assert wanted in _said(rows).made[0]
+    assert "weights from a file" in _said([replace(r, epochs=0) for r in rows]).made[0]
 
 
-def test_no_needs_every_student_to_trail(row: Callable[..., Row]) -> None:
-    """A student with wide noise may have the lower mean and still not be beaten."""
-    rows = _pair(row, [80.0, 80.2, 80.4], [82.0, 82.2, 82.4])
-    assert "At equal bits: no at 2 bits (−2.00, " in _text(_said(rows), "answer")
-    common = {"method": "dkd", "bits": 2, "float_bytes": 0}
-    noisy = [row(seed=seed, top1=top1, **common) for seed, top1 in enumerate([70.0, 80.0, 88.0])]
-    assert "At equal bits: undecided within seed noise at 2 bits (dkd −2.87, " in _text(_said(rows + noisy), "answer")
-    better = [row(seed=seed, top1=83.0 + seed / 10, **common | {"method": "dml"}) for seed in range(3)]
-    assert "At equal bits: yes at 2 bits (dml +0.90, " in _text(_said(rows + noisy + better), "answer")
-
-
-def test_different_widths_are_not_compared(row: Callable[..., Row]) -> None:
-    rows = [row(method="vkd", bits=2, float_bytes=0), row(method="teacher", bits=3, float_bytes=0)]
-    assert "At equal bits: no width is there for both." in _text(_said(rows), "answer")
-
-
-def test_nothing_from_nothing() -> None:
-    assert _said([]) == []
-
-
-def test_a_size_is_compared_once(row: Callable[..., Row]) -> None:
-    """A float file and one of 32 bits, half a percent apart."""
-    sizes = {2: 100_000, 32: 400_000}
-    rows = [
-        row(method=m, arch=m, bits=b, size_bytes=s, float_bytes=398_000)
-        for m in ("vkd", "teacher")
-        for b, s in sizes.items()
-    ]
-    text = _text(_said(rows), "bytes", "vkd")
-    assert text.count("398 kB") == 1
-    assert "400 kB" not in text
+def test_the_quantizer_that_compares_most_is_the_headline_s(row: Callable[..., Row]) -> None:
+    rows = _pair(row, [80.0], [90.0], quantizer="a") + _pair(row, [80.0], [90.0], quantizer="b")
+    rows.append(row(method="vkd", quantizer="a", bits=4))
+    rows = [r for r in rows if (r.quantizer, r.role) != ("a", "teacher")]
+    said = _said(rows)
+    assert said.headline.startswith("digits at equal bytes (b, 1 seed)")
+    assert said.lines[0].cells[0] == "vkd − teacher, b"
 
 
 def test_models_of_one_method_are_told_apart(row: Callable[..., Row]) -> None:
-    rows = [row(method="baseline", arch=arch, top1_float=95.0, top1=top1) for arch, top1 in (("a", 94.0), ("b", 93.0))]
-    assert "baseline (a) with 1.00, then baseline (b) with 2.00" in _text(_said(rows), "drop")
+    rows = [row(method="vkd", arch=arch) for arch in ("a", "b")] + [row(method="teacher", arch="big")]
+    assert {line.cells[0] for line in _said(rows).lines} == {"vkd (a) − teacher", "vkd (b) − teacher"}
+
+
+def test_nothing_from_nothing() -> None:
+    assert answers(named([])) == []
 
 
 def test_how_fast_the_models_are(row: Callable[..., Row]) -> None:
     rows = _pair(row, [90.0, 90.2], [91.0, 91.2])
     rows = [replace(r, latency_ms_torch=3.0 if r.role == "teacher" else 1.0) for r in rows]
-    assert "Latency (ms, PyTorch float32, batch 1): teacher (big) 3, vkd (resnet20) 1." in _text(_said(rows), "answer")
+    assert "Latency (ms, PyTorch float32, batch 1): teacher 3, vkd 1." in _said(rows).made
     exported = [replace(r, latency_ms_onnx_int8=r.latency_ms_torch / 4, top1_onnx_int8=r.top1) for r in rows]
-    assert "ONNX Runtime INT8, batch 1): teacher (big) 0.75, vkd" in _text(_said(exported), "answer")
-    assert "Latency" not in _text(_said(exported[:2]), "answer")  # of one model only
+    assert "Latency (ms, ONNX Runtime INT8, batch 1): teacher 0.75, vkd 0.25." in _said(exported).made
+    assert len(_said(exported[:2]).made) == 1  # of one model only

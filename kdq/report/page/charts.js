@@ -39,9 +39,10 @@ function paretoFront(points) {
 }
 
 function layout(x, y, extra = {}) {
-  const axis = { gridcolor: "#eceef0", zeroline: false, automargin: true };
+  const axis = { gridcolor: "rgba(128, 128, 128, .22)", zeroline: false, automargin: true };
   return {
-    margin: { l: 54, r: 12, t: 30, b: 44 }, showlegend: false, hovermode: "closest", font: { size: 12 },
+    margin: { l: 54, r: 12, t: 30, b: 44 }, showlegend: false, hovermode: "closest", font: { size: 12, color: ink() },
+    modebar: { bgcolor: "rgba(0, 0, 0, 0)", color: "#999" }, paper_bgcolor: "rgba(0, 0, 0, 0)", plot_bgcolor: "rgba(0, 0, 0, 0)",
     xaxis: { ...axis, title: { text: x }, ...extra.xaxis }, yaxis: { ...axis, title: { text: y }, ...extra.yaxis },
     annotations: extra.annotations || [], shapes: extra.shapes || [],
   };
@@ -71,14 +72,14 @@ function rings(cells, x, y = "top1") {
   const front = paretoFront(cells.map((c) => ({ x: c[x], y: c[y] })).filter((p) => p.x !== null && p.y !== null));
   return {
     x: front.map((p) => p.x), y: front.map((p) => p.y), mode: "markers", type: "scatter", hoverinfo: "skip", name: "Pareto front",
-    marker: { size: 15, symbol: "circle-open", color: "#444", line: { width: 1.4 } },
+    marker: { size: 15, symbol: "circle-open", color: "#888", line: { width: 1.4 } },
   };
 }
 
 function floats(cells, look) {
   return [...grouped(cells, (c) => JSON.stringify([c.method, c.arch])).values()].map(([cell]) => ({
     type: "line", xref: "paper", x0: 0, x1: 1, y0: cell.top1_float, y1: cell.top1_float,
-    line: { color: look.color(cell.method), width: 1, dash: "dot" },
+    opacity: 0.5, layer: "below", line: { color: look.color(cell.method), width: 1, dash: "dot" },
   }));
 }
 
@@ -139,7 +140,7 @@ function drawSearch(found, look) {
     .filter((p) => p.loss !== null && p.loss > 0);
   const way = { type: "scatter", mode: "lines+markers", x: points.map((p) => p.size), y: points.map((p) => p.loss), line: { color, width: 1.4 }, marker: { size: 6 },
     hovertemplate: points.map((p) => `${sizeName(p.size)}, ${p.bits.toFixed(2)} bits on average<br>loss ${p.loss.toPrecision(3)}, validation top-1 ${p.top1.toFixed(2)}<extra></extra>`) };
-  const chosen = found.chosen === undefined ? [] : [{ type: "line", yref: "paper", y0: 0, y1: 1, x0: found.size_bytes[found.chosen], x1: found.size_bytes[found.chosen], line: { color: "#444", dash: "dash", width: 1 } }];
+  const chosen = found.chosen === undefined ? [] : [{ type: "line", yref: "paper", y0: 0, y1: 1, x0: found.size_bytes[found.chosen], x1: found.size_bytes[found.chosen], line: { color: "#888", dash: "dash", width: 1 } }];
   const label = chosen.map((line) => ({ text: "chosen", showarrow: false, x: Math.log10(line.x0), xref: "x", y: 1, yref: "paper", yanchor: "bottom", font: { size: 11 } }));
   draw("frontier", [way], layout("packed size", "loss", { xaxis: points.length ? decades(points.map((p) => p.size), shortSize) : {}, yaxis: points.length ? decades(points.map((p) => p.loss), (v) => v.toExponential(0).replace("-", "−")) : {}, shapes: chosen, annotations: label }));
 }

@@ -7,6 +7,9 @@ const published = records(payload.published);
 const $ = (id) => document.getElementById(id);
 const SHOWN_AT_ONCE = 200;
 
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const ink = () => getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
+
 function element(tag, text, options = {}) {
   const made = document.createElement(tag);
   if (text !== undefined) made.textContent = text;
@@ -17,7 +20,7 @@ const distinct = (name) => [...new Set(all.map((cell) => cell[name]))];
 const quantizers = distinct("quantizer");
 const archs = new Map([...grouped(all, (c) => c.method)].map(([method, found]) => [method, [...new Set(found.map((c) => c.arch))]]));
 const look = {
-  color: (method) => payload.colors[method],
+  color: (method) => (payload.colors[method] === "#000000" ? ink() : payload.colors[method]),
   symbol: (quantizer) => SYMBOLS[quantizers.indexOf(quantizer) % SYMBOLS.length],
   dash: (method, arch) => DASHES[archs.get(method).indexOf(arch) % DASHES.length],
 };
@@ -52,16 +55,37 @@ function chosen() {
 const passes = (filter) => (item) =>
   item.data === filter.data && filter.quantizers.has(item.quantizer) && (!item.method || filter.methods.has(item.method));
 
-function showWords(filter) {
-  const said = payload.statements.filter(passes(filter));
-  const headline = (s, i) => {
-    const made = element("details", undefined, { open: i < 2 });
-    made.append(element("summary", `${s.data}, ${s.quantizer}`), ...s.text.split("\n").map((line) => element("span", line)));
+function showAnswers() {
+  $("headlines").replaceChildren(...payload.answers.map((answer) => {
+    const made = element("section");
+    made.append(element("p", answer.headline, { className: "headline" }));
+    made.append(...answer.made.map((text) => element("p", text, { className: "small" })));
     return made;
-  };
-  $("headlines").replaceChildren(...said.filter((s) => s.topic === "answer").map(headline));
-  const rest = said.filter((s) => s.topic !== "answer").map((s) => element("li", `${s.quantizer}: ${s.text}`));
-  $("statements").replaceChildren(...(rest.length ? rest : [element("li", "Nothing for these filters.")]));
+  }));
+}
+
+function showComparisons(filter) {
+  const answer = payload.answers.find((found) => found.data === filter.data);
+  const lines = (answer ? answer.lines : []).filter((line) =>
+    filter.quantizers.has(line.quantizer) && line.methods.every((method) => filter.methods.has(method)));
+  const [body, places] = [element("tbody"), element("tbody")];
+  for (const [kind, found] of grouped(lines, (line) => line.kind)) {
+    const head = element("tr");
+    head.append(element("th", kind, { className: "text", colSpan: payload.answer_columns.length, scope: "rowgroup" }));
+    body.append(head);
+    for (const line of found) {
+      body.append(row(line.cells, payload.answer_columns.length));
+      for (const place of line.places) places.append(row([`${line.cells[0]}, ${kind.split(",")[0]}`, ...place], 1));
+    }
+  }
+  $("comparisons").replaceChildren(headRow(payload.answer_columns, payload.answer_columns.length), body);
+  $("places").replaceChildren(headRow(["comparison", ...payload.place_columns], 1), places);
+}
+
+function row(cells, texts) {
+  const line = element("tr");
+  line.append(...cells.map((text, i) => element("td", text, { className: i < texts ? "text" : "" })));
+  return line;
 }
 
 function headRow(names, texts) {
@@ -166,7 +190,7 @@ function update() {
   const filter = chosen();
   visible = all.filter(passes(filter));
   shown = SHOWN_AT_ONCE;
-  showWords(filter);
+  showComparisons(filter);
   const latency = payload.latency[filter.data] || { column: "", label: "" };
   drawAccuracy(visible, showPublished(filter), latency, look);
   $("latency-note").textContent = latency.note || "";
@@ -180,10 +204,13 @@ $("notes").replaceChildren(...payload.notes.map((text) => element("p", text)));
 $("warnings").replaceChildren(...payload.warnings.map((text) => element("li", text)));
 $("warnings").hidden = !payload.warnings.length;
 if (all.length) {
+  showAnswers();
   buildFilters();
   update();
 } else {
   $("filters").hidden = true;
   document.querySelector("main").replaceChildren(element("p", "No rows yet: run kdq experiment=quickstart."));
 }
+// Charts have colours of their own, which the style sheet cannot change.
+dark.addEventListener("change", () => all.length && update());
 document.body.dataset.ready = "yes";
