@@ -3,13 +3,38 @@
 Each module stands alone in a plain script; :mod:`kdq.distill.module` opens with one.
 """
 
+from kdq.distill.at import AT
 from kdq.distill.config import TrainConfig
 from kdq.distill.cross_entropy import CrossEntropy
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
+from kdq.distill.features import FeatureMethod
+from kdq.distill.fitnets import FitNets
 from kdq.distill.mixup import Mixup
 from kdq.distill.module import DistillationModule
+from kdq.distill.nst import NST
+from kdq.distill.pkt import PKT
+from kdq.distill.rkd import RKD
+from kdq.distill.sp import SP
 from kdq.distill.teacher_student import TeacherStudent
+from kdq.distill.vid import VID
 from kdq.distill.vkd import VKD
 
-__all__ = ["DKD", "DML", "VKD", "CrossEntropy", "DistillationModule", "Mixup", "TeacherStudent", "TrainConfig"]
+__all__ = [
+    "AT",
+    "DKD",
+    "DML",
+    "NST",
+    "PKT",
+    "RKD",
+    "SP",
+    "VID",
+    "VKD",
+    "CrossEntropy",
+    "DistillationModule",
+    "FeatureMethod",
+    "FitNets",
+    "Mixup",
+    "TeacherStudent",
+    "TrainConfig",
+]

@@ -9,9 +9,15 @@ Gradients flow to the student's logits only: a teacher's or a peer's are detache
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -130,6 +136,23 @@ def _decoupled_terms(
     tckd = F.kl_div(binary[0], binary[1], reduction="none", log_target=True).sum(1)
     nckd = F.kl_div(others[0], others[1], reduction="none", log_target=True).sum(1)
     return tckd, nckd, binary[1][:, 1].exp()
+
+
+def in_float32(loss: Function) -> Function:
+    """Makes ``loss`` take its floating tensors in float32 (float64 stays) and compute its products so under autocast.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     in_float32(torch.matmul)(torch.ones(2, 2).bfloat16(), torch.ones(2, 2)).dtype
+    torch.float32
+    """
+
+    @functools.wraps(loss)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        tensors = [_at_least_float32(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        with torch.autocast(args[0].device.type, enabled=False):
+            return loss(*tensors, **options)
+
+    return wrapper  # type: ignore[return-value]
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

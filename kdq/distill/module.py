@@ -13,7 +13,7 @@ A method is a subclass with :meth:`DistillationModule.losses`; see :mod:`kdq.dis
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -203,10 +203,14 @@ class DistillationModule(L.LightningModule):
             )
         return [self._optimizer(learner, steps) for learner in self.learners.values()]
 
+    def trained_parameters(self, learner: Learner) -> Iterator[nn.Parameter]:
+        """What a learner's optimizer trains: its network, and what a method has beside it."""
+        return learner.network.parameters()
+
     def _optimizer(self, learner: Learner, steps: float) -> dict[str, Any]:
         # Lightning cannot clip the gradients of a fused optimizer under autocast.
         fused = self.config.clip_grad is None and self.trainer.gradient_clip_val is None
-        optimizer = self.config.optimizer(learner.network.parameters(), fused)
+        optimizer = self.config.optimizer(self.trained_parameters(learner), fused)
         scheduler = {"scheduler": self.config.scheduler(optimizer, steps), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 

@@ -30,9 +30,9 @@ class FrozenTeacher:
         first = next(self.network.parameters())
         if (first.device, first.dtype) != (images.device, images.dtype):
             self.network.to(images.device, images.dtype)
-        with torch.inference_mode():
-            logits = self.network(images)
-        return logits.clone()  # an inference tensor may not take part in the student's backward pass
+        # Not inference_mode: what that makes may not take part in the student's backward pass.
+        with torch.no_grad():
+            return self.network(images)
 
 
 class TeacherStudent(DistillationModule):

@@ -34,6 +34,11 @@ STABLE: dict[str, str] = {
     **_paths("mixup", "kdq.distill.Mixup", "kdq.distill.mixup.Mixup"),
     **_paths("dkd", "kdq.distill.DKD", "kdq.distill.dkd.DKD"),
     **_paths("dml", "kdq.distill.DML", "kdq.distill.dml.DML"),
+    **{
+        path: title.lower()
+        for title in ("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID")
+        for path in (f"kdq.distill.{title}", f"kdq.distill.{title.lower()}.{title}")
+    },
     **_paths("train_config", "kdq.distill.TrainConfig", "kdq.distill.config.TrainConfig"),
     **{
         f"kdq.quant{room}.{solver}.{solver}": solver

@@ -165,7 +165,7 @@ def test_a_folder_of_one_s_own_configs_composes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["--help"], r"method: baseline, dkd, dml, .*vkd"),
+        (["--help"], r"method: .*baseline.*dkd.*vkd"),
         (["--info", "defaults"], r"recipe/one_cycle +\| teacher.recipe"),
         (["--version"], r"^kdq \d+\.\d+"),
     ],

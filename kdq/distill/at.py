@@ -1,0 +1,23 @@
+"""Attention transfer (Zagoruyko & Komodakis 2017, arXiv 1612.03928)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdq.distill.feature_losses import attention_loss
+from kdq.distill.features import FeatureMethod
+
+
+class AT(FeatureMethod):
+    """``CE + weight sum_stages MSE(attention(student), attention(teacher))`` at the ends of the stages.
+
+    >>> from kdq.models import CifarResNet
+    >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
+    >>> AT(student, teacher=teacher, num_classes=10).weight
+    1000.0
+    """
+
+    default_weight = 1000.0
+
+    def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
+        return attention_loss(student, teacher)

@@ -1,0 +1,159 @@
+"""The base of the methods that compare features: what layers of a student and of its teacher give inside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdq.distill.layers import check_names, found_layers, looked_at, watched
+from kdq.distill.learner import Learner
+from kdq.distill.losses import distillation_kl, soft_cross_entropy
+from kdq.distill.progress import TrainingProgress
+from kdq.distill.teacher_student import TeacherStudent
+from kdq.utils.checks import within
+from kdq.utils.errors import KdqError
+
+
+class FeatureMethod(TeacherStudent):
+    """``CE + weight sum_layers distance(student, teacher)``, and with ``kd`` the KL of vkd beside it.
+
+    A method is a subclass with :meth:`pair`, and with :meth:`projector` where it trains something of its own:
+
+    >>> class Mean(FeatureMethod):
+    ...     where = "stages"
+    ...     def pair(self, student, teacher, layer):
+    ...         return (student.mean() - teacher.mean()).square()
+    >>> from kdq.models import CifarResNet
+    >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
+    >>> module = Mean(student, teacher=teacher, num_classes=10)
+    >>> module.connect(torch.zeros(2, 3, 32, 32)).layers["teacher"]
+    {'layer1': [16, 32, 32], 'layer2': [32, 16, 16], 'layer3': [64, 8, 8]}
+
+    Projectors are built by :meth:`connect` when ``trainer.fit`` starts, from two images of the first batch. They are
+    trained with the student and lie in the module's checkpoints, beside the student: its weights alone are the product.
+
+    Args:
+        weight: of the features' distance; None for the method's own.
+        kd: weight of ``T^2 KL(teacher || student)`` beside it, as in CRD + KD; 0 for none.
+        student_layers, teacher_layers: as many names; None for those of :func:`found_layers` that the method compares:
+            of stages the last ones that both networks have.
+        kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
+    """
+
+    #: What is compared by default: ``stages``, the ``middle`` or the ``last`` of them, or the ``embedding``.
+    where = "stages"
+    #: Whether features must be maps ``(batch, channels, height, width)``.
+    maps = True
+    #: The weight of the method's paper or of the literature's code.
+    default_weight = 1.0
+
+    def __init__(
+        self,
+        student: nn.Module | Mapping[str, Any],
+        teacher: nn.Module | None = None,
+        *,
+        weight: float | None = None,
+        kd: float = 0.0,
+        student_layers: Sequence[str] | None = None,
+        teacher_layers: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, **kwargs)
+        self.weight = within("method.weight", self.default_weight if weight is None else weight, 0)
+        self.kd = within("method.kd", kd, 0)
+        self.asked = {"student": student_layers, "teacher": teacher_layers}
+        for name, network in (("student", self.student.network), ("teacher", teacher)):
+            if network is not None:
+                check_names(network, name, self.asked[name] or ())
+        #: The names of the compared layers with their features' shapes, without the batch; empty until connected.
+        self.layers: dict[str, dict[str, list[int]]] = {}
+        self.projectors = nn.ModuleList()
+
+    def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
+        """The distance of one layer's features, a scalar; the student's are projected."""
+        raise NotImplementedError(f"{type(self).__name__} must define pair(student, teacher, layer)")
+
+    def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:
+        """What makes the student's features comparable, given both shapes without the batch."""
+        return nn.Identity()
+
+    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms ``ce``, ``features`` and, if it has a weight, ``kl``."""
+        networks = {"student": self.student.network, "teacher": self.teacher.network}
+        with watched(networks["student"], self.layers["student"]) as mine:
+            logits = self.student(images)
+        with watched(networks["teacher"], self.layers["teacher"]) as theirs:
+            teacher_logits = self.teacher(images)
+        terms = {"ce": soft_cross_entropy(logits, labels, self.config.label_smoothing)}
+        if self.kd:
+            kl = distillation_kl(*self.comparable(logits, teacher_logits), self.temperature)
+            terms["kl"] = self.kd * kl
+        names = zip(self.projectors, self.layers["student"], self.layers["teacher"], strict=True)
+        pairs = [self.pair(project(mine[a]), theirs[b], layer) for layer, (project, a, b) in enumerate(names)]
+        return {**terms, "features": self.weight * torch.stack(pairs).sum()}, logits
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and not self.layers:
+            with torch.random.fork_rng(devices=[]):  # a look at the data changes nothing that is drawn later
+                # The loader itself: Lightning shows it as trainer.train_dataloader only when the optimizers are there.
+                images, *_ = next(iter(self.trainer.fit_loop._data_source.dataloader()))
+            self.connect(images[:2])
+
+    def connect(self, images: Tensor) -> FeatureMethod:
+        """Find the layers and build the projectors by a look at what both networks make of ``images``.
+
+        Raises:
+            KdqError: the layers cannot be found or compared; says which names to give.
+        """
+        networks = {"student": copy.deepcopy(self.student.network).eval(), "teacher": self.teacher.network}
+        layers = {role: self.asked[role] or found_layers(net, images, self.where) for role, net in networks.items()}
+        if not (self.asked["student"] or self.asked["teacher"]):
+            count = min(len(names) for names in layers.values())
+            middle = slice((count - 1) // 2, (count - 1) // 2 + 1)
+            part = {"middle": middle, "last": slice(-1, None)}.get(self.where, slice(None))
+            layers = {role: list(names)[len(names) - count :][part] for role, names in layers.items()}
+        if len(set(map(len, layers.values()))) > 1:
+            raise KdqError(
+                "student_layers and teacher_layers must be as many: "
+                + "; ".join(f"the {role}'s are {', '.join(names)}" for role, names in layers.items())
+            )
+        self._build({role: self._shapes(networks[role], role, names, images) for role, names in layers.items()})
+        return self
+
+    def _shapes(self, network: nn.Module, role: str, names: Iterable[str], images: Tensor) -> dict[str, list[int]]:
+        features = looked_at(network, images, names)
+        if missing := [name for name in names if name not in features]:
+            raise KdqError(f"the {role}'s layer {missing[0]} gives no tensor when the network runs")
+        for name, (feature, changed) in features.items():
+            if changed:
+                raise KdqError(f"the {role}'s layer {name} is changed in place by what follows it: name that layer")
+            if self.maps and feature.ndim != 4:
+                raise KdqError(
+                    f"{type(self).__name__} compares maps (batch, channels, height, width), but the {role}'s layer "
+                    f"{name} gives {tuple(feature.shape)}"
+                )
+        return {name: list(features[name][0].shape[1:]) for name in names}
+
+    def _build(self, layers: dict[str, dict[str, list[int]]]) -> None:
+        self.layers = layers
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            pairs = zip(layers["student"].values(), layers["teacher"].values(), strict=True)
+            self.projectors.extend(self.projector(mine, theirs) for mine, theirs in pairs)
+
+    def trained_parameters(self, learner: Learner) -> Iterator[nn.Parameter]:
+        yield from super().trained_parameters(learner)
+        yield from self.projectors.parameters()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["layers"] = self.layers
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self.layers:
+            self._build(checkpoint["layers"])

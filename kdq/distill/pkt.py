@@ -1,0 +1,24 @@
+"""Probabilistic knowledge transfer (Passalis & Tefas 2018, arXiv 1803.10837)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdq.distill.feature_losses import pkt_loss
+from kdq.distill.features import FeatureMethod
+
+
+class PKT(FeatureMethod):
+    """``CE + weight KL`` of the probabilities with which embeddings of a batch pick each other by similarity.
+
+    >>> from kdq.models import CifarResNet
+    >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
+    >>> PKT(student, teacher=teacher, num_classes=10).weight
+    30000.0
+    """
+
+    where, maps = "embedding", False
+    default_weight = 30000.0
+
+    def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
+        return pkt_loss(student, teacher)

@@ -1,0 +1,221 @@
+"""Methods that compare features: which layers, what projectors are and are not part of, and whole trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kdq.cli.app import CONFIG_PATH
+from kdq.distill import AT, PKT, RKD, SP, VID, CrossEntropy, FeatureMethod, FitNets, TrainConfig
+from kdq.distill.feature_losses import attention_loss, pkt_loss, similarity_loss
+from kdq.distill.layers import found_layers, watched
+from kdq.distill.losses import distillation_kl
+from kdq.distill.progress import TrainingProgress
+from kdq.models import CifarResNet, resnet18
+from kdq.stages.cell import Cell
+from kdq.stages.pipeline import run
+from kdq.stages.train import float_model, planned
+from kdq.utils.errors import KdqError
+
+METHODS = ("fitnets", "at", "sp", "rkd", "pkt", "nst", "vid")
+QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+QUIET |= {"enable_model_summary": False}
+
+
+def network(seed: int, width: float = 0.25) -> nn.Module:
+    torch.manual_seed(seed)
+    return CifarResNet(8, num_classes=4, in_channels=1, width=width)
+
+
+def make(kind: type[FeatureMethod], **options: Any) -> Any:
+    return kind(network(1), teacher=network(2, width=0.5), num_classes=4, **options)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(48, 1, 16, 16, generator=generator), torch.randint(4, (48,), generator=generator)
+
+
+@pytest.fixture
+def loader(batch: tuple[Tensor, Tensor]) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*batch), 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "embedding"),
+    [
+        ("resnet18", ["relu", "layer1", "layer2", "layer3", "layer4"], "fc"),
+        ("mobilenet_v2", [f"features.{n}" for n in (1, 3, 6, 13)] + ["features"], "classifier.1"),
+        ("efficientnet_b0", [f"features.{n}" for n in (1, 2, 3, 5)] + ["features"], "classifier.1"),
+        ("shufflenet_v2_x0_5", ["conv1", "maxpool", "stage2", "stage3", "conv5"], "fc"),
+    ],
+)
+def test_layers_of_torchvision_s_networks(name: str, stages: list[str], embedding: str) -> None:
+    model, images = torchvision.models.get_model(name).eval(), torch.zeros(1, 3, 96, 96)
+    assert found_layers(model, images, "stages") == stages
+    assert found_layers(model, images, "embedding") == [f"{embedding}:input"]
+
+
+def test_the_last_stages_of_networks_with_more_and_fewer() -> None:
+    teacher = resnet18(4, in_channels=1)
+    for kind, mine, theirs in (
+        (AT, ["layer1", "layer2", "layer3"], ["layer2", "layer3", "layer4"]),
+        (FitNets, ["layer2"], ["layer3"]),
+        (SP, ["layer3"], ["layer4"]),
+        (RKD, ["fc:input"], ["fc:input"]),
+    ):
+        layers = kind(network(1), teacher=teacher, num_classes=4).connect(torch.zeros(2, 1, 32, 32)).layers
+        assert {role: list(names) for role, names in layers.items()} == {"student": mine, "teacher": theirs}
+
+
+def test_what_is_watched_is_the_network_s_own(batch: tuple[Tensor, Tensor]) -> None:
+    model = network(1)
+    with watched(model, ["layer3", "fc:input"]) as features:
+        logits = model(batch[0])
+    assert torch.equal(F.linear(features["fc:input"], model.fc.weight, model.fc.bias), logits)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(features["layer3"].mean((2, 3)), features["fc:input"])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "layers"),
+    [
+        (AT, attention_loss, ["layer1", "layer2", "layer3"]),
+        (SP, similarity_loss, ["layer3"]),
+        (PKT, pkt_loss, ["avgpool"]),
+    ],
+)
+def test_the_terms_of_a_method(kind: Any, loss: Any, layers: list[str], batch: tuple[Tensor, Tensor]) -> None:
+    """Weights, labels, and the KL beside it, from the networks' own layers."""
+    module = make(kind, weight=3.0, kd=0.5).connect(batch[0])
+    terms, logits = module.losses(*batch, TrainingProgress())
+    features = []
+    for model in (module.student.network, module.teacher.network):
+        x, seen = F.relu(model.bn1(model.conv1(batch[0]))), {}
+        for name in ("layer1", "layer2", "layer3", "avgpool"):
+            seen[name] = x = getattr(model, name)(x)
+        features.append(seen)
+    expected = 3 * sum(loss(features[0][name], features[1][name]) for name in layers)
+    torch.testing.assert_close(terms["features"], expected)
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(logits, batch[1]))
+    torch.testing.assert_close(terms["kl"], 0.5 * distillation_kl(logits, module.teacher(batch[0]), 4.0))
+    assert set(make(kind).connect(batch[0]).losses(*batch, TrainingProgress())[0]) == {"ce", "features"}
+
+
+def test_a_projector_is_there_only_where_channels_differ(batch: tuple[Tensor, Tensor]) -> None:
+    module = make(FitNets).connect(batch[0])
+    assert [tuple(p.shape) for p in module.projectors[0].parameters()] == [(16, 8, 1, 1), (16,), (16,)]
+    alike = FitNets(network(1), teacher=network(1), num_classes=4, student_layers=["layer3"], teacher_layers=["layer3"])
+    alike.connect(batch[0])
+    assert not list(alike.projectors.parameters())
+    alike.eval()  # the student's BatchNorm as the teacher's
+    assert float(alike.losses(*batch, TrainingProgress())[0]["features"].detach()) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"student_layers": ["layer33"]}, r"the student has no layer 'layer33' \(did you mean layer3\?\)"),
+        ({"teacher_layers": ["head:input"]}, "method.teacher_layers: the teacher has no layer 'head:input'"),
+        ({"student_layers": ["layer1", "layer2"], "teacher_layers": ["layer2"]}, "must be as many"),
+        ({"student_layers": ["layer1"]}, "must be as many"),
+        ({"student_layers": ["fc"], "teacher_layers": ["layer2"]}, r"but the student's layer fc gives \(2, 4\)"),
+        ({"student_layers": ["layer1.0.bn2"], "teacher_layers": ["layer1"]}, "is changed in place by what follows"),
+        ({"weight": -1.0}, "method.weight=-1.0"),
+        ({"kd": "much"}, "method.kd='much'"),
+    ],
+)
+def test_impossible_layers_and_weights(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(KdqError, match=message):
+        make(AT, **options).connect(torch.zeros(2, 1, 16, 16))
+
+
+def test_a_network_without_maps_says_what_to_give() -> None:
+    with pytest.raises(KdqError, match="no stages of maps found in Linear: name student_layers and teacher_layers"):
+        AT(nn.Linear(8, 4), teacher=network(1), num_classes=4).connect(torch.zeros(2, 1, 16, 8))
+
+
+@pytest.mark.parametrize("kind", [FitNets, VID])
+def test_projectors_are_trained_and_resumed_with_the_student_and_are_no_part_of_it(
+    kind: type[FeatureMethod], loader: DataLoader[Any], tmp_path: Path
+) -> None:
+    config = TrainConfig(lr=0.01, ema=0.5)
+
+    class Stop(L.Callback):
+        def __init__(self, epochs: int) -> None:
+            self.epochs = epochs
+
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+    def trained(epochs: int, **fit: Any) -> Any:
+        module = make(kind, weight=1.0, config=config)
+        trainer = L.Trainer(**QUIET, max_epochs=3, callbacks=Stop(epochs), default_root_dir=tmp_path)
+        trainer.fit(module, loader, loader, **fit)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    whole = trained(3)
+    trained(1)
+    resumed = trained(3, ckpt_path=tmp_path / "1.ckpt")
+    start = make(kind).connect(next(iter(loader))[0]).projectors
+    for name, value in start.named_parameters():
+        assert not torch.equal(value, whole.projectors.get_parameter(name)), name
+    assert whole.state_dict().keys() == resumed.state_dict().keys()
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert set(whole.eval_network.state_dict()) == set(network(1).state_dict())
+    # Without a teacher, to be evaluated; and with one, to train on.
+    loaded = kind.load_from_checkpoint(tmp_path / "3.ckpt")
+    assert torch.equal(loaded.eval()(next(iter(loader))[0]), whole.eval()(next(iter(loader))[0]))
+    again = kind.load_from_checkpoint(tmp_path / "3.ckpt", teacher=network(2, width=0.5))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.projectors.parameters(), whole.projectors.parameters(), strict=True)
+    )
+    L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(again, loader, loader)
+
+
+def test_a_look_at_the_data_changes_no_draw(loader: DataLoader[Any]) -> None:
+    """With a weight of zero it is cross-entropy, draw for draw."""
+    states = []
+    for kind in (AT, CrossEntropy):
+        module: Any = make(AT, weight=0.0) if kind is AT else CrossEntropy(network(1), num_classes=4)
+        torch.manual_seed(5)
+        shuffled = DataLoader(loader.dataset, 16, shuffle=True)
+        L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(module, shuffled)
+        states.append(module.student.network.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+SMALL = [
+    *("model@teacher=tiny", "model@student=tiny", "student.net.width=0.125", "data.train_limit=128"),
+    *("teacher.recipe.epochs=1", "student.recipe.epochs=1", "student.recipe.batch_size=32", "trainer=cpu"),
+    *("logger=none", "quant.calibration_images=16", "trainer.precision=32-true"),
+]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_trains_and_stores_the_student_alone(method: str, output: Path) -> None:
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        cfg = hydra.compose("config", [*SMALL, f"method={method}", "quant.bits=4", f"paths.output_dir={output}"])
+    student = CifarResNet(8, num_classes=10, in_channels=1, width=0.125)
+    assert set(float_model(Cell(cfg)).weights()) == set(student.state_dict())
+    assert "projector" not in str(planned(Cell(cfg)).spec)
+    if method == "vid":
+        (row,) = run(cfg)
+        assert row.params == sum(p.numel() for p in student.parameters())
+        assert b"projector" not in (output / row.artifact).read_bytes()
