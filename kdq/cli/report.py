@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from kdq.records.rows import Row, read_rows
+from kdq.report.figures import STYLES, styled
+from kdq.utils.errors import KdqError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="FOLDER",
         help="also put rows, table, figures and report.md there",
     )
+    parser.add_argument(
+        "--style",
+        default="screen",
+        help=f"of the figures: {', '.join(STYLES)} (width of a column and fonts), or a Matplotlib style or its file",
+    )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two paths.output_dir")
     asked = parser.parse_args(arguments)
     logging.basicConfig(format="kdq-report: %(message)s")
@@ -39,15 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.publish is not None and (asked.compare or asked.publish.resolve() == asked.dir.resolve()):
         print("kdq-report: --publish FOLDER takes one run, and a folder of its own", file=sys.stderr)
         sys.exit(2)
-    sys.exit(_compare(*asked.compare) if asked.compare else _write(asked.dir, asked.publish))
+    try:
+        with styled(asked.style):
+            pass
+    except KdqError as error:
+        print(f"kdq-report: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(_compare(*asked.compare) if asked.compare else _write(asked.dir, asked.publish, asked.style))
 
 
-def _write(output: Path, public: Path | None) -> int:
+def _write(output: Path, public: Path | None, style: str) -> int:
     from kdq.report.publish import publish
     from kdq.report.terminal import print_results
     from kdq.report.write import write_report
 
-    written = write_report(output)
+    written = write_report(output, style)
     logging.disable(logging.WARNING)  # the damaged rows were named while the report was written
     try:
         rows = read_rows(output / "rows")

@@ -131,6 +131,16 @@ def near_chance(frame: pd.DataFrame) -> pd.DataFrame:
     return means[means["top1"] < chance + 0.1 * (100 - chance)]
 
 
+def telling(found: pd.DataFrame, same: float = 0.2) -> pd.DataFrame:
+    """The cells without the widths above 8 at which no model of the data set and quantizer is ``same`` points from its
+    float model: they would fill half an axis with one line."""
+    wide = found["width"].gt(8) & ~found["searched"]
+    far = found["drop"].abs().gt(same) & wide
+    moved = far.groupby([found["data"], found["quantizer"]]).transform("any")
+    narrow = (~wide).groupby([found["data"], found["quantizer"]]).transform("any")
+    return found[~wide | moved | ~narrow]
+
+
 def pareto(x: Sequence[float], y: Sequence[float], same: float = 0.01) -> list[int]:
     """Positions of the points that no other beats, in order of ``x``: a point is beaten by a larger ``y`` at a smaller
     or the same ``x``, and by the same ``y`` at a smaller ``x``. Values of ``x`` within the share ``same`` of each

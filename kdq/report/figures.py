@@ -1,22 +1,24 @@
 """The figures for paper: accuracy and drop against bits, total bits, bytes and latency, and what bit searches did.
 
-One panel per data set (columns) and quantizer (rows); a method has one colour everywhere. PNG for looking, SVG for
-printing; equal rows make equal files.
+One panel per data set (columns) and quantizer (rows); a method has one colour everywhere. PNG for looking, PDF and SVG
+for printing, their letters as outlines or embedded fonts; equal rows make equal files. Width and fonts are a style's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from kdq.report import published
-from kdq.report.cells import pareto, records
-from kdq.report.latency import shown_latency
+from kdq.report.cells import pareto, records, telling
 from kdq.report.layers import Frontier
+from kdq.utils.checks import nearest
+from kdq.utils.errors import KdqError
 from kdq.utils.files import replacing
 
 if TYPE_CHECKING:
@@ -41,49 +43,98 @@ _FLOAT, _FRONT = "float", "no other is better at its size or speed"
 _PUBLISHED = "published: $2^b+1$ levels"
 #: What a legend says beside the models, where it is drawn.
 _EXPLAINED: dict[str, dict[str, Any]] = {
-    _FLOAT: {"color": "0.4", "ls": ":"},
+    _FLOAT: {"color": "0.4", "ls": ":", "lw": 0.8, "marker": "o", "mfc": "white"},
     _FRONT: {"ls": "", "marker": "o", "ms": 9, "mfc": "none", "mec": "0.25", "mew": 0.8},
     _PUBLISHED: {"color": "0.4", "ls": "--", "lw": 0.9, "marker": "x"},
 }
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
+_STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
     "svg.hashsalt": "kdq",
 }
+
+
+def _fonts(width: float, size: float, *fonts: str) -> dict[str, Any]:
+    """A column of so many inches with text of so many points in the first of the fonts that is installed."""
+    sizes = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), size)
+    sizes |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), size - 1)
+    return {"figure.figsize": (width, 0.72 * width), "font.family": list(fonts), "mathtext.fontset": "stix", **sizes}
+
+
+_TIMES = ("Times New Roman", "Nimbus Roman", "TeX Gyre Termes", "STIXGeneral")
+#: Of ``kdq-report --style``, beside Matplotlib's own and files of its settings: one column of these journals.
+STYLES = {
+    "screen": _fonts(4.8, 9, "DejaVu Sans"),
+    "ieee": _fonts(3.5, 8, *_TIMES),
+    "neurips": _fonts(5.5, 9, *_TIMES),
+    "nature": _fonts(3.5, 7, "Helvetica", "Arial", "Nimbus Sans", "Liberation Sans", "DejaVu Sans"),
+}
+
+
+@contextmanager
+def styled(name: str) -> Iterator[None]:
+    """Matplotlib draws in one of :data:`STYLES`, or in a style of its own by name or file.
+
+    Raises:
+        KdqError: there is none of that name.
+    """
+    from matplotlib import font_manager, style
+
+    chosen: Any = STYLES.get(name, name)
+    if name in STYLES:  # it warns at each text of fonts that are not there
+        there = {font.name for font in font_manager.fontManager.ttflist}
+        chosen = chosen | {"font.family": next(font for font in chosen["font.family"] if font in there)}
+    try:
+        context = style.context([chosen, _STYLE])
+        context.__enter__()
+    except OSError as error:
+        hint = nearest(name, [*STYLES, *style.available])
+        raise KdqError(f"no style {name}{hint}: use one of {', '.join(STYLES)}, or Matplotlib's or a file") from error
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
 
 
 def method_colors(methods: list[str]) -> dict[str, str]:
     """A colour for every method, the same in every report for the known ones."""
     others = [method for method in methods if method not in COLORS]
-    return {method: COLORS.get(method) or _MORE_COLORS[others.index(method) % len(_MORE_COLORS)] for method in methods}
+    more = {method: _MORE_COLORS[i % len(_MORE_COLORS)] for i, method in enumerate(others)}
+    # What tuned a quantized network (vkd + qad) changes the marker only.
+    return {method: COLORS.get(method.split(" + ")[0]) or more[method] for method in methods}
 
 
 def write_figures(
-    found: pd.DataFrame, folder: Path, searched: pd.DataFrame, searches: Mapping[str, Frontier]
+    found: pd.DataFrame,
+    timed: pd.DataFrame,
+    folder: Path,
+    searched: pd.DataFrame,
+    searches: Mapping[str, Frontier],
+    style: str = "screen",
 ) -> list[Path]:
     """Draw everything that the cells allow below ``folder`` and return the files.
 
     Args:
         found: lines of :func:`kdq.report.cells.cells`.
+        timed: lines of :func:`kdq.report.latency.timed_models`.
         searched: the named rows of searched models; ``searches``: what is known of them, by their ``config_hash``.
+        style: see :func:`styled`.
     """
-    from matplotlib import rc_context
-
-    written, looks = [], _looks(found)
-    with rc_context(_STYLE):
-        for stem, draw in (
-            ("accuracy_vs_bits", _against_bits),
-            ("accuracy_vs_total_bits", _against_total_bits),
-            ("accuracy_vs_bytes", _against_bytes),
-            ("accuracy_vs_latency", _against_latency),
-            ("drop_vs_bits", _drops),
+    written, looks, shown = [], _looks(found), telling(found)
+    with styled(style):
+        for stem, cells, draw in (
+            ("accuracy_vs_bits", shown, _against_bits),
+            ("accuracy_vs_total_bits", shown, _against_total_bits),
+            ("accuracy_vs_bytes", shown, _against_bytes),
+            ("accuracy_vs_latency", timed, _against_latency),
+            ("drop_vs_bits", shown, _drops),
         ):
-            shown = _timed(found) if draw is _against_latency else found
-            written += _save(_panels(shown, draw, looks), folder / stem)
+            written += _save(_panels(cells, draw, looks), folder / stem)
         way = searched[searched["config_hash"].isin(set(searches))]
         if len(way):
             written += _save(_searches(way, searches), folder / "bit_search")
@@ -94,7 +145,11 @@ def _looks(found: pd.DataFrame) -> dict[Any, dict[str, Any]]:
     """Colour and marker of every model ``(method, arch)``, the same in all figures."""
     colors, archs = method_colors(sorted(found["method"].unique())), sorted(found["arch"].unique())
     return {
-        (method, arch): {"color": colors[method], "marker": _MARKERS[archs.index(arch) % len(_MARKERS)]}
+        (method, arch): {
+            "color": colors[method],
+            "marker": _MARKERS[archs.index(arch) % len(_MARKERS)],
+            "mfc": "white" if " + " in method else colors[method],
+        }
         for method, arch in sorted(records(found[["method", "arch"]].drop_duplicates()))
     }
 
@@ -103,11 +158,13 @@ def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]])
     """A grid of panels, each drawn by ``draw(panel, cells, style)``, and one legend below."""
     from matplotlib.lines import Line2D
 
-    sets, quantizers = sorted(found["data"].unique()), sorted(found["quantizer"].unique())
+    # The quantizers with most cells, for there may be too many.
+    sets, counts = sorted(found["data"].unique()), found["quantizer"].sort_values().value_counts(sort=False)
+    quantizers = sorted(counts.index, key=lambda name: -counts[name])
     cut = [f"{MOST_SETS} of {len(sets)} data sets"] if len(sets) > MOST_SETS else []
     cut += [f"{MOST_QUANTIZERS} of {len(quantizers)} quantizers"] if len(quantizers) > MOST_QUANTIZERS else []
     sets, quantizers = sets[:MOST_SETS], quantizers[:MOST_QUANTIZERS]
-    figure = _figure(max(4.8, 0.6 + 3.3 * len(sets)), 0.9 + 2.5 * len(quantizers))
+    figure = _figure(len(sets), len(quantizers))
     panels = figure.subplots(len(quantizers), len(sets), squeeze=False)
     models = set(records(found[["method", "arch"]].drop_duplicates()))
     style = {model: look for model, look in looks.items() if model in models}
@@ -117,7 +174,7 @@ def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]])
             panel.set_title(_text(f"{data}, {quantizer}"))
             panel.grid(alpha=0.25, lw=0.6)
             if len(part):
-                draw(panel, part.sort_values("width"), style)
+                draw(panel, part, style)
             else:
                 panel.text(0.5, 0.5, "no rows", ha="center", va="center", transform=panel.transAxes, color="0.5")
                 panel.set(xticks=[], yticks=[])
@@ -129,21 +186,29 @@ def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]])
             handles.append(Line2D([], [], label=label, **look))
     figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure), frameon=False)
     if cut:
-        figure.suptitle(f"{' and '.join(cut)}; all are in report.html", fontsize=8)
+        figure.suptitle(f"{' and '.join(cut)}; all are in report.html", fontsize="small")
     return figure
 
 
-def _lines(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any], x: str, y: str = "top1") -> None:
-    """One line per model with bars of one standard deviation over seeds, and its float accuracy dotted."""
-    for model, group in part.groupby(["method", "arch"], sort=True):
+def _lines(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any], x: str, whole: Any, y: str = "top1") -> None:
+    """One line per model with bars of one standard deviation over seeds, and its float model, hollow, behind its end.
+
+    Args:
+        whole: the float model's place on the axis: a column, or a number; None leaves it out.
+    """
+    for model, group in part.sort_values(x).groupby(["method", "arch"], sort=True):
         spread = group[f"{y}_std"].fillna(0)
-        panel.errorbar(group[x], group[y], spread, capsize=2, elinewidth=0.8, **style[model])
-        if y == "top1":
-            panel.axhline(group["top1_float"].mean(), color=style[model]["color"], lw=0.7, ls=":", label=_FLOAT)
-    panel.set_ylabel("top-1 (%)" if y == "top1" else "drop from float (points)")
+        panel.errorbar(group[x], group[y], spread, capsize=1.5, elinewidth=0.7, **style[model])
+        if whole is not None:
+            end = group[whole].mean() if isinstance(whole, str) else whole
+            look = _EXPLAINED[_FLOAT] | {key: style[model][key] for key in ("color", "marker")}
+            points = [group[x].iloc[-1], end], [group[y].iloc[-1], group["top1_float"].mean()]
+            panel.plot(*points, label=_FLOAT, markevery=[1], **look)
+    panel.set_ylabel("top-1 (%)" if y == "top1" else "points lost to quantization")
 
 
-def _bits_axis(panel: Axes, part: pd.DataFrame) -> None:
+def _bits_axis(panel: Axes, part: pd.DataFrame, whole: float | None = None) -> None:
+    """A tick for each width, and one named ``float`` at ``whole``."""
     from matplotlib.ticker import NullLocator
 
     ticks: list[float] = []
@@ -151,14 +216,16 @@ def _bits_axis(panel: Axes, part: pd.DataFrame) -> None:
         if not ticks or width >= ticks[-1] * 1.12:  # closer ones would run into each other
             ticks.append(width)
     panel.set(xscale="log", xlabel="bits per weight")
-    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    named = [(tick, f"{tick:g}") for tick in ticks] + ([(whole, "float")] if whole else [])
+    panel.set_xticks(*map(list, zip(*named, strict=True)))
     panel.xaxis.set_minor_locator(NullLocator())
 
 
 def _against_bits(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
-    _lines(panel, part, style, "avg_bits")
+    whole = 1.35 * part["avg_bits"].max()
+    _lines(panel, part, style, "avg_bits", whole)
     _published(panel, _comparable(part), style, 1)
-    _bits_axis(panel, part)
+    _bits_axis(panel, part, whole)
 
 
 def _comparable(part: pd.DataFrame) -> pd.DataFrame:
@@ -176,13 +243,15 @@ def _published(panel: Axes, known: pd.DataFrame, style: Mapping[Any, Any], weigh
 
 
 def _drops(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
-    _lines(panel, part, style, "avg_bits", "drop")
-    panel.axhline(0, color="0.4", lw=0.7, ls=":", label=_FLOAT)
+    _lines(panel, part, style, "avg_bits", None, "drop")
+    panel.axhline(0, color="0.7", lw=0.7, zorder=0)
     _bits_axis(panel, part)
 
 
 def _against_total_bits(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
-    _lines(panel, part, style, "weight_bits_total")
+    _lines(
+        panel, part.assign(whole=32 * part["weight_bits_total"] / part["avg_bits"]), style, "weight_bits_total", "whole"
+    )
     known = _comparable(part)
     for role in ("teacher", "student"):
         arch, weights = published.study()[role]["arch"], published.study()[role]["params"]
@@ -192,39 +261,24 @@ def _against_total_bits(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any
 
 
 def _against_bytes(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
-    _lines(panel, part, style, "size_bytes")
+    _lines(panel, part, style, "size_bytes", "float_bytes")
     _front(panel, part, "size_bytes")
     _size_axis(panel, "packed size", "B")
 
 
 def _against_latency(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
-    shown = shown_latency(part)
-    x, y = shown.column, shown.top1
-    if y == "top1_float":  # of the network, whatever its widths
-        part = part.groupby(["method", "arch"], sort=True)[[x, y, f"{y}_std"]].mean().reset_index()
+    """One point per model: the median of its measurements and their range."""
     for model, group in part.groupby(["method", "arch"], sort=True):
-        panel.errorbar(
-            group[x], group[y], group[f"{y}_std"].fillna(0), ls="", capsize=2, elinewidth=0.8, **style[model]
-        )
-        for cell in records(group) if "width" in group else []:
-            place = (getattr(cell, x), getattr(cell, y))
-            panel.annotate(f"{cell.width:g}", place, (5, 3), textcoords="offset points", fontsize=6, color="0.3")
-    _front(panel, part, x, y)
-    panel.set(xlabel=shown.label, ylabel="top-1 (%)", xlim=(0, 1.15 * part[x].max() if len(part) else 1))
+        reach = [group["ms"] - group["ms_low"], group["ms_high"] - group["ms"]]
+        spread = group["top1_std"].fillna(0)
+        panel.errorbar(group["ms"], group["top1"], spread, reach, ls="", capsize=1.5, elinewidth=0.7, **style[model])
+    _front(panel, part, "ms")
+    panel.set(xlabel=part["label"].iloc[0], ylabel="top-1 (%)", xlim=(0, 1.1 * part["ms_high"].max()))
 
 
-def _timed(found: pd.DataFrame) -> pd.DataFrame:
-    """The cells whose latency is shown: of each data set, those with what :func:`shown_latency` says."""
-    parts = []
-    for _, part in found.groupby("data", sort=True):
-        shown = shown_latency(part)
-        parts.append(part[part[[shown.column, shown.top1]].notna().all(axis=1)])
-    return pd.concat(parts)
-
-
-def _front(panel: Axes, part: pd.DataFrame, x: str, y: str = "top1") -> None:
+def _front(panel: Axes, part: pd.DataFrame, x: str) -> None:
     """Rings around the points that no other beats in both."""
-    points = part[[x, y]].to_numpy()
+    points = part[[x, "top1"]].to_numpy()
     front = points[pareto(list(points[:, 0]), list(points[:, 1]))] if len(points) else points
     panel.plot(front[:, 0], front[:, 1], label=_FRONT, **_EXPLAINED[_FRONT])
 
@@ -245,7 +299,7 @@ def _searches(searched: pd.DataFrame, searches: Mapping[str, Frontier]) -> Figur
     """Validation loss against size on the way of each search, with its choice; one panel per data set."""
     sets = sorted(searched["data"].unique())[:MOST_SETS]
     colors = method_colors(sorted(searched["method"].unique()))
-    figure = _figure(max(4.8, 0.6 + 3.3 * len(sets)), 3.4)
+    figure = _figure(len(sets), 1)
     for panel, data in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
         for row in records(searched[searched["data"] == data]):
             found = searches[str(row.config_hash)]
@@ -265,26 +319,32 @@ def _searches(searched: pd.DataFrame, searches: Mapping[str, Frontier]) -> Figur
 
 def _columns(figure: Figure) -> int:
     """How many entries of a legend go beside each other below a figure."""
-    return max(1, int(figure.get_figwidth() / 2.1))
+    from matplotlib import rcParams
+
+    return max(1, int(figure.get_figwidth() / (0.21 * float(rcParams["font.size"]))))
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(columns: int, rows: int) -> Figure:
+    """A page's column wide for one panel in a row, else two columns and what is between them."""
+    from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    width, height = rcParams["figure.figsize"]
+    share = height / width
+    wide = width if columns == 1 else 2 * width + 0.25
+    figure = Figure(figsize=(wide, 0.6 + rows * (share * wide / columns)), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure: Figure, path: Path) -> list[Path]:
     written = []
-    for suffix in (".png", ".svg"):
+    # No dates inside: equal rows make equal files.
+    for suffix, undated in ((".png", "Software"), (".svg", "Date"), (".pdf", "CreationDate")):
         target = path.with_suffix(suffix)
         with replacing(target) as temporary:
-            # No dates inside: equal rows make equal files.
-            metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
-            figure.savefig(temporary, dpi=160, metadata=metadata)
+            figure.savefig(temporary, dpi=200, metadata={undated: None})
         figure.set_layout_engine("none")  # the second file keeps the first's layout
         written.append(target)
     return written

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from kdq.report import published
-from kdq.report.cells import latency_columns, records
+from kdq.report.cells import latency_columns, records, telling
 from kdq.report.figures import method_colors
 from kdq.report.latency import shown_latency
 from kdq.report.layers import Frontier, Widths
@@ -47,6 +47,7 @@ _NAMES = ["data", "method", "arch", "quantizer", "searched", "n"]
 
 def page(
     found: pd.DataFrame,
+    timed: pd.DataFrame,
     answers: Sequence[Answer],
     summary: str,
     warnings: Sequence[str],
@@ -58,6 +59,7 @@ def page(
 
     Args:
         found: lines of :func:`kdq.report.cells.cells`.
+        timed: lines of :func:`kdq.report.latency.timed_models`.
         summary, warnings: what stands at the top.
         searched: the named rows that ``widths`` or ``searches`` know, by their ``config_hash``.
     """
@@ -71,6 +73,9 @@ def page(
         "summary": summary,
         "warnings": list(warnings),
         "colors": method_colors(sorted(found["method"].unique())),
+        "timed": _columns(
+            timed, dict.fromkeys(("ms", "ms_low", "ms_high"), 4) | {"top1": 3, "top1_std": 3, "count": 0}
+        ),
         "latency": {str(data): asdict(shown_latency(part)) for data, part in found.groupby("data", sort=True)},
         "published": _columns(beside, {"width": 0, "top1": 2, "published": 2, "levels": 0}),
         "published_warnings": published.warnings(beside),
@@ -88,7 +93,8 @@ def page(
 def _cells(found: pd.DataFrame) -> dict[str, Any]:
     exported = [column for column in found.columns if column.startswith("top1_onnx_")]
     digits = _DIGITS | dict.fromkeys(exported, 3) | dict.fromkeys(latency_columns(found), 4)
-    return _columns(found[[*_NAMES, *digits]], digits)
+    told = found.assign(told=found.index.isin(telling(found).index))
+    return _columns(told[[*_NAMES, "told", *digits]], digits)
 
 
 def _columns(frame: pd.DataFrame, digits: Mapping[str, int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which of the measured latencies to show accuracy against."""
+"""Which of the measured latencies to show accuracy against, and what all measurements of a model come to."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ _KINDS = (
         "latency_ms_onnx_int8",
         "top1_onnx_int8",
         "latency (ms, ONNX Runtime INT8, batch 1)",
-        "Latency and top-1 of the exported INT8 networks in ONNX Runtime; cells that were not exported are not shown.",
+        "The exported INT8 networks in ONNX Runtime.",
     ),
     Latency(
         "latency_ms_onnx_fp32",
         "top1_onnx_fp32",
         "latency (ms, ONNX Runtime float32, batch 1)",
-        "Latency and top-1 of the exported float32 networks in ONNX Runtime; cells that were not exported are not "
-        "shown.",
+        "The exported float32 networks in ONNX Runtime.",
     ),
     Latency(
         "latency_ms_torch",
         "top1_float",
         "latency (ms, PyTorch float32, batch 1)",
-        "Latency and top-1 of the float networks in PyTorch, which computes with packed weights as floats, at no other "
-        "speed. deploy=onnx measures integer arithmetic.",
+        "The float networks in PyTorch, which computes with packed weights as floats, at no other speed; deploy=onnx "
+        "measures integer arithmetic.",
     ),
 )
 
@@ -48,3 +47,24 @@ def shown_latency(cells: pd.DataFrame) -> Latency:
         if {kind.column, kind.top1} <= set(cells.columns) and cells[kind.column].notna().any():
             return kind
     return _KINDS[-1]
+
+
+def timed_models(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line for each model and quantizer whose latency is shown, from the rows of
+    :func:`kdq.report.cells.named`.
+
+    A network runs the same operations whatever the values of its weights, so its rows, of all seeds and widths, are
+    repeated measurements: their median ``ms``, smallest ``ms_low`` and largest ``ms_high``, and how many (``count``).
+    ``top1`` and ``top1_std`` are over the seeds of the widest of its widths.
+    """
+    lines = []
+    for data, part in rows.groupby("data", sort=True):
+        shown = shown_latency(part)
+        part = part[part[[shown.column, shown.top1]].notna().all(axis=1)]
+        for (quantizer, method, arch), model in part.groupby(["quantizer", "method", "arch"], sort=True):
+            ms = model[shown.column]
+            top1 = model[model["width"] == model["width"].max()].groupby("seed")[shown.top1].mean()
+            spread = ms.median(), ms.min(), ms.max(), len(ms), top1.mean(), top1.std()
+            lines.append((str(data), str(quantizer), str(method), str(arch), *spread, shown.label))
+    numbers = ["ms", "ms_low", "ms_high", "count", "top1", "top1_std", "label"]
+    return pd.DataFrame(lines, columns=["data", "quantizer", "method", "arch", *numbers])

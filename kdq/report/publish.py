@@ -11,6 +11,8 @@ from pathlib import Path
 from kdq.records.rows import read_rows, write_csv
 from kdq.utils.files import write_text
 
+_FIGURES = (".png", ".svg", ".pdf")
+
 
 def publish(output: Path, written: Sequence[Path], folder: Path) -> None:
     """Copy the report of ``output`` to ``folder``, its rows as one file, ``rows/rows.jsonl``; ``kdq-report`` reads the
@@ -24,10 +26,11 @@ def publish(output: Path, written: Sequence[Path], folder: Path) -> None:
     lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
     write_text(folder / "rows" / "rows.jsonl", "".join(lines))
     write_csv(folder / "results.csv", rows)
-    for old in (folder / "report").glob("*.[ps][nv]g"):  # of an earlier publication
-        old.unlink()
+    for old in (folder / "report").glob("*.*"):  # of an earlier publication
+        if old.suffix in _FIGURES:
+            old.unlink()
     for path in written:
-        if path.suffix in (".md", ".png", ".svg"):
+        if path.suffix in (".md", *_FIGURES):
             target = folder / path.relative_to(output)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)

@@ -14,6 +14,7 @@ import pandas as pd
 from kdq.records.failures import read_failures
 from kdq.records.rows import Row, read_rows, table, without_artifacts, write_csv
 from kdq.report.cells import cells, missing, named, near_chance, printable, records, width_name
+from kdq.report.latency import timed_models
 from kdq.report.layers import Frontier, Widths, frontiers, mixed_widths
 from kdq.report.words import Answer, answers
 from kdq.utils.files import replacing, write_text
@@ -50,6 +51,10 @@ class Material:
     @cached_property
     def cells(self) -> pd.DataFrame:
         return cells(self.named)
+
+    @cached_property
+    def timed(self) -> pd.DataFrame:
+        return timed_models(self.named)
 
     @cached_property
     def answers(self) -> list[Answer]:
@@ -132,11 +137,14 @@ class Material:
         return said
 
 
-def write_report(output: Path) -> Written:
+def write_report(output: Path, style: str = "screen") -> Written:
     """Rebuild results.csv, results.parquet and report/ below ``output`` from its rows.
 
     A part that cannot be written is told in a warning and in the result, and the others are: the cells' own rows are
     safe whatever becomes of the report.
+
+    Args:
+        style: of the figures, see :func:`kdq.report.figures.styled`.
     """
     material = Material(output)
     written = Written(lacking=material.lacking)
@@ -144,7 +152,7 @@ def write_report(output: Path) -> Written:
     parts: dict[str, tuple[Path, Callable[[Path], Sequence[Path]]]] = {
         "the table": (output / "results.csv", lambda path: _csv(path, material)),
         "the Parquet table": (output / "results.parquet", lambda path: _parquet(path, material)),
-        "the figures": (folder, lambda path: _figures(path, material)),
+        "the figures": (folder, lambda path: _figures(path, material, style)),
         "the page": (folder / "report.html", lambda path: write_page(path, material)),
         "the Markdown report": (folder / "report.md", lambda path: _markdown(path, material, written.files)),
     }
@@ -173,11 +181,11 @@ def _parquet(path: Path, material: Material) -> list[Path]:
     return [path]
 
 
-def _figures(folder: Path, material: Material) -> list[Path]:
+def _figures(folder: Path, material: Material, style: str) -> list[Path]:
     from kdq.report.figures import write_figures
 
     m = material
-    return write_figures(m.cells, folder, m.searched, m.searches) if len(m.cells) else []
+    return write_figures(m.cells, m.timed, folder, m.searched, m.searches, style) if len(m.cells) else []
 
 
 def write_page(path: Path, material: Material) -> list[Path]:
@@ -185,7 +193,7 @@ def write_page(path: Path, material: Material) -> list[Path]:
     from kdq.report.html import page
 
     m = material
-    write_text(path, page(m.cells, m.answers, m.summary, m.warnings, m.searched, m.widths, m.searches))
+    write_text(path, page(m.cells, m.timed, m.answers, m.summary, m.warnings, m.searched, m.widths, m.searches))
     return [path]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdq.records.rows import Row
-from kdq.report.cells import by_seed, cells, missing, named, pareto, printable, size_name, width_name
+from kdq.report.cells import by_seed, cells, missing, named, pareto, printable, size_name, telling, width_name
 
 
 def test_means_and_spread_are_over_seeds(row: Callable[..., Row]) -> None:
@@ -49,6 +49,14 @@ def test_missing_cells(row: Callable[..., Row]) -> None:
 def test_searches_are_no_part_of_the_grid(row: Callable[..., Row]) -> None:
     rows = [row(method="a", search="greedy", avg_bits=2.9), row(method="b", search="greedy", avg_bits=3.9)]
     assert missing(cells(named(rows))).empty
+
+
+def test_widths_that_change_nothing_are_left_out_of_curves(row: Callable[..., Row]) -> None:
+    rows = [row(bits=bits, drop=drop, quantizer=q) for q in "ab" for bits, drop in ((2, 5.0), (8, 0.1), (32, 0.0))]
+    rows += [row(bits=12, drop=0.5, quantizer="b"), row(bits=32, drop=0.0, quantizer="c")]
+    found = telling(cells(named(rows)))
+    shown = {q: part["width"].tolist() for q, part in found.groupby("quantizer")}
+    assert shown == {"a": [2, 8], "b": [2, 8, 12, 32], "c": [32]}
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -1,11 +1,15 @@
-"""Which latency is shown: of the integer network where it was measured."""
+"""Which latency is shown: of the integer network where it was measured; one point for each model."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pandas as pd
 import pytest
 
-from kdq.report.latency import shown_latency
+from kdq.records.rows import Row
+from kdq.report.cells import named
+from kdq.report.latency import shown_latency, timed_models
 
 _TORCH = {"latency_ms_torch": [1.0, 2.0], "top1_float": [90.0, 91.0]}
 _FLOAT = {"latency_ms_onnx_fp32": [1.0, None], "top1_onnx_fp32": [90.0, None]}
@@ -26,3 +30,13 @@ def test_the_nearest_to_deployment(columns: dict[str, list[float]], wanted: str)
     assert found.column == wanted
     assert found.top1 in columns
     assert ("INT8" in found.label) == ("int8" in wanted)
+
+
+def test_the_rows_of_a_model_are_measurements_of_one_network(row: Callable[..., Row]) -> None:
+    rows = [
+        row(bits=bits, seed=seed, top1_onnx_int8=80.0 + bits + seed, latency_ms_onnx_int8=ms)
+        for bits, seed, ms in ((4, 0, 0.6), (8, 0, 0.4), (8, 1, 0.5))
+    ]
+    (line,) = timed_models(named([*rows, row(bits=2)])).rename(columns={"count": "n"}).itertuples()
+    assert (line.ms, line.ms_low, line.ms_high, line.n) == (0.5, 0.4, 0.6, 3)
+    assert (line.top1, line.top1_std) == (88.5, pytest.approx(0.5**0.5))

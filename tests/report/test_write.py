@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from kdq.report.write import Material
 
 FIGURES = ("accuracy_vs_bits", "accuracy_vs_total_bits", "accuracy_vs_bytes", "accuracy_vs_latency", "drop_vs_bits")
 FILES = {"results.csv", "results.parquet", "report.md", "report.html"} | {
-    f"{stem}.{kind}" for stem in FIGURES for kind in ("png", "svg")
+    f"{stem}.{kind}" for stem in FIGURES for kind in ("png", "svg", "pdf")
 }
 
 
@@ -67,6 +68,25 @@ def test_settings_without_a_column_are_not_averaged_in_silence(
     folder_of(tmp_path / "one", _grid(row))
     write_report(tmp_path / "one")
     assert "several rows" not in caplog.text
+
+
+def test_figures_have_the_width_and_the_letters_of_a_style(
+    tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of(tmp_path, [row(bits=bits) for bits in (2, 4)])
+    for style, inches in (("ieee", 3.5), ("grayscale", 6.4)):
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path), "--style", style])
+        assert ended.value.code == 0
+        drawn = (tmp_path / "report" / "accuracy_vs_bits.pdf").read_bytes()
+        (box,) = re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) ", drawn)
+        assert float(box) == pytest.approx(72 * inches, abs=0.1)
+        assert b"/Subtype /Image" not in drawn
+        assert b"/Subtype /Type3" not in drawn
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path), "--style", "iee"])
+    assert ended.value.code == 2
+    assert "no style iee (did you mean ieee?)" in capsys.readouterr().err
 
 
 def test_report_in_markdown(tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]) -> None:

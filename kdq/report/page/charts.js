@@ -76,10 +76,27 @@ function rings(cells, x, y = "top1") {
   };
 }
 
-function floats(cells, look) {
-  return [...grouped(cells, (c) => JSON.stringify([c.method, c.arch])).values()].map(([cell]) => ({
-    type: "line", xref: "paper", x0: 0, x1: 1, y0: cell.top1_float, y1: cell.top1_float,
-    opacity: 0.5, layer: "below", line: { color: look.color(cell.method), width: 1, dash: "dot" },
+// The float model of each line, hollow, behind its end: at `whole`, or at the size of its file.
+function floats(cells, look, x, whole) {
+  return [...grouped(cells, (c) => JSON.stringify([c.method, c.arch, c.quantizer])).values()].map((found) => {
+    const last = found.reduce((a, b) => (b[x] > a[x] ? b : a));
+    const color = look.color(last.method);
+    return {
+      x: [last[x], whole || last.float_bytes], y: [last.top1, last.top1_float], mode: "lines+markers", type: "scatter",
+      line: { color, width: 1, dash: "dot" }, marker: { color, size: [0, 7], symbol: "circle-open" },
+      hovertemplate: `<b>${plain(last.method)}</b> (${plain(last.arch)}), float<br>top-1 ${meanStd(last.top1_float, last.top1_float_std)}, ${sizeName(last.float_bytes)}<extra></extra>`,
+    };
+  });
+}
+
+// One point for each model: the median of its measurements and their range.
+function timedPoints(timed, look) {
+  return timed.map((t) => ({
+    x: [t.ms], y: [t.top1], mode: "markers", type: "scatter",
+    error_x: { type: "data", symmetric: false, array: [t.ms_high - t.ms], arrayminus: [t.ms - t.ms_low], thickness: 1, width: 3 },
+    error_y: { type: "data", array: [t.top1_std || 0], thickness: 1, width: 3 },
+    marker: { color: look.color(t.method), size: 8, symbol: look.symbol(t.quantizer) },
+    hovertemplate: `<b>${plain(t.method)}</b> (${plain(t.arch)}), ${plain(t.quantizer)}<br>${t.ms} ms (${t.ms_low} to ${t.ms_high}, ${t.count} measurements)<br>top-1 ${meanStd(t.top1, t.top1_std)}<extra></extra>`,
   }));
 }
 
@@ -111,7 +128,8 @@ function draw(id, traces, shape) {
   Plotly.react(id, traces, shape, CONFIG);
 }
 
-function drawAccuracy(cells, published, latency, look) {
+function drawAccuracy(every, timed, published, latency, look) {
+  const cells = every.filter((c) => c.told);
   // The same published number stands beside every quantizer.
   const once = [...new Map(published.map((p) => [JSON.stringify([p.method, p.arch, p.width]), p])).values()];
   const known = [...grouped(once, (p) => JSON.stringify([p.method, p.arch])).values()].map((found) => ({
@@ -119,15 +137,15 @@ function drawAccuracy(cells, published, latency, look) {
     line: { color: look.color(found[0].method), width: 1, dash: "dash" }, marker: { symbol: "x-thin-open", size: 8, color: look.color(found[0].method) },
     hovertemplate: found.map((p) => `published: <b>${plain(p.method)}</b>, ${p.levels} levels, ${plain(p.study_data)}<br>top-1 ${p.published}<extra></extra>`),
   }));
-  const bits = ticks([...cells.map((c) => Math.ceil(c.avg_bits))], String);
-  const shapes = floats(cells, look);
-  draw("bits", [...lines(cells, look, "avg_bits", "top1"), ...known], layout("bits per weight", "top-1 (%)", { xaxis: bits, shapes }));
-  const sizes = cells.length ? decades(cells.map((c) => c.size_bytes), shortSize) : {};
-  draw("bytes", [...lines(cells, look, "size_bytes", "top1"), rings(cells, "size_bytes")], layout("packed size", "top-1 (%)", { xaxis: sizes, shapes }));
+  const whole = 1.35 * Math.max(...cells.map((c) => c.avg_bits));
+  const [bits, withFloat] = [ticks(cells.map((c) => Math.ceil(c.avg_bits)), String), ticks(cells.map((c) => Math.ceil(c.avg_bits)), String)];
+  withFloat.tickvals.push(whole);
+  withFloat.ticktext.push("float");
+  draw("bits", [...lines(cells, look, "avg_bits", "top1"), ...floats(cells, look, "avg_bits", whole), ...known], layout("bits per weight", "top-1 (%)", { xaxis: withFloat }));
+  const sizes = cells.length ? decades(cells.flatMap((c) => [c.size_bytes, c.float_bytes]), shortSize) : {};
+  draw("bytes", [...lines(cells, look, "size_bytes", "top1"), ...floats(cells, look, "size_bytes"), rings(cells, "size_bytes")], layout("packed size", "top-1 (%)", { xaxis: sizes }));
   draw("drop", lines(cells, look, "avg_bits", "drop"), layout("bits per weight", "points", { xaxis: bits, yaxis: { zeroline: true, zerolinecolor: "#999" } }));
-  const timed = cells.filter((c) => Number.isFinite(c[latency.column]) && Number.isFinite(c[latency.top1]));
-  const traces = [...lines(timed, look, latency.column, latency.top1, "markers"), rings(timed, latency.column, latency.top1)];
-  draw("latency", traces, layout(latency.label, "top-1 (%)", { xaxis: { rangemode: "tozero" } }));
+  draw("latency", [...timedPoints(timed, look), rings(timed, "ms")], layout(latency.label, "top-1 (%)", { xaxis: { rangemode: "tozero" } }));
 }
 
 function drawSearch(found, look) {

@@ -4,6 +4,7 @@ const payload = JSON.parse(document.getElementById("payload").textContent);
 const records = ({ columns, data }) => data.map((values) => Object.fromEntries(columns.map((name, i) => [name, values[i]])));
 const all = records(payload.cells);
 const published = records(payload.published);
+const timed = records(payload.timed);
 const $ = (id) => document.getElementById(id);
 const SHOWN_AT_ONCE = 200;
 
@@ -192,8 +193,8 @@ function update() {
   shown = SHOWN_AT_ONCE;
   showComparisons(filter);
   const latency = payload.latency[filter.data] || { column: "", label: "" };
-  drawAccuracy(visible, showPublished(filter), latency, look);
-  $("latency-note").textContent = latency.note || "";
+  drawAccuracy(visible, timed.filter(passes(filter)), showPublished(filter), latency, look);
+  $("latency-note").textContent = latency.note ? `Latency: ${latency.note}` : "";
   showSearch(filter);
   showGrid(visible);
   showCells();
