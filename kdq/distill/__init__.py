@@ -6,28 +6,37 @@ Each module stands alone in a plain script; :mod:`kdq.distill.module` opens with
 from kdq.distill.at import AT
 from kdq.distill.config import TrainConfig
 from kdq.distill.cross_entropy import CrossEntropy
+from kdq.distill.dist import DIST
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.features import FeatureMethod
 from kdq.distill.fitnets import FitNets
 from kdq.distill.mixup import Mixup
 from kdq.distill.module import DistillationModule
+from kdq.distill.nkd import NKD
 from kdq.distill.nst import NST
 from kdq.distill.pkt import PKT
 from kdq.distill.rkd import RKD
+from kdq.distill.rld import RLD
 from kdq.distill.sp import SP
 from kdq.distill.teacher_student import TeacherStudent
+from kdq.distill.tfkd import TfKD
+from kdq.distill.ttm import TTM
 from kdq.distill.vid import VID
 from kdq.distill.vkd import VKD
 
 __all__ = [
     "AT",
+    "DIST",
     "DKD",
     "DML",
+    "NKD",
     "NST",
     "PKT",
     "RKD",
+    "RLD",
     "SP",
+    "TTM",
     "VID",
     "VKD",
     "CrossEntropy",
@@ -36,5 +45,6 @@ __all__ = [
     "FitNets",
     "Mixup",
     "TeacherStudent",
+    "TfKD",
     "TrainConfig",
 ]

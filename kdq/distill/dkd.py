@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdq.distill.losses import decoupled_kl, soft_cross_entropy
+from kdq.distill.losses import decoupled_kl
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
 from kdq.utils.checks import within
@@ -42,9 +42,7 @@ class DKD(TeacherStudent):
         self.alpha, self.beta = within("method.alpha", alpha, 0), within("method.beta", beta, 0)
         self.warmup = within("method.warmup", warmup, 0, 1)
 
-    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
-        logits = self.student(images)
-        ce = soft_cross_entropy(logits, labels, self.config.label_smoothing)
-        tckd, nckd = decoupled_kl(*self.comparable(logits, self.teacher(images)), labels, self.temperature)
-        weight = min(1.0, progress.share / self.warmup) if self.warmup > 0 else 1.0
-        return {"ce": ce, "tckd": weight * self.alpha * tckd, "nckd": weight * self.beta * nckd}, logits
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
+        tckd, nckd = decoupled_kl(student, teacher, labels, self.temperature)
+        weight = progress.ramp(self.warmup)
+        return {"tckd": weight * self.alpha * tckd, "nckd": weight * self.beta * nckd}

@@ -126,16 +126,34 @@ def _decoupled_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per sample ``(batch,)``: TCKD, NCKD (without ``T^2``) and the teacher's ``1 - p_t``."""
     # No indexing by masks: the shape of what it gives would have to be waited for.
-    is_target = torch.arange(student_logits.shape[1], device=target.device) == target[:, None]
+    is_target = one_hot(target, student_logits.shape[1])
     binary, others = [], []
     for logits in (student_logits, teacher_logits.detach()):
         log_p = F.log_softmax(_at_least_float32(logits) / temperature, dim=1)
-        log_others = log_p.masked_fill(is_target, -torch.inf).logsumexp(1)  # log(1 - p_t) without cancellation
-        binary.append(torch.stack([log_p.gather(1, target[:, None])[:, 0], log_others], dim=1))
-        others.append((log_p - log_others[:, None]).masked_fill(is_target, 0.0))  # alike in both: adds nothing
+        binary.append(binary_log_probabilities(log_p, is_target))
+        others.append((log_p - binary[-1][:, 1:]).masked_fill(is_target, 0.0))  # alike in both: adds nothing
     tckd = F.kl_div(binary[0], binary[1], reduction="none", log_target=True).sum(1)
     nckd = F.kl_div(others[0], others[1], reduction="none", log_target=True).sum(1)
     return tckd, nckd, binary[1][:, 1].exp()
+
+
+def one_hot(target: Tensor, classes: int) -> Tensor:
+    """Which class ``(batch, classes)`` is the target's; no shape has to be waited for.
+
+    >>> one_hot(torch.tensor([1]), 3)
+    tensor([[False,  True, False]])
+    """
+    return torch.arange(classes, device=target.device) == target[:, None]
+
+
+def binary_log_probabilities(log_p: Tensor, is_target: Tensor) -> Tensor:
+    """``(log p, log(1 - p))`` of the one class a row that ``is_target`` marks, without cancellation: ``(batch, 2)``.
+
+    >>> binary_log_probabilities(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[True, False]])).exp()
+    tensor([[0.2500, 0.7500]])
+    """
+    log_target = log_p.masked_fill(~is_target, -torch.inf).logsumexp(1)
+    return torch.stack([log_target, log_p.masked_fill(is_target, -torch.inf).logsumexp(1)], dim=1)
 
 
 def in_float32(loss: Function) -> Function:

@@ -28,6 +28,14 @@ class TrainingProgress:
         """The share of the training that is done, 0 to just below 1; 0 in one without an end."""
         return min(1.0, (self.epoch + self.step / self.steps) / self.epochs)
 
+    def ramp(self, warmup: float) -> float:
+        """A weight that rises linearly from 0 to 1 over the first ``warmup`` of the training.
+
+        >>> TrainingProgress(epoch=1, epochs=10).ramp(warmup=0.2)
+        0.5
+        """
+        return min(1.0, self.share / warmup) if warmup > 0 else 1.0
+
     def random(self, seed: int) -> np.random.Generator:
         """A generator of this batch's own."""
         return np.random.default_rng((seed, self.epoch, self.step))

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.losses import standardized
+from kdq.distill.losses import soft_cross_entropy, standardized
 from kdq.distill.module import DistillationModule
+from kdq.distill.progress import TrainingProgress
 from kdq.utils.checks import within
 from kdq.utils.errors import KdqError
 
@@ -38,12 +39,12 @@ class FrozenTeacher:
 class TeacherStudent(DistillationModule):
     """A student that learns from a frozen teacher: what such methods share.
 
-    A method is a subclass with :meth:`~kdq.distill.module.DistillationModule.losses`:
+    A method of logits is a subclass with :meth:`terms`; any other has its own
+    :meth:`~kdq.distill.module.DistillationModule.losses`:
 
     >>> class LogitDistance(TeacherStudent):
-    ...     def losses(self, images, labels, progress):
-    ...         logits = self.student(images)
-    ...         return {"distance": (logits - self.teacher(images)).square().mean()}, logits
+    ...     def terms(self, student, teacher, labels, progress):
+    ...         return {"distance": (student - teacher).square().mean()}
     >>> module = LogitDistance(nn.Linear(4, 3), nn.Linear(4, 3), num_classes=3)
 
     Args:
@@ -82,6 +83,17 @@ class TeacherStudent(DistillationModule):
                 f"{name}.load_from_checkpoint(path, teacher=network)"
             )
         return self._teacher
+
+    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
+        """The cross-entropy and the method's terms."""
+        logits = self.student(images)
+        ce = soft_cross_entropy(logits, labels, self.config.label_smoothing)
+        terms = self.terms(*self.comparable(logits, self.teacher(images)), labels, progress)
+        return {"ce": ce, **terms}, logits
+
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
+        """What is minimised beside the cross-entropy, of logits ``(batch, classes)``; z-scores if ``standardize``."""
+        raise NotImplementedError(f"{type(self).__name__} must define terms(student, teacher, labels, progress)")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

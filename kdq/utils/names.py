@@ -36,7 +36,7 @@ STABLE: dict[str, str] = {
     **_paths("dml", "kdq.distill.DML", "kdq.distill.dml.DML"),
     **{
         path: title.lower()
-        for title in ("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID")
+        for title in ("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "DIST", "NKD", "TTM", "RLD", "TfKD")
         for path in (f"kdq.distill.{title}", f"kdq.distill.{title.lower()}.{title}")
     },
     **_paths("train_config", "kdq.distill.TrainConfig", "kdq.distill.config.TrainConfig"),

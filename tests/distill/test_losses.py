@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from kdq.distill.logit_losses import (
+    correlation_losses,
+    designed_kl,
+    normalized_losses,
+    refined_losses,
+    transformed_kl,
+)
 from kdq.distill.losses import (
     _decoupled_terms,
     decoupled_kl,
@@ -29,6 +37,15 @@ LOSSES: dict[str, Loss] = {
     "kd": lambda s, t, y: kd_loss(s, t, y, alpha=0.7, temperature=4.0),
     "mutual": lambda s, t, y: mutual_loss(s, t, y, weight=0.5),
     "dkd": lambda s, t, y: dkd_loss(s, t, y, alpha=1.0, beta=8.0, temperature=4.0, warmup=0.5),
+    "inter": lambda s, t, y: correlation_losses(s, t, 4.0)[0],
+    "intra": lambda s, t, y: correlation_losses(s, t, 4.0)[1],
+    "nkd_target": lambda s, t, y: normalized_losses(s, t, y)[0],
+    "nkd_others": lambda s, t, y: normalized_losses(s, t, y, 2.0)[1],
+    "ttm": lambda s, t, y: transformed_kl(s, t, 5.0),
+    "wttm": lambda s, t, y: transformed_kl(s, t, 5.0, weighted=True),
+    "scd": lambda s, t, y: refined_losses(s, t, y, 4.0)[0],
+    "mcd": lambda s, t, y: refined_losses(s, t, y, 4.0)[1],
+    "designed": lambda s, t, y: designed_kl(s, y),
 }
 
 
@@ -101,6 +118,61 @@ def test_decoupled_terms_against_their_definition(batch: tuple[Tensor, Tensor, T
     torch.testing.assert_close(dkd_loss(student, teacher, labels, 2.0, 3.0, 4.0, warmup=0.5), expected)
 
 
+def test_correlations_against_numpy(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    p, q = (softmax(logits, 4.0).numpy() for logits in batch[:2])
+    inter = 16 * np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p, q, strict=True)])
+    intra = 16 * np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p.T, q.T, strict=True)])
+    assert [float(part) for part in correlation_losses(*batch[:2], 4.0)] == pytest.approx([inter, intra])
+
+
+def test_nkd_against_its_definition(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    target, others = [], []
+    for s, t, y in zip(*batch, strict=True):
+        target.append(-softmax(t[None])[0, y] * softmax(s[None])[0, y].log())
+        rest = torch.arange(CLASSES) != y
+        p, q = (softmax(logits[None, rest], 2.0)[0] for logits in (s, t))
+        others.append(-4 * (q * p.log()).sum())
+    found = normalized_losses(*batch, 2.0)
+    torch.testing.assert_close(found, (torch.stack(target).mean(), torch.stack(others).mean()))
+
+
+def test_ttm_against_powers_of_probabilities(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, _ = batch
+    powers = softmax(teacher) ** 0.2
+    total = powers.sum(1)
+    each = kl(powers / total[:, None], softmax(student))
+    torch.testing.assert_close(transformed_kl(student, teacher, 5.0), each.mean())
+    torch.testing.assert_close(transformed_kl(student, teacher, 5.0, weighted=True), (total * each).mean())
+    torch.testing.assert_close(transformed_kl(student, teacher, 1.0), distillation_kl(student, teacher, 1.0))
+
+
+def test_rld_against_its_definition(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Sample by sample; where no class is below the true one there is nothing to mask in, and nothing to learn."""
+    scd, mcd = [], []
+    for s, t, y in zip(*batch, strict=True):
+        p, q = (softmax(logits[None], 4.0)[0] for logits in (s, t))
+        mine, theirs = torch.stack([p[y], 1 - p[y]]), torch.stack([q.max(), 1 - q.max()])
+        scd.append(16 * kl(theirs[None], mine[None])[0])
+        below = t < t[y]
+        rest = [softmax(logits[None, below], 4.0) for logits in (t, s)]
+        mcd.append(16 * kl(*rest)[0] if below.any() else torch.zeros((), dtype=torch.float64))
+    assert any(float(part) == 0 for part in mcd)
+    torch.testing.assert_close(refined_losses(*batch, 4.0), (torch.stack(scd).mean(), torch.stack(mcd).mean()))
+
+
+def test_rld_of_a_teacher_that_is_right_decomposes_the_kl_as_dkd_does(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, _ = batch
+    right = teacher.argmax(1)
+    torch.testing.assert_close(refined_losses(student, teacher, right), decoupled_kl(student, teacher, right))
+
+
+def test_tfkd_against_its_definition(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, _, labels = batch
+    u = torch.full_like(student, 0.1 / (CLASSES - 1))
+    u[torch.arange(16), labels] = 0.9
+    torch.testing.assert_close(designed_kl(student, labels, 0.9, 20.0), kl(softmax(u, 20.0), softmax(student)).mean())
+
+
 def test_standardized_rows_have_mean_zero_and_deviation_one(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     z = standardized(batch[0])
     torch.testing.assert_close(z.mean(1), torch.zeros(16, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -144,7 +216,7 @@ def test_hot_logits_stay_finite(name: str, dtype: torch.dtype) -> None:
     assert torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("name", ["kl", "kl_standardized"])
+@pytest.mark.parametrize("name", ["kl", "kl_standardized", "inter", "intra", "mcd"])
 def test_equal_logits_leave_nothing_to_learn(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
     student = batch[0].requires_grad_()
     loss = LOSSES[name](student, batch[0].detach(), batch[2])

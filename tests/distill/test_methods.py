@@ -10,10 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.distill import CrossEntropy
+from kdq.distill import DIST, NKD, RLD, TTM, CrossEntropy, TfKD
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
+from kdq.distill.logit_losses import (
+    correlation_losses,
+    designed_kl,
+    normalized_losses,
+    refined_losses,
+    transformed_kl,
+)
 from kdq.distill.losses import distillation_kl, dkd_loss, kd_loss, standardized
 from kdq.distill.mixup import Mixup, mix
 from kdq.distill.module import DistillationModule
@@ -26,6 +33,17 @@ TAUGHT: dict[type[DistillationModule], dict[str, Any]] = {
     VKD: {"alpha": 0.9, "temperature": 4.0},
     Mixup: {"alpha": 0.9, "temperature": 4.0},
     DKD: {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup": 0.5},
+    DIST: {"beta": 2.0, "gamma": 3.0, "temperature": 4.0},
+    NKD: {"gamma": 1.5, "temperature": 2.0},
+    TTM: {"weight": 4.0, "temperature": 5.0, "weighted": True},
+    RLD: {"alpha": 2.0, "beta": 8.0, "temperature": 4.0, "warmup": 0.5},
+}
+#: The terms of those that are no more than a loss each, from logits and labels, when their warm-up is over.
+TERMS: dict[type[DistillationModule], Callable[..., Any]] = {
+    DIST: lambda s, t, y: sum(w * part for w, part in zip((2, 3), correlation_losses(s, t, 4.0), strict=True)),
+    NKD: lambda s, t, y: sum(w * part for w, part in zip((1, 1.5), normalized_losses(s, t, y, 2.0), strict=True)),
+    TTM: lambda s, t, y: 4 * transformed_kl(s, t, 5.0, weighted=True),
+    RLD: lambda s, t, y: sum(w * part for w, part in zip((2, 8), refined_losses(s, t, y, 4.0), strict=True)),
 }
 
 
@@ -43,6 +61,29 @@ def logits(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 def test_vkd_is_the_loss_of_hinton(make: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> None:
     module = make(VKD, alpha=0.7, temperature=3.0)
     torch.testing.assert_close(total(module, batch), kd_loss(*logits(module, batch[0]), batch[1], 0.7, 3.0))
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("method", TERMS)
+def test_methods_of_logits_are_cross_entropy_and_their_terms(
+    make: Callable[..., Any], batch: tuple[Tensor, Tensor], method: type[DistillationModule], standardize: bool
+) -> None:
+    """``standardize`` composes with each: the cross-entropy keeps the raw logits, the terms see z-scores."""
+    module = make(method, standardize=standardize, **TAUGHT[method])
+    student, teacher = logits(module, batch[0])
+    compared = (standardized(student), standardized(teacher)) if standardize else (student, teacher)
+    expected = F.cross_entropy(student, batch[1]) + TERMS[method](*compared, batch[1])
+    torch.testing.assert_close(total(module, batch, TrainingProgress(epoch=1, epochs=2)), expected)
+    if "warmup" in TAUGHT[method]:
+        torch.testing.assert_close(total(module, batch), F.cross_entropy(student, batch[1]))
+
+
+def test_tfkd_has_no_teacher(make: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> None:
+    module = make(TfKD, alpha=0.3)
+    torch.manual_seed(7)
+    student = module.student(batch[0])
+    expected = 0.7 * F.cross_entropy(student, batch[1]) + 0.3 * designed_kl(student, batch[1])
+    torch.testing.assert_close(total(module, batch), expected)
 
 
 def test_vkd_without_its_teacher_is_the_baseline(make: Callable[..., Any], gradients: Gradients) -> None:
