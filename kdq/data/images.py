@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from kdq.data.augment import Augment, Preprocess
 from kdq.data.image_set import ImageSet
 from kdq.data.loader import EvalLoader
 from kdq.data.source import Source, source
-from kdq.data.split import split
+from kdq.data.split import Split, split
 from kdq.utils.errors import KdqError
 
 #: Images in one evaluation batch: large enough to keep a device busy, small enough for any memory.
@@ -87,6 +88,14 @@ class Images:
             # Evenly spaced, for a folder's images lie class by class.
             indices = torch.arange(count) * there // max(count, 1)
         return EvalLoader(found, indices, EVAL_BATCH, preprocess=self.preprocess, rank=rank, world_size=world_size)
+
+    def calibrating(self, count: int, seed: int) -> Images:
+        """The same with nothing but the ``count`` calibration images to train on. Each is drawn several times an epoch,
+        so that it is as long as one of all training images."""
+        found, whole = copy.copy(self), self.split.train
+        own = self.split.calibration(count, seed)
+        found.split = Split(own.repeat(-(-len(whole) // len(own)))[: len(whole)], self.split.val)
+        return found
 
     def calibration(
         self, count: int, seed: int, device: torch.device, rank: int = 0, world_size: int = 1

@@ -16,6 +16,7 @@ from kdq.distill.module import DistillationModule
 from kdq.distill.nkd import NKD
 from kdq.distill.nst import NST
 from kdq.distill.pkt import PKT
+from kdq.distill.qad import QAD, QAT
 from kdq.distill.rkd import RKD
 from kdq.distill.rld import RLD
 from kdq.distill.sp import SP
@@ -33,6 +34,8 @@ __all__ = [
     "NKD",
     "NST",
     "PKT",
+    "QAD",
+    "QAT",
     "RKD",
     "RLD",
     "SP",

@@ -113,6 +113,9 @@ class Row:
     latency_threads: Int | None = None
     deploy_hash: Text | None = None
     threads: Int | None = None  # of the CPU, on which most steps of the training were taken
+    tune: Text = ""  # how the quantized network was trained on
+    tune_seconds: Float | None = None
+    tune_epochs: Int | None = None
     limited: Text = ""  # the trainer's flags that made this a trial: fast_dev_run, limit_train_batches, ...
     classes: Int | None = None
     epochs: Int | None = None  # of the training of the float model; 0: its weights were read from a file
@@ -130,7 +133,7 @@ class Row:
 #: Columns of tables: everything but the config, which is no single value.
 COLUMNS = [field.name for field in dataclasses.fields(Row) if field.name != "config"]
 #: Columns that tell cells apart, in the order tables are sorted by.
-AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "act_bits", "bits"]
+AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "act_bits", "tune", "bits"]
 
 
 def has(row: Row, columns: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import hydra.utils
@@ -71,7 +72,7 @@ def asked_bits(cell: Cell) -> dict[str, int | None]:
     return {str(width): check_bits(width, "quant.bits") for width in asked}
 
 
-def row_spec(cell: Cell, model: Model | Entry, bits: int | None) -> dict[str, Any]:
+def row_spec(cell: Cell, model: Model | Entry, bits: int | None, tuned: Model | None = None) -> dict[str, Any]:
     """Everything that a row of ``model`` depends on; its hash is the row's ``config_hash``."""
     quant = {name: value for name, value in plain(cell.cfg.quant).items() if name != "bits"}
     images, config = cell.images, cell.cfg.data
@@ -86,18 +87,22 @@ def row_spec(cell: Cell, model: Model | Entry, bits: int | None) -> dict[str, An
         "quant": quant,
         "bits": bits,
         **user_code(quant),
+        **({} if tuned is None else {"tune": {"name": cell.cfg.tune.name, "model": tuned.key}}),
     }
 
 
-def row_keys(cell: Cell, model: Model) -> dict[str, str]:
+def row_keys(cell: Cell, model: Model, tuned: Mapping[str, Model] = MappingProxyType({})) -> dict[str, str]:
     """The ``config_hash`` of each row that the cell asks for, by :func:`asked_bits`.
+
+    Args:
+        tuned: the models of the stage that tunes, by the same names, where there is one.
 
     Raises:
         KdqError: it asks for an impossible width or quantizer.
     """
     asked = asked_bits(cell)
     check_quantizer(cell)
-    return {name: key_of(row_spec(cell, model, bits)) for name, bits in asked.items()}
+    return {name: key_of(row_spec(cell, model, bits, tuned.get(name))) for name, bits in asked.items()}
 
 
 def complete(output: Path, row: Row, columns: Mapping[str, Any]) -> bool:

@@ -44,7 +44,7 @@ class Cell:
         check_config(self.cfg)
         check_trainer(plain(self.cfg.trainer))
         check_loggers(plain(self.cfg.logger))
-        for part in ("data", "method", "teacher", "student", "quant"):
+        for part in ("data", "method", "teacher", "student", "quant", "tune"):
             name = str(self.cfg[part].name)
             if not re.fullmatch(r"[\w.+-]+", name):
                 raise KdqError(f"{part}.name={name!r} must be letters, digits, and any of _ . + -")
@@ -103,10 +103,11 @@ class Cell:
     def name(self) -> str:
         """What people tell cells apart by, apart from the bits."""
         cfg, role = self.cfg, self.cfg[self.role]
-        return f"{cfg.data.name}-{cfg.method.name}-{role.name}-s{role.seed}-{cfg.quant.name}"
+        tuned = "" if cfg.tune._target_ is None else f"-{cfg.tune.name}"
+        return f"{cfg.data.name}-{cfg.method.name}-{role.name}-s{role.seed}-{cfg.quant.name}{tuned}"
 
-    def network(self, role: str, entry: Entry) -> nn.Module:
-        """The stored network of a role, in eval mode, on the CPU."""
+    def net_of(self, role: str, entry: Entry) -> dict[str, Any]:
+        """How the stored network of a role is built."""
         own, peer = plain(self.cfg[role].net), (plain(self.cfg.method).get("peer") or {}).get("net")
         # Of two networks that were trained together the other one may be the better. Nothing else that a stored file
         # names is called.
@@ -116,7 +117,11 @@ class Cell:
             raise KdqError(
                 f"the stored model {entry.path} names a network that the config does not: delete this folder"
             )
-        network = build(net)
+        return net
+
+    def network(self, role: str, entry: Entry) -> nn.Module:
+        """The stored network of a role, in eval mode, on the CPU."""
+        network = build(self.net_of(role, entry))
         network.load_state_dict(entry.weights())
         return network.eval()
 

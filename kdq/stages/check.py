@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS
 from kdq.quant.config import OPTIONS
 from kdq.stages.schema import Config, Deploy, NoDeploy, Peer
+from kdq.train.recipe import Recipe
 from kdq.utils.checks import check_type
 from kdq.utils.errors import KdqError, no_module
 from kdq.utils.messages import unknown_option
@@ -44,6 +45,7 @@ def check_config(cfg: DictConfig) -> None:
     deploy, method, quant = (check.config[name] for name in ("deploy", "method", "quant"))
     check.node("deploy", deploy, Deploy if deploy.get("formats") else NoDeploy)
     check.method(method)
+    check.tune(check.config["tune"])
     check.names("quant", quant, (*QUANT, *OPTIONS))
     check.names("quant.search", quant.get("search") or {}, SEARCH_OPTIONS)
     check.seed("quant.seed", quant["seed"])
@@ -113,6 +115,19 @@ class _Check:
             self.node("method.peer", options.pop("peer", {}), Peer)
             self.calls("method.peer", method["peer"])
         return self.calls("method", options)
+
+    def tune(self, tune: Mapping[str, Any]) -> None:
+        """The options of a module as :meth:`method` has them, and those of the stage."""
+        target = tune["_target_"]
+        own = ("teacher",) if target and "teacher" in getattr(_callable("tune", target), "takes", ()) else ()
+        if target is None:
+            return self.names("tune", tune, ("name", "_target_"))
+        for name in ("images", "recipe", *own):
+            if name not in tune:
+                raise KdqError(f"tune.{name} is missing in this config: give +tune.{name}=...")
+        check_type("tune.images", tune["images"], int | None)
+        self.node("tune.recipe", tune["recipe"], Recipe)
+        return self.calls("tune", {k: v for k, v in tune.items() if k not in ("name", "images", "recipe", *own)})
 
     def calls(self, where: str, node: Any) -> None:
         """Whatever has a ``_target_`` takes the options beside it."""

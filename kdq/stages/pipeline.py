@@ -1,4 +1,4 @@
-"""A job from its config to its rows: teacher -> student -> quantize -> deploy, making only what is not there yet."""
+"""A job from its config to its rows: teacher -> student -> quantize -> tune -> deploy, making only what is missing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kdq.stages.deploy import asked_columns, deploy
 from kdq.stages.quantize import arch_of, quantize, tracked_rows
 from kdq.stages.quantize_log import log_deployed
 from kdq.stages.train import Model, obtain, planned
+from kdq.stages.tune import tuned, tuned_models
 from kdq.utils.errors import KdqError
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     cell = Cell(cfg)
     _ = cell.device  # a wrong setting is refused before anything is trained
     model = planned(cell)
-    keys = row_keys(cell, model)
+    trained_on = tuned_models(cell, model)
+    keys = row_keys(cell, model, trained_on)
     known = _known(cell, keys)
     columns = asked_columns(cell)
     names = {
@@ -53,7 +55,7 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
         # one made. The log, whose end may wait for a server, is closed when the lock is free.
         lock = cell.output / "store" / ".locks" / f"{key_of(row_spec(cell, model, None))}.lock"
         with recorded(cell.output, names, job), ExitStack() as log_of_rows, locked(lock, f"rows of {cell.name}"):
-            known = _completed(cell, model, keys, columns, log_of_rows)
+            known = _completed(cell, model, trained_on, keys, columns, log_of_rows)
     return [known[key] for key in keys.values()]
 
 
@@ -62,7 +64,12 @@ def _known(cell: Cell, keys: Mapping[str, str]) -> dict[str, Row]:
 
 
 def _completed(
-    cell: Cell, model: Model, keys: Mapping[str, str], columns: Mapping[str, Any], log_of_rows: ExitStack
+    cell: Cell,
+    model: Model,
+    trained_on: Mapping[str, Model],
+    keys: Mapping[str, str],
+    columns: Mapping[str, Any],
+    log_of_rows: ExitStack,
 ) -> dict[str, Row]:
     """The rows on disk with the missing ones, packed files and columns, all told in one log, which stays open."""
     known = _known(cell, keys)
@@ -76,10 +83,12 @@ def _completed(
             if row is not None:
                 log.warning("the packed file %s is gone or cut short: it is made again", cell.output / row.artifact)
     entry = obtain(cell.store, model) if missing else None
+    made_on = {name: obtain(cell.store, trained_on[name]) for name in missing if trained_on}
     arch = arch_of(cell, entry) if entry else next(iter(rows.values())).arch
     track = log_of_rows.enter_context(tracked_rows(cell, model, arch, keys))
     if entry:
-        made = quantize(cell, entry, missing, track)
+        networks = {name: tuned(cell, entry, one) for name, one in made_on.items()}
+        made = quantize(cell, entry, missing, track, networks)
         rows |= {missing[name]: _again(cell, known.get(missing[name]), row) for name, row in made.items()}
     for key, row in rows.items():
         if not has(row, columns):
@@ -111,7 +120,9 @@ def train(cfg: DictConfig, key: str, job: Job = Job()) -> None:  # noqa: B008
     """
     cell = Cell(cfg)
     _ = cell.device
-    found = {model.key: model for model in planned(cell).lineage()}
+    model = planned(cell)
+    lasts = tuned_models(cell, model).values() or [model]
+    found = {needed.key: needed for last in lasts for needed in last.lineage()}
     if key not in found:
         raise KdqError(f"kdq.train={key} is not one of this cell's models: {', '.join(found)}")
     with recorded(cell.output, {key: found[key].name}, job):

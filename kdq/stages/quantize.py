@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,15 @@ def arch_of(cell: Cell, entry: Entry) -> str:
     return str(entry.metrics.get("arch", cell.cfg[cell.role].name))
 
 
+def tune_name(cell: Cell) -> str:
+    """How the rows of the cell are trained on after they are quantized, as they say it: nothing, ``qad``, or ``qad 1024
+    images``."""
+    tune = cell.cfg.tune
+    if tune._target_ is None:
+        return ""
+    return str(tune.name) if tune.images is None else f"{tune.name} {tune.images} images"
+
+
 def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) -> AbstractContextManager[RunLogger]:
     """The log of the rows of ``model``.
 
@@ -52,6 +62,7 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) 
     """
     cfg, role, quant = cell.cfg, plain(cell.cfg[cell.role]), plain(cell.cfg.quant)
     act_bits = quant["act_bits"] or 32
+    tune = tune_name(cell)
     axes = {
         "role": cell.role,
         "method": cfg.method.name,
@@ -61,12 +72,14 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) 
         "quantizer": quant["name"],
         "alphabet": alphabet_name(quant),
         "act_bits": act_bits,
+        "tune": tune,
         "bits": quant["search"]["candidates"] if quant.get("search") else quant["bits"],
         "search": quant["search"]["method"] if quant.get("search") else "",
         "model_key": model.key,
-        "series": series(cfg.method.name, arch, quant["name"], act_bits),
+        "series": series(cfg.method.name, arch, quant["name"], act_bits, tune),
     }
     settings = {"net": role["net"], "recipe": role["recipe"], "method": plain(cfg.method), "quant": quant}
+    settings |= {"tune": plain(cfg.tune)} if tune else {}
     return cell.tracked(
         "quantize",
         f"{cell.name}-b{','.join(asked)}",
@@ -78,12 +91,27 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) 
     )
 
 
-def quantize(cell: Cell, entry: Entry, keys: Mapping[str, str], track: RunLogger) -> dict[str, Row]:
+class Tuned(NamedTuple):
+    """The network of a row that was trained on after it was quantized."""
+
+    result: Quantized
+    seconds: float
+    epochs: int
+
+
+def quantize(
+    cell: Cell,
+    entry: Entry,
+    keys: Mapping[str, str],
+    track: RunLogger,
+    tuned: Mapping[str, Tuned] = MappingProxyType({}),
+) -> dict[str, Row]:
     """Quantize the model for the rows of ``keys`` in one pass, measure each on the test set, and write its packed file
     and its row: evaluations of a Trainer with the quantizer's callback attached.
 
     Args:
         keys: name, as :func:`asked_bits` has it, to ``config_hash``.
+        tuned: the networks of those rows, by the same names, where they were trained on: none is quantized then.
     """
     network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
     _settle_threads(cell, network)
@@ -96,11 +124,14 @@ def quantize(cell: Cell, entry: Entry, keys: Mapping[str, str], track: RunLogger
             bar.set_postfix_str(line, refresh=False)
             bar.update()
 
-        callback = _callback(cell, entry, keys, on_step)
+        callback = None if tuned else _callback(cell, entry, list(keys), on_step)
         measured = _Evaluation(cell, callback)
         reference = measured(network)
         for name, key in keys.items():
-            if callback is None:
+            if tuned:
+                result = tuned[name].result
+                found = measured(result.network)
+            elif callback is None:
                 result = _left_float(network, cell.cfg.quant.float_dtype)
                 found = reference if result.network is network else measured(result.network)
             else:
@@ -109,11 +140,26 @@ def quantize(cell: Cell, entry: Entry, keys: Mapping[str, str], track: RunLogger
                 result = callback.results[width]
                 if not rows:
                     _log_quantized(cell, callback, keys, track)
+            of_tune = {"tune_seconds": tuned[name].seconds, "tune_epochs": tuned[name].epochs} if tuned else {}
             bits = asked_bits(cell)[name] or math.ceil(result.report.avg_bits)
-            rows[name] = _row(cell, bits, key, result.network, result.report, reference, found, common)
+            rows[name] = _row(cell, bits, key, result.network, result.report, reference, found, common | of_tune)
             write_row(cell.output / "rows", rows[name])
             log_row(track, rows[name], cell.output / rows[name].artifact)
     return rows
+
+
+def quantized_once(cell: Cell, entry: Entry, name: str) -> Quantized:
+    """The model quantized for one row, named as :func:`asked_bits` has it: what tuning begins with."""
+    network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
+    _settle_threads(cell, network)
+    with progress(f"quantizing {cell.name}", None, "step") as bar:
+        callback = _callback(cell, entry, [name], lambda line: bar.update())
+        assert callback is not None
+        measured = _Evaluation(cell, callback)
+        callback.use(callback.names[0])
+        module = CrossEntropy(network, num_classes=measured.num_classes)
+        measured.trainer.validate(module, measured.data, verbose=False)
+    return callback.result
 
 
 class _Evaluation:
@@ -134,7 +180,7 @@ class _Evaluation:
 
 
 def _callback(
-    cell: Cell, entry: Entry, keys: Mapping[str, str], on_step: Callable[[str], object]
+    cell: Cell, entry: Entry, names: Sequence[str], on_step: Callable[[str], object]
 ) -> QuantizationCallback | None:
     """What quantizes as the config says; None with ``quant=none``.
 
@@ -150,7 +196,7 @@ def _callback(
     search = search_config(quant)
     shared: dict[str, Any] = {"calibration_images": images, "path": None, "on_step": on_step}
     if search is None:
-        return PostTrainingQuantization([int(name) for name in keys], quant_config(quant), **shared)
+        return PostTrainingQuantization([int(name) for name in names], quant_config(quant), **shared)
     asked = {name: plain(quant.search)[name] for name in ("candidates", "validation_images")}
     values = plain(quant) | {"search": asked}
     spec = {"stage": "search", "model": entry.key, "data": cell.images.spec(), "quant": values, **user_code(values)}
@@ -203,6 +249,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "calibration_images": images,
         "act_bits": 32 if cfg.quant.act_bits is None else cfg.quant.act_bits,
         "latency_ms_torch": of_networks({"float": network}, cell.shape, 1, 30)["float"].median_ms,
+        "tune": tune_name(cell),
         "train_seconds": float(entry.metrics["train_seconds"]),
         "device": _device_name(cell.device),
         "threads": entry.metrics.get("threads"),
@@ -226,6 +273,7 @@ def _row(
     common: Mapping[str, Any],
 ) -> Row:
     label = "-".join(str(common[column]) for column in ("data", "method", "arch", "quantizer"))
+    label += f"-{cell.cfg.tune.name}" if common["tune"] else ""
     artifact = Path("store") / "quantized" / f"{label}-s{common['seed']}-b{bits}-{key}.kdq"
     size = save_packed(network, cell.output / artifact, cell.images.card(), cell.images.set.classes)
     values: dict[str, Any] = dict(common) | dict(found)

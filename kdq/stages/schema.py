@@ -82,6 +82,7 @@ class Config:
     student: Role
     method: Any
     quant: Any
+    tune: Any
     deploy: Any
     trainer: Any
     callbacks: Any

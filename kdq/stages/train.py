@@ -47,7 +47,7 @@ class Model:
         spec: everything that affects its weights.
         slug: of its folder in the store, unless it was made under another name.
         name: for people, in plans, jobs and logs; says its role.
-        role: ``teacher`` or ``student``.
+        role: ``teacher``, ``student`` or ``tuned``.
         needs: the models that must be there first.
         make: see :meth:`kdq.records.store.Store.get_or_make`.
         training: how it is trained; None for one that is read from a file.
@@ -91,7 +91,7 @@ def planned(cell: Cell) -> Model:
     """The model whose weights the cell quantizes: the teacher itself, or the student that the method trains."""
     if cell.role == "teacher":
         _check_networks([cell.of_role("teacher")])
-        return _teacher(cell)
+        return teacher_model(cell)
     method = plain(cell.cfg.method)
     name, peer = method.pop("name"), method.pop("peer", None)
     role = cell.of_role("student")
@@ -100,7 +100,7 @@ def planned(cell: Cell) -> Model:
     others: dict[str, _Start] = {}
     _check_networks([role, *([cell.of_role("teacher")] if "teacher" in takes else []), *([peer] if peer else [])])
     if "teacher" in takes:
-        model = _teacher(cell)
+        model = teacher_model(cell)
         spec = NetworkSpec(cell.cfg.teacher.name, plain(cell.cfg.teacher.net), 0, None)
         others["teacher"] = _Start(spec, model.key, model)
     if "peer" in takes:
@@ -109,7 +109,7 @@ def planned(cell: Cell) -> Model:
     return _trained(cell, "student", name, role, method, others)
 
 
-def _teacher(cell: Cell) -> Model:
+def teacher_model(cell: Cell) -> Model:
     """The teacher: read from ``teacher.weights``, or trained with cross-entropy when there are none."""
     role = cell.of_role("teacher")
     if role["weights"] is None:

@@ -18,6 +18,8 @@ from kdq.distill.module import DistillationModule
 from kdq.models.build import build
 from kdq.models.pretrained import IMAGENET, load_imagenet
 from kdq.models.weights import load_weights
+from kdq.quant.fake import fake_quantized
+from kdq.quant.packing.file import load_packed
 from kdq.records.store import Store, weights_file
 from kdq.stages.cell import Cell
 from kdq.tracking.run import Artifact, RunLogger
@@ -36,7 +38,8 @@ class NetworkSpec:
         name: for people.
         net: its recipe, for :func:`kdq.models.build.build`.
         seed: of its random weights.
-        weights: the file that it starts from, ``imagenet``, or None: random.
+        weights: the file that it starts from, ``imagenet``, or None: random. A packed one (``.kdq``) makes a network
+            that rounds its weights to the file's alphabets whenever it runs.
     """
 
     name: str
@@ -49,6 +52,8 @@ class NetworkSpec:
         network = build(self.net)
         if self.weights == IMAGENET:
             load_imagenet(network, self.net)
+        elif self.weights is not None and self.weights.endswith(".kdq"):
+            return fake_quantized(load_packed(self.weights, network))
         elif self.weights is not None:
             load_weights(network, Path(self.weights))
         return network
@@ -60,12 +65,13 @@ class TrainingSpec:
 
     Attributes:
         label: the method's name for people and logs.
-        job_type: ``teacher`` or ``distill``: what the logger files it under.
+        job_type: ``teacher``, ``distill`` or ``tune``: what the logger files it under.
         method: ``_target_``, a :class:`~kdq.distill.module.DistillationModule`, and its options.
         recipe: the fields of :class:`~kdq.train.recipe.Recipe`.
         networks: ``student`` and what else the method takes.
         slug, name, key: of the model that it makes; see :class:`kdq.stages.train.Model`.
         inputs: references to the stored models that it takes, for its log.
+        images, images_seed: train on so many calibration images, drawn by the seed; None: on all training images.
     """
 
     label: str
@@ -77,6 +83,8 @@ class TrainingSpec:
     name: str
     key: str
     inputs: Sequence[str] = ()
+    images: int | None = None
+    images_seed: int = 0
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainingSpec:
@@ -113,6 +121,7 @@ def train(
         module = kind(networks["student"], **{**others, **shared, **options})
     except TypeError as error:
         raise KdqError(f"{target} does not take these options ({error}): {', '.join(options)}") from error
+    images = cell.images if spec.images is None else cell.images.calibrating(spec.images, spec.images_seed)
     trainer, title = plain(cell.cfg.trainer), f"training {spec.label} {student.name}"
     if trainer["devices"] in ALL_DEVICES:
         trainer["devices"] = world_size // trainer["num_nodes"]
@@ -120,10 +129,10 @@ def train(
         trainer["strategy"] = "auto"
     callbacks = _callbacks(cell, spec)
     if rank > 0:
-        yield fit(module, cell.images, trainer, recipe, work, callbacks=callbacks)
+        yield fit(module, images, trainer, recipe, work, callbacks=callbacks)
         return
     with _tracked(cell, spec) as track:
-        best, metrics = fit(module, cell.images, trainer, recipe, work, track.loggers, callbacks, title)
+        best, metrics = fit(module, images, trainer, recipe, work, track.loggers, callbacks, title)
         winner = best[ranked(best)[0]]
         facts = {"val_top1": 100 * winner.top1, "best_epoch": winner.epoch} | metrics
         track.summary(facts)

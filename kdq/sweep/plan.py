@@ -1,11 +1,12 @@
 """From the cells of a grid to jobs in waves.
 
     wave 1          models that need no other: teachers, baselines, DML's students
-    wave 2 ...      models that need those: distilled students
+    wave 2 ...      models that need those: distilled students; then, with ``tune``, each width's tuned model
     last wave       rows: every missing width of one model in one job
 
-Keys come from :func:`kdq.stages.train.planned` and :func:`kdq.stages.asked.row_keys`, which the jobs themselves use:
-what a wave leaves in the store is what the next one finds there.
+Keys come from :func:`kdq.stages.train.planned`, :func:`kdq.stages.tune.tuned_models` and
+:func:`kdq.stages.asked.row_keys`, which the jobs themselves use: what a wave leaves in the store is what the next one
+finds there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kdq.stages.asked import complete, row_keys
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns
 from kdq.stages.train import Model, planned
+from kdq.stages.tune import tuned_models
 from kdq.sweep.cost import model_work, row_work
 from kdq.utils.errors import KdqError
 from kdq.utils.messages import describe
@@ -41,7 +43,7 @@ class Job:
 
     Attributes:
         name: says the model or the cell.
-        kind: ``teacher``, ``student`` or ``rows``.
+        kind: ``teacher``, ``student``, ``tuned`` or ``rows``.
         what: says more.
         overrides: what composes the config that makes it.
         makes: what will be there afterwards, a model or rows: key to name.
@@ -99,7 +101,7 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
     """
     plan, models, jobs = Plan(output, cells), _Models(), list[Job]()
     for group in _by_bits(cells):
-        for cell, overrides, model, keys in _planned(group, compose, plan):
+        for cell, overrides, model, tuned, keys in _planned(group, compose, plan):
             new = {name: key for name, key in keys.items() if key not in plan.rows}  # cells may mean the same row
             plan.rows |= dict.fromkeys(new.values(), cell.name)
             columns = asked_columns(cell)
@@ -109,7 +111,8 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
             if not missing:
                 continue
             try:
-                needs = models.missing(cell, model, overrides)
+                wanted = [tuned[name] for name in missing] if tuned else [model]
+                needs = frozenset().union(*(models.missing(cell, one, overrides) for one in wanted))
             except KdqError as error:  # a damaged model takes only its own rows with it
                 plan.impossible.append((overrides, describe(error)))
                 plan.rows = {key: name for key, name in plan.rows.items() if key not in missing.values()}
@@ -130,9 +133,9 @@ def _by_bits(cells: Sequence[Overrides]) -> list[list[Overrides]]:
 
 def _planned(
     group: list[Overrides], compose: Compose, plan: Plan
-) -> Iterator[tuple[Cell, Overrides, Model, dict[str, str]]]:
-    """The cells of a group, with their models and the keys of their rows: as one cell with a list of bits, where that
-    means the same, else one by one. What cannot be planned is noted in ``plan``."""
+) -> Iterator[tuple[Cell, Overrides, Model, dict[str, Model], dict[str, str]]]:
+    """The cells of a group, with their models, tuned models and keys of rows: as one cell with a list of bits, where
+    that means the same, else one by one. What cannot be planned is noted in ``plan``."""
     configs = {}
     if len(group) > 1:
         parser = OverridesParser.create()
@@ -149,7 +152,8 @@ def _planned(
             cell = Cell(configs.get(overrides) or compose(overrides))
             model = planned(cell)
             asked_columns(cell)
-            yield cell, overrides, model, row_keys(cell, model)
+            tuned = tuned_models(cell, model)
+            yield cell, overrides, model, tuned, row_keys(cell, model, tuned)
         except HydraException:
             raise
         except Exception as error:

@@ -30,6 +30,6 @@ def pareto_curve(data: str) -> str:
     return f"pareto/{data}"
 
 
-def series(method: str, arch: str, quantizer: str, act_bits: int) -> str:
+def series(method: str, arch: str, quantizer: str, act_bits: int, tune: str = "") -> str:
     """What one curve stands for: a model and how it was quantized; its seeds are averaged."""
-    return f"{method} {arch} {quantizer}" + ("" if act_bits == 32 else f" A{act_bits}")
+    return f"{method} {arch} {quantizer}" + ("" if act_bits == 32 else f" A{act_bits}") + (f" {tune}" if tune else "")

@@ -35,7 +35,7 @@ logging.getLogger("wandb").propagate = False
 #: Seconds that a process waits for W&B's server in all, and what it takes to write a run's end to the disk.
 PATIENCE, WRITING = 26.0, 2.0
 #: Job types whose curves are drawn over the trainer's steps.
-TRAININGS = ("teacher", "distill")
+TRAININGS = ("teacher", "distill", "tune")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ STABLE: dict[str, str] = {
         for title in ("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "DIST", "NKD", "TTM", "RLD", "TfKD")
         for path in (f"kdq.distill.{title}", f"kdq.distill.{title.lower()}.{title}")
     },
+    **_paths("qad", "kdq.distill.QAD", "kdq.distill.qad.QAD"),
+    **_paths("qat", "kdq.distill.QAT", "kdq.distill.qad.QAT"),
     **_paths("train_config", "kdq.distill.TrainConfig", "kdq.distill.config.TrainConfig"),
     **{
         f"kdq.quant{room}.{solver}.{solver}": solver

@@ -1,0 +1,140 @@
+"""Distilling into the quantized network: training after quantization that keeps every layer's alphabet.
+
+Quantization-aware distillation trains the rounded network on what its float original, or a better teacher, says of each
+image, and needs no labels (Mishra & Marr 2018, arXiv 1711.05852; NVIDIA 2026, arXiv 2601.20088). Quantization-aware
+training on labels is its control. See :mod:`kdq.quant.fake` for the rounding and its gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kdq.distill.checkpoint import built, described
+from kdq.distill.learner import Learner
+from kdq.distill.losses import distillation_kl, soft_cross_entropy
+from kdq.distill.module import DistillationModule
+from kdq.distill.progress import TrainingProgress
+from kdq.distill.teacher_student import TeacherStudent
+from kdq.quant.fake import fake_quantized, layout, quantized, roundings, with_layout
+from kdq.utils.checks import one_of, within
+
+#: BatchNorm normalises with each batch's own statistics and goes on averaging them, or stays as it is.
+BATCHNORM = ("train", "frozen")
+
+
+class IntoQuantized(DistillationModule):
+    """What :class:`QAD` and :class:`QAT` share: a student whose weights are rounded when they run.
+
+    Args:
+        student: what :func:`kdq.quantize` or :func:`kdq.load` gave; it is not modified.
+        args, kwargs: of :class:`~kdq.distill.module.DistillationModule`, or of the method's other base.
+        batchnorm: ``train`` or ``frozen``.
+        learn_scales: the scales of the alphabets are trained, too, without weight decay.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | Mapping[str, Any],
+        *args: Any,
+        batchnorm: str = "train",
+        learn_scales: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(_trainable(student), *args, **kwargs)
+        self.batchnorm = one_of("tune.batchnorm", batchnorm, BATCHNORM)
+        for rounding in roundings(self.student.network):
+            rounding.scale.requires_grad_(learn_scales)
+        self.train()  # kdq.quantize gives a network in eval mode, and a Trainer leaves it there
+
+    def quantized(self) -> nn.Module:
+        """The network as it is now, with its codes: what :func:`kdq.save` takes. It computes what :meth:`forward` does,
+        bit for bit."""
+        return quantized(self.eval_network)
+
+    def train(self, mode: bool = True) -> IntoQuantized:
+        super().train(mode)
+        if self.batchnorm == "frozen":
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def trained_parameters(self, learner: Learner) -> Any:
+        """Scales apart: a decayed one would shrink its layer's range, whatever the gradients say."""
+        scales = [rounding.scale for rounding in roundings(learner.network)]
+        ours = {id(scale) for scale in scales}
+        others = [parameter for parameter in learner.network.parameters() if id(parameter) not in ours]
+        return [{"params": others}, {"params": scales, "weight_decay": 0.0}]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        network = self.student.network
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["student"] = {
+            "network": described(network),
+            "layout": layout(network),
+        }
+
+
+class QAD(IntoQuantized, TeacherStudent):
+    """``alpha T^2 KL(teacher || student) + (1 - alpha) CE``, the student's weights rounded to their alphabets.
+
+    >>> import kdq, torch
+    >>> network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> student, report = kdq.quantize(network, torch.randn(64, 8).split(16), bits=2)
+    >>> module = QAD(student, teacher=network, num_classes=3)  # then: trainer.fit(module, train_loader, val_loader)
+    >>> images = torch.randn(5, 8)
+    >>> torch.equal(module.quantized()(images), student(images))  # kdq.save(module.quantized(), "model.kdq")
+    True
+
+    Args:
+        student, batchnorm, learn_scales: see :class:`IntoQuantized`.
+        teacher: the float network itself, or another one.
+        alpha: the teacher's share of the loss; with 1, the default, labels change nothing.
+        kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | Mapping[str, Any],
+        teacher: nn.Module | None = None,
+        *,
+        alpha: float = 1.0,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, temperature=temperature, **kwargs)
+        self.alpha = within("tune.alpha", alpha, 0, 1)
+
+    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
+        logits = self.student(images)
+        kl = distillation_kl(*self.comparable(logits, self.teacher(images)), self.temperature)
+        terms = {"kl": self.alpha * kl}
+        if self.alpha < 1:
+            terms["ce"] = (1 - self.alpha) * soft_cross_entropy(logits, labels, self.config.label_smoothing)
+        return terms, logits
+
+
+class QAT(IntoQuantized):
+    """``CE(z_s, y)``, the student's weights rounded to their alphabets: the control of :class:`QAD`.
+
+    >>> import kdq, torch
+    >>> network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> student, report = kdq.quantize(network, torch.randn(64, 8).split(16), bits=2)
+    >>> QAT(student, num_classes=3, learn_scales=False).batchnorm
+    'train'
+    """
+
+    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
+        logits = self.student(images)
+        return {"ce": soft_cross_entropy(logits, labels, self.config.label_smoothing)}, logits
+
+
+def _trainable(student: Any) -> nn.Module:
+    """A network with roundings: of a quantized one, of one that has them already, or of a checkpoint's description."""
+    if isinstance(student, Mapping):
+        return with_layout(built(student["network"], "student"), student["layout"])
+    return fake_quantized(student) if isinstance(student, nn.Module) and not layout(student) else student

@@ -1,0 +1,267 @@
+"""Training through the rounding: a quantized network whose layers keep float weights and round them when they run.
+
+    kdq.quantize(model, ...)  ->  fake_quantized(network)  -> train ->  quantized(network)  ->  kdq.save(network, path)
+
+What comes out has the alphabets' number of levels, exactly, and computes what the network in training computed, bit
+for bit. The rounding has a derivative of zero almost everywhere; the straight-through estimator (Bengio, Leonard &
+Courville 2013, arXiv 1308.3432) takes that of the identity in its place, inside of the alphabet's range.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.packing.packed import keep_decoded
+from kdq.quant.packing.weights import QuantizedWeight, with_float_dtype, with_quantized_weights
+from kdq.quant.solvers.alphabet import decode
+from kdq.utils.errors import KdqError
+
+#: Up to here the weight's own dtype tells a code from the next one.
+_OWN_DTYPE_LEVELS = 2**20
+
+
+class FakeQuantize(nn.Module):
+    """Rounds a layer's weight to its alphabet: a parametrization of the layer's ``weight``.
+
+    >>> rounding = FakeQuantize(torch.tensor([0.5]), zero=torch.ones(1), levels=4)
+    >>> rounding(torch.tensor([[-9.0, 0.1, 0.7, 9.0]])).detach()
+    tensor([[-0.5000,  0.0000,  0.5000,  1.0000]])
+
+    Args:
+        scale: ``(out_channels,)``, or ``(1,)`` for one that they share; learned. Its gradient is divided by
+            ``sqrt(weights that share it * largest code)``, so that its steps are of the weights' size (Esser et al.
+            2020, arXiv 1902.08153, section 2.2).
+        zero: ``(out_channels,)``, the code that stands for zero; it stays as it is.
+        levels: size of the alphabet.
+    """
+
+    scale: nn.Parameter
+    zero: Tensor
+
+    def __init__(self, scale: Tensor, zero: Tensor, levels: int) -> None:
+        super().__init__()
+        self.scale, self.levels = nn.Parameter(scale.clone()), levels
+        self.register_buffer("zero", zero.clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The values of the alphabet nearest to ``weight`` ``(out_channels, ...)``, in its dtype."""
+        return _Round.apply(weight, self.scale, self.zero, self.levels)
+
+    def quantized_weight(self, weight: Tensor) -> QuantizedWeight:
+        """``weight`` as it is stored: it decodes to what :meth:`forward` gives."""
+        codes, _ = _codes(weight.detach(), self.scale.detach(), self.zero, self.levels)
+        scale = _positive(self.scale.detach()).expand(len(weight)).contiguous()
+        return QuantizedWeight(codes.long().view(weight.shape), scale, self.zero.clone(), self.levels)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}"
+
+
+class _Round(torch.autograd.Function):
+    """``decode(encode(weight))`` with LSQ's gradients (equations 3 and 5 of its paper)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
+        codes, places = _codes(weight, scale, zero, levels)
+        inside = (places >= 0) & (places <= levels - 1)
+        # Inside, the scale moves a value by what the rounding added; outside, by the end of the range.
+        slope = torch.where(inside, codes - places, codes - zero[:, None].to(codes.dtype))
+        ctx.save_for_backward(inside, slope)
+        ctx.scales, ctx.levels = scale.shape, levels
+        return decode(codes, _positive(scale)[:, None], zero[:, None], levels).to(weight.dtype).view(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        inside, slope = ctx.saved_tensors
+        rows = gradients[0].flatten(1)
+        of_scale = (rows * slope).sum(1, dtype=torch.float32)
+        of_scale = of_scale if ctx.scales == of_scale.shape else of_scale.sum().view(1)
+        size = (rows.numel() // len(of_scale) * (ctx.levels - 1)) ** 0.5
+        return (rows * inside).view(gradients[0].shape), of_scale / size, None, None
+
+
+def _codes(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The codes as floats ``(rows, columns)``, and the places between them that the weights are at."""
+    dtype = weight.dtype if levels <= _OWN_DTYPE_LEVELS else torch.float64
+    places = weight.flatten(1).to(dtype) / _positive(scale)[:, None].to(dtype) + zero[:, None].to(dtype)
+    return places.round().clamp_(0, levels - 1), places
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """``scale``, should a step have carried it through zero."""
+    return scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+class FakeQuantizeInput(nn.Module):
+    """Rounds a layer's input as an :class:`~kdq.quant.activations.ActivationQuantizer` does, with a scale that is
+    learned (LSQ, as above): a child and a forward pre-hook of the layer.
+
+    >>> rounding = FakeQuantizeInput(torch.tensor(0.5), zero=0, bits=2)
+    >>> rounding.nearest(torch.tensor([[-1.0, 0.3, 9.0]])).detach()
+    tensor([[0.0000, 0.5000, 1.5000]])
+    """
+
+    scale: nn.Parameter
+
+    def __init__(self, scale: Tensor, zero: int, bits: int) -> None:
+        super().__init__()
+        self.scale, self.zero, self.bits = nn.Parameter(scale.clone()), zero, bits
+
+    def forward(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.nearest(inputs[0]), *inputs[1:])
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """``values`` ``(batch, ...)`` rounded, in their own dtype."""
+        return _RoundInput.apply(values, self.scale, self.zero, self.bits)
+
+    def quantizer(self) -> ActivationQuantizer:
+        """The same rounding as it is stored."""
+        return ActivationQuantizer(float(_positive(self.scale.detach())), self.zero, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class _RoundInput(torch.autograd.Function):
+    """The same for a whole tensor; forward is the kernel that quantized networks run."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero: int, bits: int) -> Tensor:
+        ctx.save_for_backward(values, scale)
+        ctx.zero, ctx.last = zero, 2**bits - 1
+        point = torch.full((1,), zero, dtype=torch.int32, device=values.device)
+        return torch.fake_quantize_per_tensor_affine(values, _positive(scale).view(1), point, 0, ctx.last)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        values, scale = ctx.saved_tensors
+        places = values / _positive(scale)
+        inside = (places >= -ctx.zero) & (places <= ctx.last - ctx.zero)
+        codes = places.round().clamp_(-ctx.zero, ctx.last - ctx.zero)
+        of_scale = (gradients[0] * torch.where(inside, codes - places, codes)).sum(dtype=torch.float32)
+        size = (values[0].numel() * ctx.last) ** 0.5
+        return gradients[0] * inside, (of_scale / size).view(scale.shape), None, None
+
+
+#: What a :func:`fake_quantized` network rounds: of each layer the size of its alphabet and the number of its scales,
+#: and the zero and the bits of its input where that is rounded, too. Plain values, for a checkpoint.
+Layout = Mapping[str, Mapping[str, int]]
+
+
+def fake_quantized(network: nn.Module) -> nn.Module:
+    """A trainable copy of a network made by :func:`kdq.quantize`, or read by :func:`kdq.load`.
+
+    Every quantized layer has its float weights in ``parametrizations.weight.original``, which begin at the values of
+    its codes, and its :class:`FakeQuantize`; with ``act_bits`` its :class:`FakeQuantizeInput`, too. What is float, such
+    as biases and BatchNorm, trains as it is.
+
+    >>> from kdq.quant.network import quantize
+    >>> network, _ = quantize(nn.Sequential(nn.Linear(8, 3)), [torch.randn(64, 8)], bits=2, act_bits=4)
+    >>> training = fake_quantized(network)
+    >>> images = torch.randn(5, 8)
+    >>> torch.equal(training(images), network(images)), torch.equal(quantized(training)(images), network(images))
+    (True, True)
+
+    Raises:
+        KdqError: no layer of the network is quantized, or it decodes its weights whenever they run.
+    """
+    weights: Mapping[str, Any] = getattr(network, "quantized_weights", {})
+    activations: Mapping[str, ActivationQuantizer] = getattr(network, "quantized_activations", {})
+    if not weights:
+        raise KdqError("the network has no quantized weights: give what kdq.quantize or kdq.load returned")
+    trainable = copy.deepcopy(network, {id(weight): weight for weight in weights.values()})
+    for name, weight in weights.items():
+        layer = trainable.get_submodule(name)
+        if parametrize.is_parametrized(layer):
+            raise KdqError(f"{name} decodes its weight as it runs: load the network with decode='once' to train it")
+        shared = len(weight.scale) > 1 and bool((weight.scale == weight.scale[0]).all())
+        _round_weight(layer, FakeQuantize(weight.scale[:1] if shared else weight.scale, weight.zero, weight.levels))
+    for name, quantizer in activations.items():
+        layer = trainable.get_submodule(name)
+        _remove_hooks(layer, ActivationQuantizer)
+        _round_input(layer, FakeQuantizeInput(torch.tensor(quantizer.scale), quantizer.zero, quantizer.bits))
+    del trainable.quantized_weights, trainable.quantized_activations
+    return trainable
+
+
+def quantized(network: nn.Module) -> nn.Module:
+    """A copy of a :func:`fake_quantized` network that computes with its codes, as :func:`kdq.quantize` gives: in eval
+    mode, with ``quantized_weights``. A 16-bit ``float_dtype`` is kept."""
+    plain = copy.deepcopy(network)
+    weights, activations = {}, {}
+    for name, layer in list(plain.named_modules()):
+        if (rounding := _weight_rounding(layer)) is not None:
+            weights[name] = rounding.quantized_weight(layer.parametrizations.weight.original)
+            keep_decoded(layer)
+        if (of_input := _input_rounding(layer)) is not None:
+            activations[name] = of_input.quantizer()
+            _remove_hooks(layer, FakeQuantizeInput)
+            del layer.input_rounding
+    made = with_quantized_weights(plain, weights, activations)
+    dtype: str | None = getattr(network, "kdq_float_dtype", None)
+    return made if dtype is None else with_float_dtype(made, dtype)
+
+
+def roundings(network: nn.Module) -> list[FakeQuantize | FakeQuantizeInput]:
+    """Everything in ``network`` that rounds in a :func:`fake_quantized` one's way; nothing in others."""
+    return [module for module in network.modules() if isinstance(module, (FakeQuantize, FakeQuantizeInput))]
+
+
+def layout(network: nn.Module) -> dict[str, dict[str, int]]:
+    """The :data:`Layout` of a :func:`fake_quantized` network; empty for others."""
+    layers: dict[str, dict[str, int]] = {}
+    for name, layer in network.named_modules():
+        if (rounding := _weight_rounding(layer)) is not None:
+            layers[name] = {"levels": rounding.levels, "scales": len(rounding.scale)}
+            if (of_input := _input_rounding(layer)) is not None:
+                layers[name] |= {"zero": of_input.zero, "bits": of_input.bits}
+    return layers
+
+
+def with_layout(network: nn.Module, layers: Layout) -> nn.Module:
+    """A copy of a float ``network`` that rounds as ``layers`` say: what the state dict of a :func:`fake_quantized` one
+    fits."""
+    trainable = copy.deepcopy(network)
+    for name, numbers in layers.items():
+        layer = trainable.get_submodule(name)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        _round_weight(layer, FakeQuantize(torch.ones(numbers["scales"]), torch.zeros(len(weight)), numbers["levels"]))
+        if "bits" in numbers:
+            _round_input(layer, FakeQuantizeInput(torch.tensor(1.0), numbers["zero"], numbers["bits"]))
+    return trainable
+
+
+def _round_weight(layer: nn.Module, rounding: FakeQuantize) -> None:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    parametrize.register_parametrization(layer, "weight", rounding.to(weight.device))
+
+
+def _round_input(layer: nn.Module, rounding: FakeQuantizeInput) -> None:
+    rounding.to(next(layer.parameters()).device)
+    layer.input_rounding = rounding
+    layer.register_forward_pre_hook(rounding)
+
+
+def _weight_rounding(layer: nn.Module) -> FakeQuantize | None:
+    found = layer.parametrizations.weight[0] if parametrize.is_parametrized(layer, "weight") else None  # type: ignore[index, union-attr]
+    return found if isinstance(found, FakeQuantize) else None
+
+
+def _input_rounding(layer: nn.Module) -> FakeQuantizeInput | None:
+    found = layer._modules.get("input_rounding")
+    return found if isinstance(found, FakeQuantizeInput) else None
+
+
+def _remove_hooks(layer: nn.Module, kind: type) -> None:
+    hooks = layer._forward_pre_hooks
+    for handle in [handle for handle, hook in hooks.items() if isinstance(hook, kind)]:
+        del hooks[handle]

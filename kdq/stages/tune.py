@@ -1,0 +1,145 @@
+"""The stage that tunes: a row's quantized network, trained on with its alphabets kept (:mod:`kdq.distill.qad`).
+
+    float model -> quantized to the row's width -> fake-quantized, trained -> a model of the store -> the row
+
+Every width of a cell is a training of its own, which begins at a packed file: that is what all its processes read, and
+what a killed one goes on from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import torch
+from torch import Tensor
+
+from kdq.models.build import build
+from kdq.quant.fake import fake_quantized, layout, quantized, with_layout
+from kdq.quant.network import LayerReport, Quantized, Report
+from kdq.quant.packing.file import save_packed
+from kdq.quant.packing.weights import with_float_dtype
+from kdq.records.store import Entry, Make, key_of
+from kdq.records.user_code import user_code
+from kdq.stages.asked import asked_bits
+from kdq.stages.cell import Cell
+from kdq.stages.quantize import Tuned, quantized_once
+from kdq.stages.train import Model, artifact, teacher_model
+from kdq.stages.training import NetworkSpec, TrainingSpec
+from kdq.stages.worker import run_training
+from kdq.train.recipe import Recipe
+from kdq.train.trainer import with_trainer_flags
+from kdq.utils.checks import one_of
+from kdq.utils.config import plain
+from kdq.utils.errors import KdqError
+from kdq.utils.files import parse_json, write_text
+
+#: Who teaches: the float network that was quantized, or the cell's teacher.
+TEACHERS = ("self", "cell")
+
+
+def tuned_models(cell: Cell, model: Model) -> dict[str, Model]:
+    """The tuned model of each row that the cell asks for, by :func:`asked_bits`; none with ``tune=none``.
+
+    Args:
+        model: whose weights the cell quantizes.
+
+    Raises:
+        KdqError: nothing is quantized that could be tuned, or an option cannot be.
+    """
+    tune = cell.cfg.tune
+    if tune._target_ is None:
+        return {}
+    if cell.cfg.quant.solver is None:
+        raise KdqError(f"tune={tune.name} trains a quantized network, and quant={cell.cfg.quant.name} makes none")
+    return {name: _tuned_model(cell, model, name, bits) for name, bits in asked_bits(cell).items()}
+
+
+def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model:
+    method, role = plain(cell.cfg.tune), cell.of_role(cell.role)
+    label, images = method.pop("name"), method.pop("images")
+    recipe = with_trainer_flags(method.pop("recipe"), plain(cell.cfg.trainer))
+    Recipe(**recipe)
+    if images is not None and images < 1:
+        raise KdqError(f"tune.images={images} must be at least 1, or null for all training images")
+    networks = {"student": NetworkSpec(role["name"], role["net"], role["seed"], None)}
+    models = {"student": model}
+    if "teacher" in getattr(hydra.utils.get_class(method["_target_"]), "takes", ()):
+        own = one_of("tune.teacher", method.pop("teacher"), TEACHERS) == "self" or cell.role == "teacher"
+        models["teacher"] = model if own else teacher_model(cell)
+        teacher = role if own else cell.of_role("teacher")
+        networks["teacher"] = NetworkSpec(teacher["name"], teacher["net"], teacher["seed"], None)
+    quant = {key: value for key, value in plain(cell.cfg.quant).items() if key not in ("name", "bits")}
+    spec = {
+        "stage": "tune",
+        "models": {name: model.key for name, model in models.items()},
+        "data": cell.images.spec(),
+        "quant": quant,
+        "bits": bits,
+        "method": method,
+        "images": images,
+        "recipe": recipe,
+        "precision": cell.cfg.trainer.precision,
+        **cell.training_flags(),
+        "seed": role["seed"],
+        **user_code(quant, method, plain(cell.cfg.callbacks)),
+    }
+    slug = f"{cell.cfg.data.name}-{cell.cfg.method.name}-{role['name']}-s{role['seed']}-{cell.cfg.quant.name}-b{name}"
+    training = TrainingSpec(
+        label, "tune", method, recipe, networks, f"{slug}-{label}", f"{cell.name}-b{name}", key_of(spec), images=images,
+        images_seed=cell.cfg.quant.seed,
+    )  # fmt: skip
+    needs = tuple({model.key: model for model in models.values()}.values())
+    return Model(spec, training.slug, training.name, "tuned", needs, _make(cell, training, models, name), training)
+
+
+def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str) -> Make:
+    @contextmanager
+    def make(work: Path) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Any]]]:
+        entry = _entry(cell, models["student"])
+        start, facts = _start(cell, entry, name, work)
+        networks = dict(plan.networks)
+        for role, model in models.items():  # of two students that learned together, the better one has its own net
+            stored = _entry(cell, model)
+            net = cell.net_of(cell.role if model is models["student"] else "teacher", stored)
+            file = start if role == "student" else (stored.path / "weights.safetensors").absolute()
+            networks[role] = replace(networks[role], net=net, weights=str(file))
+        inputs = [artifact(cell.store, model) for model in models.values()]
+        training = replace(plan, networks=networks, inputs=inputs)
+        with run_training(cell, training, work) as (best, metrics):
+            one = best["student"]
+            yield one.weights, {"val_top1": 100 * one.top1, "best_epoch": one.epoch} | facts | metrics
+
+    return make
+
+
+def _entry(cell: Cell, model: Model) -> Entry:
+    entry = cell.store.get(model.spec, model.slug)
+    assert entry is not None  # what a model needs is made before it
+    return entry
+
+
+def _start(cell: Cell, entry: Entry, name: str, work: Path) -> tuple[Path, dict[str, Any]]:
+    """The quantized network as a packed file in ``work``, and what its row will say of it; made unless it is there."""
+    file, facts = (work / "start.kdq").absolute(), work / "start.json"
+    if not facts.is_file():  # it is written last
+        found = quantized_once(cell, entry, name)
+        save_packed(found.network, file)
+        write_text(facts, json.dumps({"layout": layout(fake_quantized(found.network)), "report": asdict(found.report)}))
+    return file, parse_json(facts.read_text())
+
+
+def tuned(cell: Cell, entry: Entry, made: Entry) -> Tuned:
+    """The network of a row, from the float model's ``entry`` and the tuned one that was ``made`` of it."""
+    report = made.metrics["report"] | {"layers": [LayerReport(**layer) for layer in made.metrics["report"]["layers"]]}
+    network = with_layout(build(cell.net_of(cell.role, entry)), made.metrics["layout"])
+    network.load_state_dict(made.weights())
+    network = quantized(network).to(cell.device).to(memory_format=torch.channels_last)
+    if cell.cfg.quant.float_dtype is not None:
+        network = with_float_dtype(network, cell.cfg.quant.float_dtype)
+    return Tuned(Quantized(network, Report(**report)), made.metrics["train_seconds"], made.metrics["epochs"])

@@ -1,0 +1,115 @@
+"""Training into a quantized network, in a stranger's script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import kdq
+from kdq.distill import QAD, QAT, TrainConfig
+from kdq.utils.errors import KdqError
+from tests.distill.test_standalone import QUIET, SILENT, foreign, loader, network
+
+CONFIG = TrainConfig(lr=0.1, weight_decay=0.0, schedule="cosine")
+
+
+def student(build: Any = network, bits: int = 2, **options: Any) -> nn.Module:
+    return kdq.quantize(build(2), loader(), bits=bits, **options)[0]
+
+
+def shuffled() -> DataLoader[Any]:
+    images, labels = loader().dataset.tensors  # type: ignore[attr-defined]
+    return DataLoader(TensorDataset(images, labels[torch.randperm(len(labels))]), 16)
+
+
+def fitted(module: L.LightningModule, batches: Any = None, **flags: Any) -> Any:
+    torch.manual_seed(0)
+    L.Trainer(**{**SILENT, "max_epochs": 2, **flags}).fit(module, batches or loader(), loader(1))
+    return module.eval()
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize("kind", [QAD, QAT])
+def test_the_whole_script(kind: Any, ema: float | None, tmp_path: Path) -> None:
+    """Fit, test the best checkpoint, load it again without another word, and save what was tested."""
+    others = {"teacher": network(2)} if kind is QAD else {}
+    start = student(act_bits=8)
+    module = kind(start, **others, num_classes=4, config=TrainConfig(lr=0.05, ema=ema))
+    best = ModelCheckpoint(monitor="val/top1", mode="max")
+    trainer = L.Trainer(**QUIET, max_epochs=2, logger=False, callbacks=[best], default_root_dir=tmp_path)
+    trainer.fit(module, loader(), loader(1))
+    (tested,) = trainer.test(module, loader(2), ckpt_path="best", verbose=False)
+    loaded = kind.load_from_checkpoint(best.best_model_path).eval()
+    assert L.Trainer(**SILENT).test(loaded, loader(2), verbose=False) == [tested]
+    kdq.save(loaded.quantized(), tmp_path / "model.kdq")
+    images = loader(2).dataset.tensors[0]  # type: ignore[attr-defined]
+    packed = kdq.load(tmp_path / "model.kdq")
+    assert torch.equal(packed(images), loaded(images))
+    assert not torch.equal(packed(images), start(images))
+    assert all(weight.levels == 4 for weight in packed.quantized_weights.values())
+
+
+def test_without_labels_in_the_loss_labels_change_nothing() -> None:
+    def logits(batches: Any, **options: Any) -> Any:
+        module = QAD(student(), teacher=network(2), num_classes=4, config=CONFIG, **options)
+        return fitted(module, batches)(loader(2).dataset.tensors[0])  # type: ignore[attr-defined]
+
+    assert torch.equal(logits(loader()), logits(shuffled()))
+    assert not torch.equal(logits(loader(), alpha=0.5), logits(shuffled(), alpha=0.5))
+
+
+def test_frozen_batchnorm_and_scales_stay_as_they_are() -> None:
+    def state(**options: Any) -> dict[str, Any]:
+        return fitted(QAT(student(), num_classes=4, config=CONFIG, **options)).quantized().state_dict()
+
+    before = student()
+    frozen, free = state(batchnorm="frozen"), state()
+    for name, value in before.state_dict().items():
+        if "running" in name:
+            assert torch.equal(frozen[name], value)
+            assert not torch.equal(free[name], value)
+    fixed = fitted(QAT(student(), num_classes=4, config=CONFIG, learn_scales=False)).quantized()
+    for name, weight in before.quantized_weights.items():
+        assert torch.equal(fixed.quantized_weights[name].scale, weight.scale)
+
+
+def test_distillation_brings_the_rounded_network_nearer_to_its_teacher() -> None:
+    images, teacher = loader(5).dataset.tensors[0], network(2).eval()  # type: ignore[attr-defined]
+    config = TrainConfig(lr=0.1, weight_decay=0.0)
+    # The teacher was never trained: its BatchNorm does not have the statistics of these images.
+    module = QAD(student(), teacher=teacher, num_classes=4, config=config, batchnorm="frozen")
+
+    def distance(found: nn.Module) -> float:
+        with torch.no_grad():
+            return float((found(images).log_softmax(1) - teacher(images).log_softmax(1)).square().mean())
+
+    before = distance(student())
+    assert distance(fitted(module, max_epochs=10).quantized()) < 0.7 * before
+
+
+def test_a_foreign_network_is_given_again(tmp_path: Path) -> None:
+    start = student(foreign)
+    module = fitted(QAT(start, num_classes=4, config=CONFIG))
+    path = tmp_path / "x.ckpt"
+    trainer = L.Trainer(**SILENT, max_epochs=1)
+    trainer.fit(module, loader(), loader(1))
+    trainer.save_checkpoint(path)
+    with pytest.raises(KdqError, match="student=network"):
+        QAT.load_from_checkpoint(path)
+    images = loader(2).dataset.tensors[0]  # type: ignore[attr-defined]
+    loaded = QAT.load_from_checkpoint(path, student=student(foreign)).eval()
+    assert torch.equal(loaded(images), module.eval()(images))
+
+
+def test_a_float_student_is_refused() -> None:
+    with pytest.raises(KdqError, match=r"give what kdq\.quantize"):
+        QAT(network(1), num_classes=4)
+    with pytest.raises(KdqError, match="train, frozen"):
+        QAT(student(), num_classes=4, batchnorm="off")

@@ -1,0 +1,188 @@
+"""The stage between quantization and the row: trained once, found again, resumed, planned; rows of what was trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+import kdq
+import kdq.stages.quantize
+from kdq.cli.app import CONFIG_PATH
+from kdq.records.rows import Row
+from kdq.stages.cell import Cell
+from kdq.stages.pipeline import run, train
+from kdq.stages.train import planned
+from kdq.stages.tune import tuned_models
+from kdq.sweep.plan import make_plan
+from kdq.utils.config import compose
+from kdq.utils.errors import KdqError
+from tests.stages.test_train import SMALL, entries
+
+ASKED = [
+    *(override for override in SMALL if override != "quant=none"),
+    "method=teacher",
+    "quant.calibration_images=64",
+]
+TUNE = ["tune=qad", "tune.recipe.epochs=2", "tune.recipe.batch_size=16"]
+
+
+def config(output: Path, *overrides: str) -> Any:
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        tune = [] if "tune=none" in overrides else TUNE
+        return hydra.compose("config", [*ASKED, *tune, *overrides, f"paths.output_dir={output}"])
+
+
+def test_rows_say_what_was_trained_and_what_it_computes(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "quant.bits=[2,4]")
+    rows = run(cfg)
+    (batch,) = Cell(cfg).images.evaluation("test", torch.device("cpu"))
+    for row, bits in zip(rows, (2, 4), strict=True):
+        assert (row.tune, row.tune_epochs, row.bits, row.avg_bits) == ("qad", 2, bits, bits)
+        assert row.tune_seconds is not None
+        assert row.tune_seconds > 0
+        network = kdq.load(tmp_path / row.artifact).to(memory_format=torch.channels_last)
+        assert {weight.levels for weight in network.quantized_weights.values()} == {2**bits}
+        with torch.no_grad():
+            logits = network(batch[0])
+        assert row.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, batch[1]).item(), abs=1e-5)
+    assert entries(tmp_path) == [
+        "digits-baseline-resnet20-s0",
+        "digits-teacher-resnet20-s0-gpfq-b2-qad",
+        "digits-teacher-resnet20-s0-gpfq-b4-qad",
+    ]
+    assert run(cfg) == rows
+    (tmp_path / rows[0].artifact).unlink()  # made again from what was trained
+    assert run(cfg) == rows
+
+
+def test_no_tuning_leaves_the_row_as_it_was(tmp_path: Path) -> None:
+    """Its key too; the two rows stand side by side."""
+    (plain,) = run(config(tmp_path, "quant.bits=2", "tune=none"))
+    (tuned,) = run(config(tmp_path, "quant.bits=2"))
+    assert (plain.tune, plain.tune_seconds, plain.tune_epochs) == ("", None, None)
+    assert plain.config_hash != tuned.config_hash
+    assert (plain.top1_float, plain.size_bytes) == (tuned.top1_float, tuned.size_bytes)
+    assert plain.nll != tuned.nll
+
+
+def test_a_rate_of_zero_and_frozen_batchnorm_give_the_row_of_quantization(tmp_path: Path) -> None:
+    for act_bits in ("null", "8"):
+        asked = ["quant.bits=2", f"quant.act_bits={act_bits}"]
+        (plain,) = run(config(tmp_path, *asked, "tune=none"))
+        (tuned,) = run(config(tmp_path, *asked, "tune.recipe.lr=0", "tune.batchnorm=frozen"))
+        for column in ("top1", "nll", "ece", "avg_bits", "weight_bits_total"):
+            assert getattr(plain, column) == getattr(tuned, column)
+
+
+class Fail(Callback):
+    """Breaks a training off in its second epoch, once."""
+
+    failed = False
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == 1 and not Fail.failed:
+            Fail.failed = True
+            raise OSError("killed")
+
+
+def test_broken_off_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["quant.bits=2", "tune.images=32", "+callbacks.fail._target_=tests.stages.test_tune.Fail"]
+    passes, real = [], kdq.stages.quantize.quantized_once
+
+    def once(*args: Any) -> Any:
+        passes.append(args)
+        return real(*args)
+
+    monkeypatch.setattr("kdq.stages.tune.quantized_once", once)
+    Fail.failed = True
+    (undisturbed,) = run(config(tmp_path / "undisturbed", *asked))
+    assert undisturbed.tune == "qad 32 images"
+    # The teacher has one epoch: what is broken off is the tuning.
+    Fail.failed = False
+    with pytest.raises(OSError, match="killed"):
+        run(config(tmp_path / "broken", *asked))
+    (resumed,) = run(config(tmp_path / "broken", *asked))
+    assert len(passes) == 2  # the resumed training begins at the packed file
+    assert facts(resumed) == facts(undisturbed)
+
+
+def facts(row: Row) -> Row:
+    """What does not depend on the clock."""
+    return replace(
+        row, latency_ms_torch=0.0, train_seconds=0.0, quantize_seconds=0.0, tune_seconds=0.0, wandb_run="", threads=None
+    )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["method=dml", "tune=qat", "quant.bits=3"],
+        ["method=vkd", "tune.teacher=cell", "quant=best", "quant.bits=2", "quant.float_dtype=bf16"],
+        ["quant=greedy", "quant.search.avg_bits=3", "quant.search.validation_images=16"],
+    ],
+)
+def test_every_axis_of_a_grid_composes(asked: list[str], tmp_path: Path) -> None:
+    (plain,) = run(config(tmp_path, *(override for override in asked if "tune" not in override), "tune=none"))
+    (tuned,) = run(config(tmp_path, *asked))
+    assert (plain.avg_bits, plain.bits) == (tuned.avg_bits, tuned.bits)
+    assert tuned.size_bytes == pytest.approx(plain.size_bytes, rel=0.01)
+    assert tuned.tune_epochs == 2
+
+
+def test_a_sweep_trains_each_tuned_model_once_before_the_rows(tmp_path: Path) -> None:
+    fixed = [override for override in ASKED if override != "method=teacher"]
+    cells = [
+        (f"method={method}", f"tune={tune}", f"quant.bits={bits}")
+        for method in ("teacher", "vkd")
+        for tune in ("none", "qad")
+        for bits in (2, 4)
+    ]
+
+    def composed(cell: Any) -> Any:
+        tune = [] if "tune=none" in cell else TUNE
+        return compose([*fixed, *tune, *cell, f"paths.output_dir={tmp_path}"])
+
+    plan = make_plan(cells, composed, tmp_path)
+    kinds = [sorted({job.kind for job in wave}) for wave in plan.waves]
+    assert kinds == [["teacher"], ["student", "tuned"], ["tuned"], ["rows"]]
+    assert [len(wave) for wave in plan.waves] == [1, 3, 2, 4]
+    for job in plan.jobs:
+        if job.kind == "rows":
+            assert {row.config_hash for row in run(composed(job.overrides))} == set(job.makes)
+        else:
+            train(composed(job.overrides), next(iter(job.makes)))
+    assert make_plan(cells, composed, tmp_path).jobs == []
+    assert len(entries(tmp_path)) == 6
+
+
+def test_equal_trainings_are_one_model_whatever_they_are_called(tmp_path: Path) -> None:
+    def keys(*asked: str) -> list[str]:
+        cell = Cell(config(tmp_path, "quant.bits=[2,3]", *asked))
+        return [model.key for model in tuned_models(cell, planned(cell)).values()]
+
+    assert keys() == keys("quant.name=mine", "tune.name=mine")
+    assert len({*keys(), *keys("tune.images=8"), *keys("tune.temperature=2"), *keys("quant.order=gram")}) == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["quant=none"], "quant=none makes none"),
+        (["tune.images=0"], "tune.images=0 must be at least 1"),
+        (["tune.teacher=peer"], "self, cell"),
+        (["+tune.temprature=2"], "temperature"),
+        (["tune.recipe.epochs=0"], "recipe.epochs=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_before_anything_is_trained(
+    asked: list[str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(KdqError, match=said):
+        run(config(tmp_path, *asked))
+    assert not list(tmp_path.glob("store/digits-*"))
