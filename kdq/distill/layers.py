@@ -56,8 +56,8 @@ def watched(
 def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
     """The layers that methods compare by default, by a look at the features that ``network`` makes of ``images``.
 
-    The end of a stage is, for each size of maps above one pixel, the last of the outermost layers that give it. The
-    ``embedding`` is what the last linear layer takes.
+    The stages are those that a network names itself as ``network.kdq_stages``; or else the last of the outermost layers
+    that give maps of each size above one pixel. The ``embedding`` is what the last linear layer takes.
 
     >>> from kdq.models import resnet18
     >>> found_layers(resnet18(num_classes=10), torch.zeros(1, 3, 32, 32), "embedding")
@@ -66,6 +66,8 @@ def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
     Raises:
         KdqError: the network has no such layers.
     """
+    if where != "embedding" and hasattr(network, "kdq_stages"):
+        return list(network.kdq_stages)
     modules = {name: module for name, module in network.named_modules() if name}
     features = {
         name: feature for name, (feature, changed) in looked_at(network, images, modules).items() if not changed

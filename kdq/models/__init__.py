@@ -1,5 +1,18 @@
-"""The networks: torchvision's ResNets with either stem, the small CIFAR ResNets of He et al., and a fast learner."""
+"""The networks: torchvision's ResNets with either stem, the small CIFAR ResNets of He et al., the others on which the
+distillation literature compares methods, and a fast learner."""
 
+from kdq.models.cifar import CifarMobileNetV2, CifarShuffleNetV1, CifarShuffleNetV2, CifarVGG, WideResNet
 from kdq.models.networks import CifarResNet, WhitenedNet, resnet18, resnet34, resnet50
 
-__all__ = ["CifarResNet", "WhitenedNet", "resnet18", "resnet34", "resnet50"]
+__all__ = [
+    "CifarMobileNetV2",
+    "CifarResNet",
+    "CifarShuffleNetV1",
+    "CifarShuffleNetV2",
+    "CifarVGG",
+    "WhitenedNet",
+    "WideResNet",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+]

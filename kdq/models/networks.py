@@ -26,7 +26,7 @@ Channels = Sequence[float] | None
 Normalization = tuple[Channels, Channels, Channels, Channels]
 
 
-def _says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
+def says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
     """Makes ``builder``, a function or the ``__init__`` of a class, note on every network what it is.
 
     ``network.kdq_net`` holds the name and the arguments, so that files and checkpoints can name the network instead of
@@ -46,7 +46,7 @@ def _says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-@_says_what_it_is
+@says_what_it_is
 def resnet18(
     num_classes: int,
     in_channels: int = 3,
@@ -60,7 +60,7 @@ def resnet18(
     return _resnet(tv.BasicBlock, [2, 2, 2, 2], num_classes, in_channels, stem, (mean, std, data_mean, data_std))
 
 
-@_says_what_it_is
+@says_what_it_is
 def resnet34(
     num_classes: int,
     in_channels: int = 3,
@@ -74,7 +74,7 @@ def resnet34(
     return _resnet(tv.BasicBlock, [3, 4, 6, 3], num_classes, in_channels, stem, (mean, std, data_mean, data_std))
 
 
-@_says_what_it_is
+@says_what_it_is
 def resnet50(
     num_classes: int,
     in_channels: int = 3,
@@ -166,7 +166,8 @@ def _resnet(
 
 class CifarResNet(nn.Module):
     """The ResNet of He et al. (2016, section 4.2) for 32x32 images: three stages of ``(depth - 2) / 6`` basic
-    blocks with 16, 32 and 64 channels times ``width``.
+    blocks with 16, 32 and 64 channels times ``width``, after a first convolution to ``stem`` channels, as many as the
+    first stage where it is None. The literature's ResNet-32x4 is ``depth=32, width=4, stem=32``.
 
     Where a stage changes shape the ``shortcut`` is a 1x1 convolution (their option ``"B"``), as in the networks of the
     distillation literature, or every second pixel with channels of zeros on either side (``"A"``), as in the original
@@ -175,7 +176,7 @@ class CifarResNet(nn.Module):
     Input ``(batch, in_channels, height, width)``, output logits ``(batch, num_classes)``.
     """
 
-    @_says_what_it_is
+    @says_what_it_is
     def __init__(
         self,
         depth: int,
@@ -187,22 +188,24 @@ class CifarResNet(nn.Module):
         std: Channels = None,
         data_mean: Channels = None,
         data_std: Channels = None,
+        stem: int | None = None,
     ) -> None:
         super().__init__()
         if shortcut not in ("A", "B"):
             raise KdqError(f"shortcut={shortcut!r} is unknown: use 'A' (zeros) or 'B' (a 1x1 convolution)")
         if depth < 8 or (depth - 2) % 6:
             raise KdqError(f"depth={depth} is not a CIFAR ResNet: use 6n + 2, such as 20, 32, 44 or 56")
-        if width <= 0:
-            raise KdqError(f"width={width} must be positive")
+        if width <= 0 or (stem is not None and stem < 1):
+            raise KdqError(f"width={width} and stem={stem} must be positive")
         planes = [max(1, round(width * channels)) for channels in (16, 32, 64)]
+        stem = planes[0] if stem is None else stem
         self.renormalize = _renormalize(in_channels, (mean, std, data_mean, data_std))
-        self.conv1 = nn.Conv2d(in_channels, planes[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes[0])
+        self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU(inplace=True)
         blocks = (depth - 2) // 6
         stage = partial(_stage, blocks=blocks, shortcut=shortcut)
-        self.layer1 = stage(planes[0], planes[0], stride=1)
+        self.layer1 = stage(stem, planes[0], stride=1)
         self.layer2 = stage(planes[0], planes[1], stride=2)
         self.layer3 = stage(planes[1], planes[2], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -254,7 +257,7 @@ class WhitenedNet(nn.Module):
     1.97 M parameters at width 1 with ten classes.
     """
 
-    @_says_what_it_is
+    @says_what_it_is
     def __init__(self, num_classes: int, in_channels: int = 3, width: float = 1.0) -> None:
         super().__init__()
         planes = [round(width * channels) for channels in (64, 256, 256)]

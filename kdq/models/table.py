@@ -19,12 +19,12 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kdq.models import networks
+from kdq.models import cifar, networks
 from kdq.utils.errors import KdqError
 from kdq.utils.names import STABLE
 
-#: How an argument is checked: the type it has (a list is one of numbers), or the words it may be.
-Kind = type | tuple[str, ...]
+#: How an argument is checked: the type it has (a list is one of numbers), or the words or numbers it may be.
+Kind = type | tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,17 @@ def table() -> dict[str, Entry]:
     """The entries by name: the stable names of kdq's networks, and ``torchvision.models.NAME`` for each network that
     torchvision lists for classification."""
     stems: dict[str, Kind] = {**_NORMALIZED, "stem": ("cifar", "imagenet")}
-    planes: dict[str, Kind] = {**_NORMALIZED, "depth": int, "width": float, "shortcut": ("A", "B")}
+    planes: dict[str, Kind] = {**_NORMALIZED, "depth": int, "width": float, "shortcut": ("A", "B"), "stem": int}
     entries = {
         "cifar_resnet": Entry("kdq.models.CifarResNet", networks.CifarResNet, planes, 64),
         "whitened_net": Entry("kdq.models.WhitenedNet", networks.WhitenedNet, {**_OWN, "width": float}, 256),
+        "wide_resnet": Entry("kdq.models.WideResNet", cifar.WideResNet, {**_OWN, "depth": int, "width": int}, 64),
+        "cifar_vgg": Entry("kdq.models.CifarVGG", cifar.CifarVGG, {**_OWN, "depth": tuple(cifar.VGG)}),
+        "cifar_mobilenet_v2": Entry(
+            "kdq.models.CifarMobileNetV2", cifar.CifarMobileNetV2, {**_OWN, "width": float}, 1920
+        ),
+        "cifar_shufflenet_v1": Entry("kdq.models.CifarShuffleNetV1", cifar.CifarShuffleNetV1, _OWN),
+        "cifar_shufflenet_v2": Entry("kdq.models.CifarShuffleNetV2", cifar.CifarShuffleNetV2, _OWN),
         **{
             name: Entry(f"kdq.models.{name}", getattr(networks, name), stems)
             for name in ("resnet18", "resnet34", "resnet50")

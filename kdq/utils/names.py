@@ -18,6 +18,11 @@ def _paths(name: str, *paths: str) -> dict[str, str]:
 #: that can be imported has one.
 STABLE: dict[str, str] = {
     **_paths("cifar_resnet", "kdq.models.CifarResNet", "kdq.models.networks.CifarResNet"),
+    **_paths("wide_resnet", "kdq.models.WideResNet", "kdq.models.cifar.WideResNet"),
+    **_paths("cifar_vgg", "kdq.models.CifarVGG", "kdq.models.cifar.CifarVGG"),
+    **_paths("cifar_mobilenet_v2", "kdq.models.CifarMobileNetV2", "kdq.models.cifar.CifarMobileNetV2"),
+    **_paths("cifar_shufflenet_v1", "kdq.models.CifarShuffleNetV1", "kdq.models.cifar.CifarShuffleNetV1"),
+    **_paths("cifar_shufflenet_v2", "kdq.models.CifarShuffleNetV2", "kdq.models.cifar.CifarShuffleNetV2"),
     **_paths("whitened_net", "kdq.models.WhitenedNet", "kdq.models.networks.WhitenedNet"),
     **_paths("resnet18", "kdq.models.resnet18", "kdq.models.networks.resnet18"),
     **_paths("resnet34", "kdq.models.resnet34", "kdq.models.networks.resnet34"),

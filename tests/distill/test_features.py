@@ -20,7 +20,7 @@ from kdq.distill.feature_losses import attention_loss, pkt_loss, similarity_loss
 from kdq.distill.layers import found_layers, watched
 from kdq.distill.losses import distillation_kl
 from kdq.distill.progress import TrainingProgress
-from kdq.models import CifarResNet, resnet18
+from kdq.models import CifarResNet, CifarVGG, WideResNet, resnet18
 from kdq.stages.cell import Cell
 from kdq.stages.pipeline import run
 from kdq.stages.train import float_model, planned
@@ -76,6 +76,12 @@ def test_the_last_stages_of_networks_with_more_and_fewer() -> None:
     ):
         layers = kind(network(1), teacher=teacher, num_classes=4).connect(torch.zeros(2, 1, 32, 32)).layers
         assert {role: list(names) for role, names in layers.items()} == {"student": mine, "teacher": theirs}
+
+
+def test_stages_that_a_network_names_itself() -> None:
+    layers = AT(CifarVGG(8, 4), teacher=WideResNet(10, 4), num_classes=4).connect(torch.zeros(2, 3, 16, 16)).layers
+    assert list(layers["student"]) == ["block2", "block3", "block4"]
+    assert list(layers["teacher"]) == ["block1", "block2", "block3"]
 
 
 def test_what_is_watched_is_the_network_s_own(batch: tuple[Tensor, Tensor]) -> None:

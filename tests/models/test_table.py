@@ -30,6 +30,12 @@ def _held(network: nn.Module) -> tuple[int, int]:
         {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3, "in_channels": 1, "shortcut": "A"}
         | {"mean": [0.5], "std": [0.2], "data_mean": [-0.1], "data_std": [1]},
         {"_target_": "kdq.models.WhitenedNet", "num_classes": 10, "width": 0.25},
+        {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3, "width": 4.0, "stem": 32},
+        {"_target_": "kdq.models.WideResNet", "depth": 16, "num_classes": 3, "width": 2},
+        {"_target_": "kdq.models.CifarVGG", "depth": 8, "num_classes": 3, "in_channels": 1},
+        {"_target_": "kdq.models.CifarMobileNetV2", "num_classes": 3, "width": 0.25},
+        {"_target_": "kdq.models.CifarShuffleNetV1", "num_classes": 3},
+        {"_target_": "kdq.models.CifarShuffleNetV2", "num_classes": 3},
         {"_target_": "kdq.models.resnet18", "num_classes": 4, "in_channels": 1, "stem": "imagenet"},
         {"_target_": "torchvision.models.resnet18", "num_classes": 4},
         {"_target_": "torchvision.models.mobilenet_v2", "num_classes": 4, "width_mult": 0.25, "dropout": 0},
@@ -49,7 +55,7 @@ def test_every_network_that_a_config_builds_is_shaped_like_it(net: dict[str, Any
 
 def test_classification_networks_of_torchvision_are_filled_by_a_state_dict_alone() -> None:
     listed = torchvision.models.list_models(module=torchvision.models)
-    assert len(table()) == len(listed) + 5
+    assert len(table()) == len(listed) + 10
     for name in listed[::5]:  # of every family
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
