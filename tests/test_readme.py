@@ -34,6 +34,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", page, re.S)
     for line in block.strip().splitlines()
 ]
+SCRIPTS = ("kdq-report", "kdq-export", "kdq-wandb", "kdq-reproduce")
 #: The table of config groups: name of the group, its choices, an example.
 GROUPS = re.findall(r"^\| (`[\w@./`, ]+`) \| (`[^|]+`[^|]*) \| `(\w[^`]+)`", README, re.M)
 
@@ -79,17 +80,17 @@ def test_the_commands_are_all_known() -> None:
     """What other commands the pages name exist, and so do their options."""
     for line in COMMANDS:
         name, *arguments = words(line)
-        if name in ("kdq-report", "kdq-export", "kdq-wandb"):
+        if name in SCRIPTS:
             for option in (word for word in arguments if word.startswith("--")):
                 assert f"{option}" in helped(name, *([arguments[0]] if name == "kdq-wandb" else [])), line
         else:
             assert Path(name).name in ("kdq", "pip", "pytest", "wandb"), line
-    assert {words(line)[0] for line in COMMANDS} >= {"kdq", "kdq-report", "kdq-export", "kdq-wandb", "wandb"}
+    assert {words(line)[0] for line in COMMANDS} >= {"kdq", "wandb", *SCRIPTS}
 
 
 @cache
 def helped(name: str, *command: str) -> str:
-    module = {"kdq-report": "kdq.cli.report", "kdq-export": "kdq.cli.export", "kdq-wandb": "kdq.cli.wandb"}[name]
+    module = name.replace("-", ".cli.")
     code = f"import sys; from {module} import main; sys.argv[0] = {name!r}; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, timeout=120, check=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import shutil
 import sys
@@ -19,7 +18,7 @@ from kdq.deploy.graph import torch_program
 from kdq.deploy.onnx_files import onnx_models
 from kdq.deploy.runtime import session, top1
 from kdq.quant.packing.file import load_packed
-from kdq.records.rows import Row, read_row, read_rows
+from kdq.records.rows import Row, find_row, read_rows
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import calibration, compare, packed_network
 from kdq.utils.config import CONFIG_PATH, compose
@@ -55,21 +54,8 @@ def find(cell: str, output: Path) -> Source:
         root = path.resolve().parents[2] if path.resolve().parent.name == "quantized" else None
         rows = read_rows(root / "rows", {path.stem.rpartition("-")[2]}) if root else []
         return Source(path, rows[0], root) if rows else Source(path)
-    if path.suffix == ".json":
-        return _of_row(read_row(path), path.resolve().parent.parent)
-    rows = read_rows(output / "rows")
-    if not rows:
-        raise KdqError(f"no rows below {output}: give --output-dir, the paths.output_dir of a run")
-    found = [row for row in rows if row.config_hash.startswith(cell)] if cell else []
-    if len(found) == 1:
-        return _of_row(found[0], output)
-    hashes = [row.config_hash for row in rows]
-    near = [row.config_hash for row in found] or difflib.get_close_matches(cell, hashes, 4, 0.3) or hashes
-    listed = ", ".join(
-        f"{row.config_hash} ({row.file_name.rpartition('-')[0]})" for row in rows if row.config_hash in near[:4]
-    )
-    problem = f"{len(found)} cells start with {cell!r}" if found else f"no cell {cell!r} below {output}"
-    raise KdqError(f"{problem}: {'choose one of' if found else 'there are for example'} {listed}")
+    root = path.resolve().parent.parent if path.suffix == ".json" else output
+    return _of_row(find_row(cell, output), root)
 
 
 def _of_row(row: Row, output: Path) -> Source:

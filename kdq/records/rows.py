@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
 import reprlib
@@ -120,6 +121,7 @@ class Row:
     classes: Int | None = None
     epochs: Int | None = None  # of the training of the float model; 0: its weights were read from a file
     recipe: Text = ""  # of that training, in words
+    versions: Text = ""  # of what computed it, beside kdq
     config: Config | None = None  # what composes the cell again, interpolations as written: kdq-reproduce
     row_format: Int = ROW_FORMAT
 
@@ -198,6 +200,29 @@ def read_row(path: Path) -> Row:
         raise KdqError(f"no file {path}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise KdqError(f"{path} is not a row of kdq's: {' '.join(str(error).split())}") from error
+
+
+def find_row(name: str, output: Path) -> Row:
+    """The row that ``name`` means: its file, or its ``config_hash`` or the start of it among the rows below ``output``.
+
+    Raises:
+        KdqError: there is none, or several; the message names what is near.
+    """
+    if name.endswith(".json"):
+        return read_row(Path(name))
+    rows = read_rows(output / "rows")
+    if not rows:
+        raise KdqError(f"no rows below {output}: give --output-dir, the paths.output_dir of a run")
+    found = [row for row in rows if row.config_hash.startswith(name)] if name else []
+    if len(found) == 1:
+        return found[0]
+    hashes = [row.config_hash for row in rows]
+    near = [row.config_hash for row in found] or difflib.get_close_matches(name, hashes, 4, 0.3) or hashes
+    listed = ", ".join(
+        f"{row.config_hash} ({row.file_name.rpartition('-')[0]})" for row in rows if row.config_hash in near[:4]
+    )
+    problem = f"{len(found)} cells start with {name!r}" if found else f"no cell {name!r} below {output}"
+    raise KdqError(f"{problem}: {'choose one of' if found else 'there are for example'} {listed}")
 
 
 def _row(values: Any) -> Row:

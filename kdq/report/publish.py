@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kdq.records.rows import read_rows, write_csv
 from kdq.utils.files import write_text
@@ -21,8 +22,11 @@ def publish(output: Path, written: Sequence[Path], folder: Path) -> None:
     Args:
         written: the report's files; the page is left out, for ``kdq-report FOLDER`` makes it again.
     """
-    # Where the logs lay on this machine is nobody's business; a run's name finds it again.
-    rows = [dataclasses.replace(row, wandb_run=Path(row.wandb_run).name) for row in read_rows(output / "rows")]
+    # Where logs and images lay on this machine is nobody's business; their names find them again.
+    rows = [
+        dataclasses.replace(row, wandb_run=Path(row.wandb_run).name, config=_without_places(row.config))
+        for row in read_rows(output / "rows")
+    ]
     lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
     write_text(folder / "rows" / "rows.jsonl", "".join(lines))
     write_csv(folder / "results.csv", rows)
@@ -34,3 +38,12 @@ def publish(output: Path, written: Sequence[Path], folder: Path) -> None:
             target = folder / path.relative_to(output)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def _without_places(value: Any) -> Any:
+    """A config whose absolute paths are their last part."""
+    if isinstance(value, dict):
+        return {name: _without_places(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_places(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

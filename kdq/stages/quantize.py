@@ -35,7 +35,7 @@ from kdq.utils.cpu import settle_threads
 from kdq.utils.latency import of_networks
 from kdq.utils.operations import bit_operations, multiply_adds
 from kdq.utils.progress import progress
-from kdq.utils.version import __version__, git_sha
+from kdq.utils.version import __version__, git_sha, versions
 
 log = logging.getLogger(__name__)
 
@@ -259,6 +259,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
         "recipe": "" if read else f"{recipe['schedule']}, lr {recipe['lr']:g}, batches of {recipe['batch_size']}",
         "kdq_version": __version__,
         "git_sha": git_sha(),
+        "versions": versions(),
     }
 
 

@@ -1,9 +1,10 @@
-"""Which kdq made a result: its version and its commit."""
+"""What made a result: the version and the commit of kdq, and the versions of what it computes with."""
 
 from __future__ import annotations
 
 import subprocess
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -20,3 +21,11 @@ def git_sha() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def versions() -> str:
+    """What else a result's last digits depend on: libraries, and the instructions that torch takes on this CPU."""
+    import torch
+
+    names = [f"{name} {version(name)}" for name in ("torch", "numpy", "lightning")]
+    return ", ".join([*names, f"CPU {torch.backends.cpu.get_cpu_capability()}"])
