@@ -66,8 +66,9 @@ def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
     Raises:
         KdqError: the network has no such layers.
     """
-    if where != "embedding" and hasattr(network, "kdq_stages"):
-        return list(network.kdq_stages)
+    named: Any = getattr(network, "kdq_stages", None)
+    if where != "embedding" and named is not None:
+        return list(named)
     modules = {name: module for name, module in network.named_modules() if name}
     features = {
         name: feature for name, (feature, changed) in looked_at(network, images, modules).items() if not changed

@@ -1,8 +1,8 @@
 """The networks beside CIFAR ResNets on which the distillation literature compares methods, for images of 32x32 pixels.
 
 Their state dicts have the names and shapes of the code of CRD (Tian et al. 2020) and mdistiller (Zhao et al. 2022), so
-that checkpoints published with either load as they are; ``kdq_stages`` names the layers that these compare. Input ``(batch, in_channels, height, width)``, output logits
-``(batch, num_classes)``.
+that checkpoints published with either load as they are; ``kdq_stages`` names the layers that these compare. Input
+``(batch, in_channels, height, width)``, output logits ``(batch, num_classes)``.
 """
 
 from __future__ import annotations
