@@ -75,7 +75,8 @@ def differences(row: Row, made: Row, columns: Iterable[str]) -> list[str]:
 def _targets(config: Any) -> Iterator[str]:
     """Everything that a config calls."""
     if isinstance(config, dict):
-        yield from (str(config[name]) for name in ("_target_", "path") if name in config and "_target_" in config)
+        called = [config.get(name) for name in ("_target_", "path") if "_target_" in config]
+        yield from (str(target) for target in called if target is not None)
         config = list(config.values())
     for part in config if isinstance(config, list) else ():
         yield from _targets(part)
