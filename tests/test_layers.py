@@ -151,7 +151,7 @@ SHOWN = {
         "Mixup",
         "DKD",
         "DML",
-        *("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "DIST", "NKD", "TTM", "RLD", "TfKD"),
+        *("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "CTKD", "DIST", "NKD", "TTM", "RLD", "TfKD"),
         *("QAD", "QAT"),
         "DistillationModule",
         "TeacherStudent",

@@ -6,6 +6,7 @@ Each module stands alone in a plain script; :mod:`kdq.distill.module` opens with
 from kdq.distill.at import AT
 from kdq.distill.config import TrainConfig
 from kdq.distill.cross_entropy import CrossEntropy
+from kdq.distill.ctkd import CTKD
 from kdq.distill.dist import DIST
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
@@ -28,6 +29,7 @@ from kdq.distill.vkd import VKD
 
 __all__ = [
     "AT",
+    "CTKD",
     "DIST",
     "DKD",
     "DML",

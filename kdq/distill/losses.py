@@ -29,7 +29,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
     return F.cross_entropy(_at_least_float32(logits), target, label_smoothing=label_smoothing)
 
 
-def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     """``T^2 KL(softmax(z_t / T) || softmax(z_s / T))`` (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
 
     The factor ``T^2`` keeps the gradient's size independent of the temperature.

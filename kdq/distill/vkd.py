@@ -41,5 +41,9 @@ class VKD(TeacherStudent):
         """``labels`` are indices ``(batch,)`` or probabilities ``(batch, classes)``."""
         logits = self.student(images)
         ce = soft_cross_entropy(logits, labels, self.config.label_smoothing)
-        kl = distillation_kl(*self.comparable(logits, self.teacher(images)), self.temperature)
+        kl = distillation_kl(*self.comparable(logits, self.teacher(images)), self.tempered(progress))
         return {"ce": (1 - self.alpha) * ce, "kl": self.alpha * kl}, logits
+
+    def tempered(self, progress: TrainingProgress) -> float | Tensor:
+        """The temperature of a batch."""
+        return self.temperature

@@ -26,7 +26,7 @@ from kdq.stages.pipeline import run
 from kdq.stages.train import float_model, planned
 from kdq.utils.errors import KdqError
 
-METHODS = ("fitnets", "at", "sp", "rkd", "pkt", "nst", "vid", "dist", "nkd", "ttm", "rld", "tfkd")
+METHODS = ("fitnets", "at", "sp", "rkd", "pkt", "nst", "vid", "dist", "nkd", "ttm", "rld", "tfkd", "ctkd")
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
 QUIET |= {"enable_model_summary": False}
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.distill import DIST, NKD, RLD, TTM, CrossEntropy, TfKD
+from kdq.distill import CTKD, DIST, NKD, RLD, TTM, CrossEntropy, TfKD
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
@@ -76,6 +76,25 @@ def test_methods_of_logits_are_cross_entropy_and_their_terms(
     torch.testing.assert_close(total(module, batch, TrainingProgress(epoch=1, epochs=2)), expected)
     if "warmup" in TAUGHT[method]:
         torch.testing.assert_close(total(module, batch), F.cross_entropy(student, batch[1]))
+
+
+def test_ctkd_is_vkd_whose_temperature_moves_against_the_student(
+    make: Callable[..., Any], batch: tuple[Tensor, Tensor], gradients: Gradients
+) -> None:
+    vkd = make(VKD, alpha=0.9, temperature=5.0)
+    module = make(CTKD, alpha=0.9, temperature=5.0, low=1.0, high=21.0, warmup=0.5)
+    torch.testing.assert_close(total(module, batch), total(vkd, batch))
+    x = torch.tensor(0.2).logit().requires_grad_()
+    expected = distillation_kl(*logits(module, batch[0]), 1 + 20 * x.sigmoid())
+    (slope,) = torch.autograd.grad(0.9 * expected, x)
+    for epoch, weight in ((0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)):
+        moment = TrainingProgress(epoch=epoch, epochs=4)
+        found = gradients(module, moment)
+        torch.testing.assert_close(found.pop("raw"), -weight * slope)
+        torch.testing.assert_close(found, gradients(vkd, moment))
+    assert any(p is module.raw for p in module.trained_parameters(module.student))
+    with pytest.raises(KdqError, match=r"temperature=30.0 must lie between method.low=1.0 and method.high=21.0"):
+        make(CTKD, temperature=30.0)
 
 
 def test_tfkd_has_no_teacher(make: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> None:
