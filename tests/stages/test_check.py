@@ -24,7 +24,7 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (Path(CONFIG_PATH) / group).glob("*.yaml"))
 
 
-GROUPS = ("method", "quant", "deploy", "trainer", "callbacks", "logger", "experiment", "size", "data")
+GROUPS = ("method", "quant", "tune", "deploy", "trainer", "callbacks", "logger", "experiment", "size", "data")
 CHOICES = [f"{group}={name}" for group in GROUPS for name in choices(group) if name not in ("image_folder",)]
 CHOICES += [f"model@{role}={name}" for role in ("teacher", "student") for name in choices("model") if name != "custom"]
 CHOICES += ["recipe@student.recipe=multistep", "callbacks=[early_stopping,lr_monitor]"]
@@ -50,6 +50,10 @@ UNREAD = [
     (["quant=greedy", "+quant.search.avg_bit=3"], r"did you mean quant.search.avg_bits\?"),
     (["quant=spfq", "+quant.solver.sed=3"], r"did you mean quant.solver.seed\?"),
     (["+method.alhpa=1"], r"did you mean method.alpha\?"),
+    (["tune=qad", "+tune.alhpa=1"], r"did you mean tune.alpha\?"),
+    (["tune=qat", "+tune.teacher=self"], r"unknown option tune.teacher"),
+    (["+tune.images=1024"], r"unknown option tune.images"),
+    (["tune=qad", "tune.images=few"], r"tune.images"),
     (["+method.peer.seed=1"], r"unknown option method.peer"),
     (["method=dml", "+method.peer.sed=1"], r"did you mean method.peer.seed\?"),
     (["method=teacher", "+method.alpha=1"], r"unknown option method.alpha"),
