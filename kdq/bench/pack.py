@@ -22,7 +22,8 @@ from torch import nn
 
 from kdq.models.build import build
 from kdq.quant.config import QuantConfig
-from kdq.quant.network import quantizable_layers, quantize_widths
+from kdq.quant.layers import quantizable_layers
+from kdq.quant.network import quantize_widths
 from kdq.quant.packing.file import load_packed, save_packed
 from kdq.utils.config import compose
 from kdq.utils.files import write_text

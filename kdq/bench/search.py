@@ -29,7 +29,8 @@ from kdq.quant.bitsearch.bank import fill_bank, packed_size
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.mixed import search_bits
 from kdq.quant.bitsearch.search import Assignment
-from kdq.quant.network import quantizable_layers, quantize
+from kdq.quant.layers import quantizable_layers, weight_of
+from kdq.quant.network import quantize
 from kdq.stages.asked import quant_config
 from kdq.stages.cell import Cell
 from kdq.stages.train import float_model
@@ -121,7 +122,7 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
 def _leading(network: Any, layers: list[str], average: float) -> Assignment:
     """The whole number of bits below ``average`` for every layer, and one more for the first layers as far as the
     average allows: what one writes down without measuring anything."""
-    sizes = {name: network.get_submodule(name).weight.numel() for name in layers}
+    sizes = {name: weight_of(network, name).numel() for name in layers}
     bits = dict.fromkeys(layers, int(average))
     spare = (average - int(average)) * sum(sizes.values())
     for name in layers:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.nn.utils import parametrize
 
 from kdq.deploy.extra import needs
 from kdq.deploy.fold import folded
@@ -80,9 +79,8 @@ def _decoded(network: nn.Module) -> nn.Module:
     weights = getattr(network, "quantized_weights", {})
     plain = copy.deepcopy(network, {id(weight): weight for weight in weights.values()})
     plain = plain.cpu().to(memory_format=torch.contiguous_format).eval()
-    for module in plain.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            keep_decoded(module)
+    for module in list(plain.modules()):
+        keep_decoded(module)
     return plain
 
 

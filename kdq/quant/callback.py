@@ -21,7 +21,8 @@ from kdq.quant.bitsearch.bank import check_average
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
 from kdq.quant.bitsearch.mixed import MixedPrecision, search_bits
 from kdq.quant.config import QuantConfig, configured
-from kdq.quant.network import Quantized, check_network, quantizable_layers, quantize_widths
+from kdq.quant.layers import quantizable_layers, unwrapped
+from kdq.quant.network import Quantized, check_network, quantize_widths
 from kdq.quant.packing.file import save_packed
 from kdq.quant.packing.weights import standing_in
 from kdq.quant.solvers.alphabet import check_bits
@@ -152,7 +153,7 @@ class QuantizationCallback(Callback, ABC):
                 ) from error
         else:
             found = getattr(module, "eval_network", module)
-        return getattr(found, "_orig_mod", found)  # beneath torch.compile
+        return unwrapped(found)
 
     def _loaders(self, trainer: L.Trainer, module: L.LightningModule, count: int) -> Loaders:
         loaders = Loaders(type(self).__name__, trainer, module, self.calibration, count)

@@ -49,7 +49,8 @@ class QuantConfig:
         order: columns are solved in the weight's ``"natural"`` order, or by falling diagonal of the ``"gram"`` matrix.
         refine: sweeps of :func:`kdq.quant.solvers.refine.refine` after the solver.
         first_last_bits: width of the first and the last layer that run, whatever the others have.
-        keep_float: names of modules whose weights (and those of what is inside them) stay float.
+        keep_float: names of layers, parameters and modules (for all that is inside them) whose weights stay float, and
+            patterns of such names: ``["fc", "*.in_proj"]``.
         float_dtype: what is not quantized (biases, BatchNorm, ``keep_float``) is rounded to ``"bf16"`` or ``"fp16"``,
             to be stored in 16 bits; None leaves it in float32.
         act_bits: the inputs of every quantized layer are rounded too, one scale per tensor; None leaves them float.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.layers import holders, layer_name, place_of, weight_of
 from kdq.quant.packing.packed import keep_decoded
 from kdq.quant.packing.weights import QuantizedWeight, with_float_dtype, with_quantized_weights
 from kdq.quant.solvers.alphabet import decode
@@ -177,12 +178,16 @@ def fake_quantized(network: nn.Module) -> nn.Module:
     if not weights:
         raise KdqError("the network has no quantized weights: give what kdq.quantize or kdq.load returned")
     trainable = copy.deepcopy(network, {id(weight): weight for weight in weights.values()})
+    places = holders(trainable)
     for name, weight in weights.items():
-        layer = trainable.get_submodule(name)
-        if parametrize.is_parametrized(layer):
+        module, attribute = place_of(trainable, name)
+        if parametrize.is_parametrized(module, attribute):
             raise KdqError(f"{name} decodes its weight as it runs: load the network with decode='once' to train it")
+        if len(places[id(module._parameters[attribute])]) > 1:
+            raise KdqError(f"{name} shares its weight with another layer: give each its own, or train without rounding")
         shared = len(weight.scale) > 1 and bool((weight.scale == weight.scale[0]).all())
-        _round_weight(layer, FakeQuantize(weight.scale[:1] if shared else weight.scale, weight.zero, weight.levels))
+        rounding = FakeQuantize(weight.scale[:1] if shared else weight.scale, weight.zero, weight.levels)
+        _round_weight(module, attribute, rounding)
     for name, quantizer in activations.items():
         layer = trainable.get_submodule(name)
         _remove_hooks(layer, ActivationQuantizer)
@@ -196,10 +201,10 @@ def quantized(network: nn.Module) -> nn.Module:
     mode, with ``quantized_weights``. A 16-bit ``float_dtype`` is kept."""
     plain = copy.deepcopy(network)
     weights, activations = {}, {}
-    for name, layer in list(plain.named_modules()):
-        if (rounding := _weight_rounding(layer)) is not None:
-            weights[name] = rounding.quantized_weight(layer.parametrizations.weight.original)
-            keep_decoded(layer)
+    for name, module, attribute, rounding in _weight_roundings(plain):
+        weights[name] = rounding.quantized_weight(module.parametrizations[attribute].original)  # type: ignore[index, union-attr]
+        keep_decoded(module)
+    for name, layer in plain.named_modules():
         if (of_input := _input_rounding(layer)) is not None:
             activations[name] = of_input.quantizer()
             _remove_hooks(layer, FakeQuantizeInput)
@@ -217,11 +222,10 @@ def roundings(network: nn.Module) -> list[FakeQuantize | FakeQuantizeInput]:
 def layout(network: nn.Module) -> dict[str, dict[str, int]]:
     """The :data:`Layout` of a :func:`fake_quantized` network; empty for others."""
     layers: dict[str, dict[str, int]] = {}
-    for name, layer in network.named_modules():
-        if (rounding := _weight_rounding(layer)) is not None:
-            layers[name] = {"levels": rounding.levels, "scales": len(rounding.scale)}
-            if (of_input := _input_rounding(layer)) is not None:
-                layers[name] |= {"zero": of_input.zero, "bits": of_input.bits}
+    for name, module, _, rounding in _weight_roundings(network):
+        layers[name] = {"levels": rounding.levels, "scales": len(rounding.scale)}
+        if (of_input := _input_rounding(module)) is not None:
+            layers[name] |= {"zero": of_input.zero, "bits": of_input.bits}
     return layers
 
 
@@ -230,19 +234,18 @@ def with_layout(network: nn.Module, layers: Layout) -> nn.Module:
     fits."""
     trainable = copy.deepcopy(network)
     for name, numbers in layers.items():
-        layer = trainable.get_submodule(name)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        _round_weight(layer, FakeQuantize(torch.ones(numbers["scales"]), torch.zeros(len(weight)), numbers["levels"]))
+        module, attribute = place_of(trainable, name)
+        zero = torch.zeros(len(weight_of(trainable, name)))
+        _round_weight(module, attribute, FakeQuantize(torch.ones(numbers["scales"]), zero, numbers["levels"]))
         if "bits" in numbers:
-            _round_input(layer, FakeQuantizeInput(torch.tensor(1.0), numbers["zero"], numbers["bits"]))
+            _round_input(module, FakeQuantizeInput(torch.tensor(1.0), numbers["zero"], numbers["bits"]))
     return trainable
 
 
-def _round_weight(layer: nn.Module, rounding: FakeQuantize) -> None:
-    weight = layer.weight
+def _round_weight(module: nn.Module, attribute: str, rounding: FakeQuantize) -> None:
+    weight = getattr(module, attribute)
     assert isinstance(weight, Tensor)
-    parametrize.register_parametrization(layer, "weight", rounding.to(weight.device))
+    parametrize.register_parametrization(module, attribute, rounding.to(weight.device))
 
 
 def _round_input(layer: nn.Module, rounding: FakeQuantizeInput) -> None:
@@ -251,9 +254,15 @@ def _round_input(layer: nn.Module, rounding: FakeQuantizeInput) -> None:
     layer.register_forward_pre_hook(rounding)
 
 
-def _weight_rounding(layer: nn.Module) -> FakeQuantize | None:
-    found = layer.parametrizations.weight[0] if parametrize.is_parametrized(layer, "weight") else None  # type: ignore[index, union-attr]
-    return found if isinstance(found, FakeQuantize) else None
+def _weight_roundings(network: nn.Module) -> list[tuple[str, nn.Module, str, FakeQuantize]]:
+    """Every layer whose weight is rounded: its name, the module and the attribute that hold the weight, and what
+    rounds it."""
+    return [
+        (layer_name(f"{name}.{attribute}".removeprefix(".")), module, attribute, found[0])
+        for name, module in network.named_modules()
+        for attribute, found in getattr(module, "parametrizations", {}).items()
+        if isinstance(found[0], FakeQuantize)
+    ]
 
 
 def _input_rounding(layer: nn.Module) -> FakeQuantizeInput | None:

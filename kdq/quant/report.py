@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from kdq.quant.layers import LeftFloat
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -21,17 +23,22 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """Per-layer results in the order the layers ran, the seconds of the pass (shared by all its widths), and how many
-    weights of convolutions and linear layers were left float, with how many bits."""
+    """Per-layer results in the order the layers ran, what was left float, with how many bits, and the seconds of the
+    pass (shared by all its widths)."""
 
     layers: list[LayerReport] = field(default_factory=list)
+    left: list[LeftFloat] = field(default_factory=list)
     seconds: float = 0.0
-    float_weights: int = 0
     float_bits: int = 32
 
     @property
+    def float_weights(self) -> int:
+        """Weights left float: those of layers, and other parameters of two or more dimensions."""
+        return sum(math.prod(parameter.shape) for parameter in self.left)
+
+    @property
     def weights(self) -> int:
-        """Weights of all layers, those left float included."""
+        """Weights of all layers, and those left float."""
         return sum(math.prod(layer.shape) for layer in self.layers) + self.float_weights
 
     @property

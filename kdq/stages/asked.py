@@ -17,7 +17,7 @@ from kdq.models.build import build
 from kdq.quant.bitsearch.bank import check_average
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
 from kdq.quant.config import OPTIONS, QuantConfig, refuse_unknown
-from kdq.quant.network import quantizable_layers
+from kdq.quant.layers import quantizable_layers
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.records.rows import Row, has, whole
 from kdq.records.store import Entry, key_of

@@ -257,13 +257,6 @@ def test_batches_are_dictionaries_or_what_the_module_s_own_hooks_say(data: Any) 
         assert search.result.report.avg_bits <= 3
 
 
-class Unused(Foreign):
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone.extra = nn.Identity()
-        self.backbone.extra.never = nn.Linear(3, 3)
-
-
 def test_a_network_that_the_module_s_setup_makes_is_found(loaders: Any) -> None:
     class Late(Foreign):
         def __init__(self) -> None:
@@ -282,7 +275,6 @@ SEARCH = {"avg_bits": 3.0, "candidates": CANDIDATES, "network": "backbone"}
 EARLY: list[tuple[Any, Callable[[], QuantizationCallback], str]] = [
     (Foreign, lambda: PostTrainingQuantization(network="net"), r"network='net'\): the module has no such.* backbone"),
     (Foreign, lambda: PostTrainingQuantization(), r"cannot be called on inputs \(1, 1, 8, 8\) alone"),
-    (Unused, lambda: PostTrainingQuantization(network="backbone"), "layers never ran.*extra.never"),
     (Foreign, lambda: PostTrainingQuantization(network="backbone", keep_float=["9"]), "no 9 to leave float"),
     (Foreign, lambda: GreedyBitSearch(**SEARCH, keep_float=["3"]), "budget of 3 bits on average.*left float"),
     (Foreign, lambda: PostTrainingQuantization(network="backbone", calibration=[]), "no calibration image"),

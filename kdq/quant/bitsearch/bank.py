@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.search import Assignment, Budget, Costs, cost_of
 from kdq.quant.config import QuantConfig
-from kdq.quant.network import float_weights, quantizable_layers, quantize_widths
+from kdq.quant.layers import left_float, weight_of
+from kdq.quant.network import quantize_widths
 from kdq.quant.packing.file import save_packed, stored_bytes
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.utils.errors import KdqError
@@ -113,9 +114,9 @@ def fill_bank(
         widths: ascending.
     """
     start = time.perf_counter()
-    layers = quantizable_layers(model, config.keep_float)
     versions, reports = zip(*quantize_widths(model, batches, widths, config, isolated=True), strict=True)
     by_width: list[Any] = [version.quantized_weights for version in versions]
+    layers = [layer.name for layer in reports[-1].layers]
     weights = {name: {bits: by_width[i][name] for i, bits in enumerate(widths)} for name in layers}
     size = {name: {bits: float(stored_bytes(weight)) for bits, weight in weights[name].items()} for name in layers}
     # By what is stored: an alphabet may take more bits than the width says, and the ends may have widths of their own.
@@ -129,16 +130,17 @@ def check_average(model: nn.Module, layers: Sequence[str], search: SearchConfig,
     """Refuse, before anything is quantized, an average that the layers left float put out of reach.
 
     Args:
-        layers: those to quantize.
+        layers: those to quantize, or what may be one.
 
     Raises:
         KdqError: it is.
     """
     if search.avg_bits is None:
         return
-    left, bits = float_weights(model, layers), 32 if config.float_dtype is None else 16
+    left = sum(math.prod(x.shape) for x in left_float(model, layers))
+    bits = 32 if config.float_dtype is None else 16
     narrowest = min(*search.candidates, config.first_last_bits or 32)
-    others = sum(weight.numel() for name in layers if isinstance(weight := model.get_submodule(name).weight, Tensor))
+    others = sum(weight_of(model, name).numel() for name in layers)
     _check_average(search.avg_bits, (left * bits + others * narrowest) / (left + others), left)
 
 

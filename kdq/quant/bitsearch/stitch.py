@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kdq.quant.bitsearch.search import Assignment, Measure
+from kdq.quant.calibrate.layer import layer_call, opened
+from kdq.quant.calibrate.order import eager
 from kdq.quant.distributed import gathered, summed
+from kdq.quant.layers import weight_of
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.utils.errors import KdqError
 
@@ -47,30 +53,25 @@ class Stitched:
         self.batches = [(images.to(device), labels.to(device)) for images, labels in batches]
         if not self.batches:
             raise KdqError("the bit search has no validation image: pass batches of (inputs, targets)")
-        with torch.no_grad():
-            self.reference = [self.network(images).float().log_softmax(1) for images, _ in self.batches]
+        self._names = {id(weight_of(self.network, name)): name for name in bank}
         self._assigned: Assignment = {}
         self._calls: list[str] = []
         self._outputs: list[dict[int, Tensor]] = [{} for _ in self.batches]
+        self._free = self._valid = 0
+        self.reference = self._answers()
         self._free = CACHE_BYTES
-        for name in bank:
-            self._reroute(name, self.network.get_submodule(name))
 
     @torch.no_grad()
     def __call__(self, assignment: Assignment) -> Measure:
         changed = {name for name, bits in assignment.items() if self._assigned.get(name) != bits}
         for name in changed:
-            weight = self.network.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(self.bank[name][assignment[name]].decode())
+            weight_of(self.network, name).copy_(self.bank[name][assignment[name]].decode())
         self._assigned = dict(assignment)
         # Outputs are valid up to the first call of a changed layer.
         self._valid = next((i for i, name in enumerate(self._calls) if name in changed), len(self._calls))
         sums = self._sums()
-        for index, (images, labels) in enumerate(self.batches):
-            self._batch, self._next = index, 0
-            log_p = self.network(images).float().log_softmax(1)
-            sums[0] += F.kl_div(log_p, self.reference[index], reduction="sum", log_target=True)
+        for log_p, reference, (_, labels) in zip(self._answers(), self.reference, self.batches, strict=True):
+            sums[0] += F.kl_div(log_p, reference, reduction="sum", log_target=True)
             sums[1] += (log_p.argmax(1) == labels).sum()
             sums[2] += len(labels)
         loss, right, count = summed(sums).tolist()
@@ -109,25 +110,50 @@ class Stitched:
         """Loss, right answers and images, on the device: process groups of GPUs add up nothing that is elsewhere."""
         return torch.zeros(3, dtype=torch.float64, device=self.batches[0][0].device)
 
-    def _reroute(self, name: str, layer: nn.Module) -> None:
-        own = layer.forward
+    @torch.no_grad()
+    def _answers(self) -> list[Tensor]:
+        """Log-probabilities of every batch, by the network as it is now."""
+        found = []
+        for index, (images, _) in enumerate(self.batches):
+            self._batch, self._next = index, 0
+            with eager(), _Layers(self):
+                found.append(self.network(images).float().log_softmax(1))
+        return found
 
-        def forward(inputs: Tensor) -> Tensor:
-            call, self._next = self._next, self._next + 1
-            if call == len(self._calls):
-                self._calls.append(name)
-            kept = self._outputs[self._batch]
-            if call < self._valid and call in kept:
-                return kept[call].clone()  # what follows may write in place
-            output = own(inputs)
-            if call in kept:
-                kept[call].copy_(output)
-            elif self._free >= output.nbytes:
-                self._free -= output.nbytes
-                kept[call] = output.clone()
-            return output
+    def layer(self, weight: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """The output of a layer that is about to ``run``, kept from before where nothing changed."""
+        if (name := self._names.get(id(weight))) is None:
+            return run()
+        call, self._next = self._next, self._next + 1
+        if call == len(self._calls):
+            self._calls.append(name)
+        kept = self._outputs[self._batch]
+        if call < self._valid and call in kept:
+            return kept[call].clone()  # what follows may write in place
+        output = run()
+        if call in kept:
+            kept[call].copy_(output)
+        elif self._free >= output.nbytes:
+            self._free -= output.nbytes
+            kept[call] = output.clone()
+        return output
 
-        layer.forward = forward
+
+class _Layers(TorchFunctionMode):
+    """Shows every layer that runs to a :class:`Stitched`."""
+
+    def __init__(self, stitched: Stitched) -> None:
+        super().__init__()
+        self.stitched = stitched
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:  # holds two layers
+            with self:
+                return opened(func)(*args, **kwargs)
+        run = partial(func, *args, **kwargs)
+        _, call = layer_call(func, args, kwargs) or (None, None)
+        return run() if call is None else self.stitched.layer(call.weight, run)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

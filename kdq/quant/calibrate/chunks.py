@@ -90,6 +90,26 @@ def in_chunks(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Te
         yield torch.cat([images, images[-1:].expand(padding, *images.shape[1:])]), rest
 
 
+def images_axis(value: Tensor, size: int, count: int) -> tuple[int, int, int]:
+    """Where a chunk's images lie in a ``value`` of the network: the axis, and how many entries of it come before the
+    images, and after them in each.
+
+    Most networks have the images first, some have tokens before them. The copies that fill up the chunk show it: only
+    along the images' axis are they equal.
+
+    >>> tokens = torch.randn(5, 3, 8)[:, [0, 1, 2, 2]]  # of three images and a copy
+    >>> images_axis(tokens, size=4, count=3), images_axis(tokens.flatten(0, 1), size=4, count=3)
+    ((1, 1, 1), (0, 5, 1))
+    """
+    for axis, length in enumerate(value.shape):
+        for outer, inner in ((1, length // size), (length // size, 1)):
+            if outer * size * inner == length:
+                last, copy = (value.unflatten(axis, (outer, size, inner)).select(axis + 1, i) for i in (count - 1, -1))
+                if (last - copy).float().norm() <= 1e-4 * last.float().norm():
+                    return axis, outer, inner
+    return 0, 1, len(value) // size
+
+
 def _bytes(tensors: dict[int, list[Tensor]]) -> int:
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for xs in tensors.values() for x in xs}
     return sum(storages.values())

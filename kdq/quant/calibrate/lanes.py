@@ -3,7 +3,7 @@
 A :class:`Lanes` holds one tensor per version: lane 0 is the float network's, the others belong to quantized ones. It is
 a ``torch.Tensor`` to the network's own code; every torch function called on it is carried out for each lane. Hence any
 forward method works as it is written, values are freed when it drops them, and all versions share one run. What a
-function did can be noted on a :class:`Tape` and repeated for other images.
+function did can be noted on a :class:`Tape` and repeated for other images, and a layer's can be done in its place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from kdq.quant.calibrate.layer import opened
 
 
 class Lanes(Tensor):
@@ -48,7 +51,12 @@ class Lanes(Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:  # holds two layers
+            return opened(func)(*args, **kwargs)
         found = list(lanes_in((args, kwargs)))
+        tape = next((value.tape for value in found if value.tape is not None), None)
+        if tape is not None and (done := tape.meet(func, args, kwargs)) is not None:
+            return done
         if _writes_in_place(func, kwargs):
             _unshare(found[0], found[1:])
         results: list[Any] = []
@@ -61,7 +69,7 @@ class Lanes(Tensor):
                 return result  # metadata, the same for every lane
             results.append(result)
         gathered = None if results[0] is None else _gather(results)
-        if (tape := next((value.tape for value in found if value.tape is not None), None)) is not None:
+        if tape is not None:
             tape.record(func, args, kwargs, gathered)
         return gathered
 
@@ -157,10 +165,19 @@ class _Call:
     results: list[int]
 
 
-class Tape:
-    """The calls that the first chunk made since the last stop."""
+#: Does what a torch function was called for, or leaves it (None) to the function.
+Meet = Callable[[Callable[..., Any], Any, Any], "Lanes | None"]
 
-    def __init__(self) -> None:
+
+class Tape:
+    """The calls that the first chunk made since the last stop.
+
+    Args:
+        meet: is shown every call, function, arguments and keywords, before it is carried out.
+    """
+
+    def __init__(self, meet: Meet) -> None:
+        self.meet = meet
         self.calls: list[_Call] = []
         self._alive: WeakValueDictionary[int, Lanes] = WeakValueDictionary()
         self._count = 0

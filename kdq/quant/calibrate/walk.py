@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from kdq.quant.activations import ActivationQuantizer, Histogram
-from kdq.quant.calibrate.chunks import Chunks, in_chunks
+from kdq.quant.calibrate.chunks import Chunks, images_axis, in_chunks
 from kdq.quant.calibrate.correction import ChannelSums, Norm, corrected_norm
 from kdq.quant.calibrate.lanes import Lanes, Tape
-from kdq.quant.calibrate.layer import channel_axis, weight_matrix
+from kdq.quant.calibrate.layer import LayerCall, channel_axis, layer_call, weight_matrix
 from kdq.quant.calibrate.moments import Moments
+from kdq.quant.calibrate.order import eager
 from kdq.quant.config import QuantConfig
 from kdq.quant.distributed import summed
+from kdq.quant.layers import weight_of
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.quant.report import LayerReport, Report
 from kdq.utils.errors import KdqError
@@ -76,7 +78,9 @@ class Walk:
             self.versions.append(Version(bits, 0 if shared else lanes))
             lanes += not shared
         self.lanes = lanes
-        self.tape = Tape()
+        self.tape = Tape(self.meet)
+        self.names = {id(weight_of(model, name)): name for name in widths[0]}
+        self.parameters = {id(value): name for name, value in model.named_parameters()}
         self.chunks = Chunks(next(model.parameters()).device)
         self.images: list[int] = []
         self.current = 0
@@ -96,7 +100,7 @@ class Walk:
         if first is None:
             raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")
         try:
-            with torch.no_grad(), exact_kernels(device), _rerouted(self._visitors()):
+            with torch.no_grad(), eager(), exact_kernels(device), _rerouted(self._visitors()):
                 self.model(self.tape.watch(Lanes([first] * self.lanes)))
                 for _ in self._each_chunk(None):
                     pass
@@ -104,21 +108,29 @@ class Walk:
         finally:
             self.chunks.close()
 
-    def visit(self, name: str, layer: nn.Module, inputs: Lanes) -> Lanes:
-        """Stand in for ``layer.forward``: quantize it for every version, then pass each lane through its own.
+    def meet(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Lanes | None:
+        """Do what a torch function was called for, if it is a layer's."""
+        inputs, call = layer_call(function, args, kwargs) or (None, None)
+        if call is None or (name := self.names.get(id(call.weight))) is None or not isinstance(inputs, Lanes):
+            return None
+        return self.visit(name, call, inputs)
 
-        A layer that runs a second time keeps the codes of its first run.
+    def visit(self, name: str, call: LayerCall, inputs: Lanes) -> Lanes:
+        """Stand in for a layer: quantize it for every version, then pass each lane through its own.
+
+        A layer that runs a second time, or shares its weight with another, keeps the codes of its first run.
         """
         first_time = name not in self.versions[0].weights
         if first_time:
             if self.config.act_bits is not None:
                 self._fit_activations(name, inputs, self.config.act_bits)
-            self._solve(name, layer, inputs)
-        outputs = self._noted(self._forward(name, layer), inputs)
-        if self.config.correct is not None and layer.bias is not None:
+            self._solve(name, call.module, inputs)
+        outputs = self._noted(self._forward(name, call), inputs)
+        bias = self.parameters.get(id(call.bias))
+        if self.config.correct is not None and bias is not None:
             if first_time:
-                self._correct_bias(name, layer, outputs)
-            outputs = self._noted(self._shift(name, layer), outputs)
+                self._correct_bias(bias, call, outputs)
+            outputs = self._noted(self._shift(bias, call), outputs)
         if first_time:
             outputs = self._noted(self._error(name), outputs)
             self.on_layer(name)
@@ -141,9 +153,7 @@ class Walk:
 
     def _visitors(self) -> list[tuple[nn.Module, Callable[[Lanes], Lanes]]]:
         """The modules whose forward methods the walk takes over, each with its replacement."""
-        modules = {name: self.model.get_submodule(name) for name in self.versions[0].bits}
         found: list[tuple[nn.Module, Callable[[Lanes], Lanes]]] = []
-        found += [(module, partial(self.visit, name, module)) for name, module in modules.items()]
         if self.config.correct == "batchnorm":
             norms = ((name, module) for name, module in self.model.named_modules() if isinstance(module, Norm))
             found += [(m, partial(self.visit_norm, name, m)) for name, m in norms if m.running_mean is not None]
@@ -155,18 +165,18 @@ class Walk:
         self.tape.record(function, (inputs,), {}, outputs)
         return outputs
 
-    def _correct_bias(self, name: str, layer: nn.Module, outputs: Lanes) -> None:
-        mean, _ = self._channel_sums(outputs, channel_axis(layer))
-        assert isinstance(layer.bias, Tensor)
+    def _correct_bias(self, name: str, call: LayerCall, outputs: Lanes) -> None:
+        mean, _ = self._channel_sums(outputs, channel_axis(call.module))
+        assert call.bias is not None
         for version in self.versions:
             if version.lane:
-                version.state[f"{name}.bias"] = (layer.bias - (mean[version.lane] - mean[0])).to(layer.bias)
+                version.state[name] = (call.bias - (mean[version.lane] - mean[0])).to(call.bias)
 
-    def _shift(self, name: str, layer: nn.Module) -> Callable[[Lanes], Lanes]:
+    def _shift(self, name: str, call: LayerCall) -> Callable[[Lanes], Lanes]:
         """A function that adds to each lane what its bias was corrected by."""
-        assert isinstance(layer.bias, Tensor)
-        axis = channel_axis(layer)
-        shifts = {version.lane: version.state[f"{name}.bias"] - layer.bias for version in self.versions if version.lane}
+        assert call.bias is not None
+        axis = channel_axis(call.module)
+        shifts = {version.lane: version.state[name] - call.bias for version in self.versions if version.lane}
 
         def run(lane: int, y: Tensor) -> Tensor:
             return (y.movedim(axis, -1) + shifts[lane]).movedim(-1, axis) if lane in shifts else y
@@ -188,9 +198,8 @@ class Walk:
 
         return add
 
-    def _forward(self, name: str, layer: nn.Module) -> Callable[[Lanes], Lanes]:
-        assert isinstance(layer.weight, Tensor)
-        weights: dict[int, Tensor] = {0: layer.weight}
+    def _forward(self, name: str, call: LayerCall) -> Callable[[Lanes], Lanes]:
+        weights: dict[int, Tensor] = {0: call.weight}
         quantizers: dict[int, ActivationQuantizer] = {}
         for version in self.versions:
             if version.lane:
@@ -200,7 +209,7 @@ class Walk:
 
         def run(lane: int, x: Tensor) -> Tensor:
             x = quantizers[lane].nearest(x) if lane in quantizers else x
-            return torch.func.functional_call(_Original(layer), {"layer.weight": weights[lane]}, x)
+            return call.function(x, weights[lane], call.bias)
 
         return lambda inputs: inputs.map(run)
 
@@ -219,10 +228,15 @@ class Walk:
         self.current = 0
 
     def _real(self, value: Lanes) -> Lanes:
-        """``value`` without the rows that repeat an image to fill the last chunk."""
-        if (count := self.images[self.current]) == self.images[0]:
+        """``value`` without what repeats an image to fill the last chunk."""
+        if (count := self.images[self.current]) == (size := self.images[0]):
             return value
-        return Lanes(_same([lane[: len(lane) * count // self.images[0]] for lane in value.lanes], value.lanes))
+        axis, outer, inner = images_axis(value.lanes[0], size, count)
+
+        def cut(x: Tensor) -> Tensor:
+            return x.unflatten(axis, (outer, size, inner)).narrow(axis + 1, 0, count).flatten(axis, axis + 2)
+
+        return Lanes(_same([cut(lane) for lane in value.lanes], value.lanes))
 
     def _fit_activations(self, name: str, inputs: Lanes, bits: int) -> None:
         histograms = {version.lane: Histogram() for version in self.versions}
@@ -303,7 +317,7 @@ class Walk:
 
 
 class _Original(nn.Module):
-    """A layer's own forward method, beneath the one :func:`_rerouted` put over it."""
+    """A module's own forward method, beneath the one :func:`_rerouted` put over it."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 
 from kdq.models.table import shape_of, stored_name
 from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.layers import holders, place_of, unwrapped, weight_of
 from kdq.quant.packing.bits import packed_bytes
 from kdq.quant.packing.packed import PackedWeight, keep_packed
-from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight
+from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight, float_entries
 from kdq.quant.solvers.alphabet import MAX_BITS
 from kdq.utils.errors import KdqError
 from kdq.utils.files import parse_json, replacing
 
-FORMAT = 2
+#: Files whose layers all are modules' ``weight`` are of version 2, which older readers know.
+FORMAT = 3
 #: Name of the tensor of zeros near the middle; no entry of a state dict starts with a dot.
 ZEROS = ".zeros"
 #: When a loaded network decodes its weights.
@@ -60,15 +62,17 @@ def save_packed(
     Raises:
         KdqError: quantized weights, or values of a network rounded by ``float_dtype``, were changed since.
     """
+    network = unwrapped(network)
     weights: dict[str, QuantizedWeight | PackedWeight] = getattr(network, "quantized_weights", {})
     tensors = _floats(network, weights)
     layers: dict[str, dict[str, Any]] = {}
     near: list[Tensor] = []
     for name, weight in weights.items():
         packed = weight if isinstance(weight, PackedWeight) else PackedWeight.of(**vars(weight))
-        value = network.get_submodule(name)._parameters.get("weight")  # none where it is decoded as the layer runs
+        module, attribute = place_of(network, name)
+        value = module._parameters.get(attribute)  # none where it is decoded as the layer runs
         if value is not None and not torch.equal(weight.decode().to(value), value):
-            raise KdqError(f"{name}.weight was changed since it was quantized: quantize again")
+            raise KdqError(f"the weight of {name} was changed since it was quantized: quantize again")
         layers[name] = {"shape": list(packed.shape), "levels": weight.levels}
         tensors[f"{name}.codes"] = packed.packed
         tensors[f"{name}.scale"] = weight.scale
@@ -81,8 +85,9 @@ def save_packed(
     if near:
         tensors[ZEROS] = torch.cat(near)
     quantizers = getattr(network, "quantized_activations", {})
+    plain = all(place_of(network, name)[1] == "weight" for name in weights)
     header: dict[str, Any] = {
-        "format": FORMAT,
+        "format": 2 if plain else FORMAT,
         "net": stored_name(getattr(network, "kdq_net", None)),
         "preprocess": dict(preprocess) if preprocess else getattr(network, "kdq_preprocess", None),
         "layers": layers,
@@ -101,11 +106,8 @@ def save_packed(
 
 def _floats(network: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries of the state dict that are not quantized, in the dtype they are stored in."""
-    ours = {f"{name}.weight" for name in weights}
-    decoding = tuple(f"{name}.parametrizations.weight." for name in weights)
     rounded: str | None = getattr(network, "kdq_float_dtype", None)
-    state = network.state_dict()
-    found = {name: value for name, value in state.items() if name not in ours and not name.startswith(decoding)}
+    found = float_entries(network, weights)
     for name, value in found.items():
         if rounded is not None and value.is_floating_point():
             found[name] = value.to(FLOAT_DTYPES[rounded])
@@ -136,7 +138,11 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     try:
         tensors = _with_zeros(header, tensors)
         weights = {name: _layer(tensors, name, layer) for name, layer in header["layers"].items()}
-        network = _architecture(path, header, tensors, weights) if network is None else copy.deepcopy(network).cpu()
+        network = (
+            _architecture(path, header, tensors, weights)
+            if network is None
+            else copy.deepcopy(unwrapped(network)).cpu()
+        )
         activations = {name: _activation(fields) for name, fields in header.get("activations", {}).items()}
         _fill(network, path, header, tensors, weights, decode)
         for name, quantizer in activations.items():
@@ -172,25 +178,29 @@ def _fill(
     decode: str,
 ) -> None:
     """Give ``network`` the file's values."""
-    state = network.state_dict()
+    places = holders(network)
+    holding = {name: places[id(weight_of(network, name))] for name in weights}
+    state, expected = network.state_dict(), float_entries(network, weights)
     floats = {name: value for name, value in tensors.items() if name in state}
-    expected = {name for name in state if name.removesuffix(".weight") not in weights}
-    if set(floats) != expected or len(tensors) != len(floats) + sum(
+    # Files of earlier versions hold the second name of a shared weight, too.
+    if not expected.keys() <= floats.keys() or len(tensors) != len(floats) + sum(
         2 + ("zero" not in x) for x in header["layers"].values()
     ):
         raise KdqError(f"{path} does not fit the network: they name different tensors")
     dtypes = {value.dtype for value in floats.values()}
     network.kdq_float_dtype = next((name for name, dtype in FLOAT_DTYPES.items() if dtype in dtypes), None)  # type: ignore[assignment]
+    for name, weight in weights.items():
+        if weight.shape != weight_of(network, name).shape:
+            raise KdqError(f"{path} does not fit the network: {name} has the shape {tuple(weight.shape)} in it")
     given = {name: value.to(state[name].dtype) for name, value in floats.items()}
     network.load_state_dict(given, strict=False, assign=True)
     for name, weight in weights.items():
-        if weight.shape != state[f"{name}.weight"].shape:
-            raise KdqError(f"{path} does not fit the network: {name}.weight has the shape {tuple(weight.shape)} in it")
-        layer = network.get_submodule(name)
-        if decode == "layer":
-            keep_packed(layer, weight)
-        else:
-            layer.weight = nn.Parameter(weight.decode())
+        decoded = nn.Parameter(weight.decode()) if decode == "once" else None
+        for module, attribute in holding[name]:
+            if decoded is None:
+                keep_packed(module, attribute, weight)
+            else:
+                setattr(module, attribute, decoded)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

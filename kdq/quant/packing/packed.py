@@ -68,18 +68,26 @@ class Decoding(nn.Module):
         return PackedWeight(packed, self.shape, self.scale, self.zero, self.levels).decode()
 
 
-def keep_packed(layer: nn.Module, weight: PackedWeight) -> None:
-    """Let ``layer`` hold nothing but ``weight``'s packed codes: its weight is decoded when it runs, and then freed."""
-    layer.weight = nn.Parameter(weight.packed, requires_grad=False)
+def keep_packed(module: nn.Module, attribute: str, weight: PackedWeight) -> None:
+    """Let ``module`` hold nothing but ``weight``'s packed codes: its weight is decoded when it runs, and then freed."""
+    setattr(module, attribute, nn.Parameter(weight.packed, requires_grad=False))
     # "unsafe": the decoded weight has another dtype and shape than what is stored.
-    parametrize.register_parametrization(layer, "weight", Decoding(weight), unsafe=True)
+    parametrize.register_parametrization(module, attribute, Decoding(weight), unsafe=True)
 
 
-def keep_decoded(layer: nn.Module) -> None:
-    """Undo :func:`keep_packed`: decode the weight once and hold it."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    # torch's remove_parametrizations would take the weight from the class, which copies of this layer share.
-    layer.__class__ = type(layer).__bases__[0]
-    del layer.parametrizations
-    layer.weight = nn.Parameter(weight.detach())
+def is_packed(module: nn.Module, attribute: str) -> bool:
+    """Whether :func:`keep_packed` holds the weight."""
+    found = parametrize.is_parametrized(module, attribute)
+    return found and isinstance(module.parametrizations[attribute][0], Decoding)  # type: ignore[index]
+
+
+def keep_decoded(module: nn.Module) -> None:
+    """Undo :func:`keep_packed` and any other parametrization: compute the weights once and hold them."""
+    weights = {name: getattr(module, name) for name in getattr(module, "parametrizations", ())}
+    if not weights:
+        return
+    # torch's remove_parametrizations would take the weights from the class, which copies of this module share.
+    module.__class__ = type(module).__bases__[0]
+    del module.parametrizations
+    for name, weight in weights.items():
+        setattr(module, name, nn.Parameter(weight.detach()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.layers import place_of, weight_of
+from kdq.quant.packing.packed import is_packed
 from kdq.quant.solvers.alphabet import decode
 from kdq.utils.errors import KdqError
 
@@ -57,9 +59,7 @@ def with_quantized_weights(
     quantized = copy.deepcopy(model).eval()
     with torch.no_grad():
         for name, weight in weights.items():
-            parameter = quantized.get_submodule(name).weight
-            assert isinstance(parameter, Tensor)
-            parameter.copy_(weight.decode())
+            weight_of(quantized, name).copy_(weight.decode())
     if state:
         quantized.load_state_dict(dict(state), strict=False)
     for name, quantizer in (activations or {}).items():
@@ -100,13 +100,28 @@ def with_float_dtype(network: nn.Module, name: str) -> nn.Module:
     dtype = FLOAT_DTYPES[check_float_dtype(name)]
     weights = getattr(network, "quantized_weights", {})
     rounded = copy.deepcopy(network, {id(weight): weight for weight in weights.values()})
-    for entry, value in rounded.state_dict().items():
-        if value.is_floating_point() and entry.removesuffix(".weight") not in weights:
+    for entry, value in float_entries(rounded, weights).items():
+        if value.is_floating_point():
             value.copy_(value.to(dtype))
             if not value.isfinite().all():
                 raise KdqError(f"{entry} holds values too large for {name}: use float_dtype=bf16")
     rounded.kdq_float_dtype = name  # type: ignore[assignment]
     return rounded
+
+
+def float_entries(network: nn.Module, weights: Collection[str]) -> dict[str, Tensor]:
+    """The entries of the state dict that are not quantized: without the ``weights`` of layers, under any of their
+    names, decoded or packed."""
+    codes = {id(weight_of(network, name)) for name in weights if not is_packed(*place_of(network, name))}
+    aliases = {name for name, value in network.named_parameters(remove_duplicate=False) if id(value) in codes}
+    packed = tuple(
+        f"{name}.parametrizations.{attribute}."
+        for name, module in network.named_modules(remove_duplicate=False)
+        for attribute in getattr(module, "parametrizations", ())
+        if is_packed(module, attribute)
+    )
+    state = network.state_dict()
+    return {name: value for name, value in state.items() if name not in aliases and not name.startswith(packed)}
 
 
 def check_float_dtype(name: object) -> str:

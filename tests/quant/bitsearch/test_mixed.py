@@ -23,7 +23,8 @@ from kdq.quant.bitsearch.mixed import search_bits
 from kdq.quant.bitsearch.search import Measure
 from kdq.quant.bitsearch.stitch import Stitched
 from kdq.quant.config import QuantConfig
-from kdq.quant.network import float_weights, quantizable_layers, quantize, quantize_widths, with_quantized_weights
+from kdq.quant.layers import left_float
+from kdq.quant.network import quantizable_layers, quantize, quantize_widths, with_quantized_weights
 from kdq.utils.errors import KdqError
 from kdq.utils.operations import multiply_adds
 
@@ -214,7 +215,7 @@ def test_budgets_that_exclude_each_other_are_refused(trained: nn.Module, data: A
 def test_float_weights_that_layers_share_count_once() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     network[1].weight = network[0].weight  # type: ignore[assignment]
-    assert float_weights(network, ["2"]) == 16
+    assert [(x.name, x.shape) for x in left_float(network, ["2"])] == [("0.weight", (4, 4))]
 
 
 def test_layers_left_float_are_part_of_the_budget(trained: nn.Module, data: Any) -> None:

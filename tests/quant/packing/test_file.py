@@ -237,7 +237,7 @@ def test_changed_weights_are_not_saved_as_what_they_were(tmp_path: Path, relu_ne
     quantized, _ = kdq.quantize(relu_net, [torch.randn(8, 3, 8, 8)], bits=4)
     name = next(iter(quantized.quantized_weights))
     quantized.get_submodule(name).weight.data += 1
-    with pytest.raises(KdqError, match=f"{name}.weight was changed since it was quantized"):
+    with pytest.raises(KdqError, match=f"the weight of {name} was changed since it was quantized"):
         kdq.save(quantized, tmp_path / "net.kdq")
 
 
