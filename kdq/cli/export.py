@@ -26,7 +26,13 @@ from kdq.utils.errors import KdqError
 from kdq.utils.files import replacing
 from kdq.utils.messages import describe
 
-SUFFIXES = {"packed": ".kdq", "torch": ".pt2", "onnx-fp32": ".fp32.onnx", "onnx-int8": ".int8.onnx"}
+SUFFIXES = {
+    "packed": ".kdq",
+    "torch": ".pt2",
+    "onnx-fp32": ".fp32.onnx",
+    "onnx-int8": ".int8.onnx",
+    "onnx-codes": ".codes.onnx",
+}
 
 
 @dataclass(frozen=True)

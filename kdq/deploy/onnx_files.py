@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from kdq.deploy.calibrate import divergence, histograms
+from kdq.deploy.codes import codes_graph
 from kdq.deploy.extra import needs
 from kdq.deploy.graph import FloatGraph, float_graph
 from kdq.deploy.qdq import ACT_BITS, int8_graph, unmeasured
@@ -19,7 +21,7 @@ from kdq.utils.version import __version__
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("fp32", "int8")
+FORMATS = ("fp32", "int8", "codes")
 #: A choice of activation ranges beside :data:`kdq.quant.activations.RANGES`; see :func:`onnx_models`.
 CLOSEST = "closest"
 
@@ -37,7 +39,8 @@ def onnx_models(
         network: a packed network as :func:`kdq.load` or :func:`kdq.quantize` gives it, or a float one.
         shape: of one image, ``(channels, height, width)``.
         formats: of :data:`FORMATS`. ``fp32``: float arithmetic on the network's own weights; rounded inputs of layers
-            are left float. ``int8``: INT8 arithmetic; up to seven bits a layer keeps its levels.
+            are left float. ``codes``: the same, its weights stored as codes of 2, 4, 8 or 16 bits. ``int8``: INT8
+            arithmetic; up to seven bits a layer keeps its levels.
         calibration: normalised image batches ``(batch, channels, height, width)``, for the ranges of INT8 activations.
         act_range: how the ranges of INT8 activations are chosen: see :meth:`kdq.quant.activations.Histogram.quantizer`;
             ``closest``: whichever makes the INT8 model predict most nearly what the float one does, on those images.
@@ -54,6 +57,10 @@ def onnx_models(
     card = _card(network, shape)
     if "fp32" in formats:
         found["fp32"] = _finished(source.model, card | {"kdq.weights": "float32"})
+    if "codes" in formats:
+        model, stored = codes_graph(source, getattr(network, "quantized_weights", {}))
+        widths = ", ".join(f"{count} layers in {bits} bits" for bits, count in sorted(Counter(stored.values()).items()))
+        found["codes"] = _finished(model, card | {"kdq.weights": f"codes: {widths or 'none'}"})
     if "int8" in formats:
         model, levels = _int8(source, network, calibration, act_range)
         found["int8"] = _finished(model, card | {"kdq.weights": levels})

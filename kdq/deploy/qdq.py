@@ -72,7 +72,7 @@ def int8_graph(
         layer_inputs: the network's own quantizers of its layers' inputs.
         tensors: a quantizer for each of the :func:`unmeasured` tensors.
     """
-    build = _Builder(source, coded)
+    build = Builder(source, coded)
     graph = build.model.graph
     quantizers = _Quantizers(graph, layer_inputs, tensors)
     chosen = {where: quantizers(*where) for where in rounded_inputs(graph)}
@@ -111,7 +111,7 @@ class _Quantizers:
         return layer_of(self.graph.node[index], self.constants) or ""
 
 
-class _Builder:
+class Builder:
     """The model in the making."""
 
     def __init__(self, source: FloatGraph, coded: Mapping[str, Coded]) -> None:

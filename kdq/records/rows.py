@@ -121,6 +121,11 @@ class Row:
     classes: Int | None = None
     epochs: Int | None = None  # of the training of the float model; 0: its weights were read from a file
     recipe: Text = ""  # of that training, in words
+    top1_onnx_codes: Float | None = None
+    onnx_codes_bytes: Int | None = None
+    latency_ms_onnx_codes: Float | None = None
+    latency_p95_ms_onnx_codes: Float | None = None
+    throughput_onnx_codes: Float | None = None
     versions: Text = ""  # of what computed it, beside kdq
     config: Config | None = None  # what composes the cell again, interpolations as written: kdq-reproduce
     row_format: Int = ROW_FORMAT

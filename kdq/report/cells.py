@@ -31,8 +31,6 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
     width rounded up to a quarter, since budgets are upper bounds.
     """
     frame = table(rows)
-    # Optional: how the network was trained after it had been quantized.
-    frame["tune"] = frame["tune"].fillna("").map(str) if "tune" in frame else ""
     for column in (*SERIES, "device"):
         frame[column] = frame[column].map(printable)
     for column in ("tune", "recipe"):

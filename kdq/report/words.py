@@ -187,12 +187,13 @@ def _made(rows: pd.DataFrame) -> str:
         f"{quantizer} ({_range(part['calibration_images'], ',')} images)"
         for quantizer, part in rows.groupby("quantizer", sort=True)
     ]
-    devices = ", ".join(sorted(set(rows["device"])))
-    seeds, s = rows["seed"].nunique(), "s" if rows["seed"].nunique() > 1 else ""
-    return (
-        f"Made by: {'; '.join(trained)}; quantized with {', '.join(quantizers)}; {seeds} seed{s}; "
-        f"measured on {devices}."
-    )
+    tuned = [
+        f"tuned with {tune} ({_range(part['tune_epochs'].dropna(), 'g')} epochs)"
+        for tune, part in rows[rows["tune"] != ""].groupby("tune", sort=True)
+    ]
+    devices, seeds = ", ".join(sorted(set(rows["device"]))), rows["seed"].nunique()
+    parts = ["; ".join(trained), f"quantized with {', '.join(quantizers)}", *tuned]
+    return f"Made by: {'; '.join(parts)}; {seeds} seed{'s' if seeds > 1 else ''}; measured on {devices}."
 
 
 def _training(part: pd.DataFrame) -> str:
@@ -209,7 +210,7 @@ def _speed(rows: pd.DataFrame, name: Callable[[Model], str]) -> list[str]:
     """The latency of each model, where all were timed alike."""
     shown = shown_latency(rows)
     timed = rows[rows[shown.column].notna()]
-    models = answer.models(timed.assign(tune=timed["tune"]))
+    models = answer.models(timed)
     if len(models) < 2:
         return []
     told = [
@@ -272,7 +273,7 @@ def _difference(by: Difference) -> str:
 
 
 def _range(values: Iterable[float], form: str = "g") -> str:
-    low, high = min(values), max(values)
+    low, high = min(values, default=0), max(values, default=0)
     return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from kdq.deploy import extra
 from kdq.deploy.calibrate import histograms
 from kdq.deploy.onnx_files import onnx_models
 from kdq.deploy.runtime import logits, session
-from kdq.models import resnet50
+from kdq.models import CifarResNet, resnet50
 from kdq.models.build import build
 from kdq.quant.activations import RANGES, Histogram
 from tests.quant.conftest import ReluNet, trained_norms
@@ -51,6 +52,33 @@ def test_the_float_graph_is_the_network_for_any_batch(images: Tensor) -> None:
             torch.testing.assert_close(_run(model, images[:batch]), quantized(images[:batch]), rtol=1e-4, atol=1e-5)
     with pytest.raises(kdq.KdqError, match=r"takes images of 3x9x9 .* have 3x8x9"):
         _run(model, images[:, :, 1:])
+
+
+@pytest.mark.parametrize(("bits", "kind", "opset"), [(2, "UINT2", 25), (3, "UINT4", 21), (12, "UINT16", 21)])
+def test_codes_are_stored_in_the_narrowest_type(images: Tensor, bits: int, kind: str, opset: int) -> None:
+    torch.manual_seed(0)
+    quantized, _ = kdq.quantize(trained_norms(ReluNet()), [images], bits=bits)
+    data = onnx_models(quantized, SHAPE, ["codes"])["codes"]
+    model = onnx.load_from_string(data)
+    codes = [item for item in model.graph.initializer if item.name.endswith("_codes")]
+    assert {onnx.TensorProto.DataType.Name(item.data_type) for item in codes} == {kind}
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [opset]
+    with torch.no_grad():
+        torch.testing.assert_close(_run(data, images), quantized(images), rtol=1e-4, atol=1e-5)
+
+
+def test_codes_decode_to_the_very_weight_and_take_no_more_bytes_than_packed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 16, 16)
+    quantized, _ = kdq.quantize(CifarResNet(8, 10, width=2), [images], bits=4, solver="rtn")
+    packed = tmp_path / "packed.kdq"
+    kdq.save(quantized, packed)
+    data = onnx_models(kdq.load(packed), (3, 16, 16), ["codes"])["codes"]
+    assert len(data) <= 1.1 * packed.stat().st_size
+    constants = _constants(onnx.load_from_string(data))
+    codes, zero, scale = (constants[f"fc.weight_{part}"].astype(np.float32) for part in ("codes", "zero", "scale"))
+    assert np.array_equal((codes - zero) * scale, quantized.fc.weight.detach().numpy())  # no BatchNorm follows it
+    assert (zero % 1 == 0.5).any()
 
 
 class _Standardized(nn.Conv2d):
