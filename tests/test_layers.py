@@ -151,7 +151,7 @@ SHOWN = {
         "Mixup",
         "DKD",
         "DML",
-        *("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "CTKD", "DIST", "NKD", "TTM", "RLD", "TfKD"),
+        *("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "ReviewKD", "CTKD", "DIST", "NKD", "TTM", "RLD", "TfKD"),
         *("QAD", "QAT"),
         "DistillationModule",
         "TeacherStudent",
@@ -164,7 +164,7 @@ SHOWN = {
     ),
     "kdq.distill.feature_losses": (
         *("hint_loss", "attention_loss", "similarity_loss", "relation_losses", "pkt_loss"),
-        *("gaussian_loss", "selectivity_loss"),
+        *("gaussian_loss", "selectivity_loss", "hierarchical_loss"),
     ),
     "kdq.quant.callback": ("PostTrainingQuantization",),
     "kdq.quant.config": ("QuantConfig",),

@@ -18,6 +18,7 @@ from kdq.distill.nkd import NKD
 from kdq.distill.nst import NST
 from kdq.distill.pkt import PKT
 from kdq.distill.qad import QAD, QAT
+from kdq.distill.reviewkd import ReviewKD
 from kdq.distill.rkd import RKD
 from kdq.distill.rld import RLD
 from kdq.distill.sp import SP
@@ -49,6 +50,7 @@ __all__ = [
     "FeatureMethod",
     "FitNets",
     "Mixup",
+    "ReviewKD",
     "TeacherStudent",
     "TfKD",
     "TrainConfig",

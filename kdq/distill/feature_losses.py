@@ -116,6 +116,23 @@ def selectivity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return kernel(theirs, theirs) + kernel(mine, mine) - 2 * kernel(mine, theirs)
 
 
+@in_float32
+def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean squared difference of two maps of one size, together with those of their averages over 4x4, 2x2 and 1x1
+    fields, as far as these are coarser: each half the weight of the one before, all weights 1 in sum (ReviewKD: Chen et
+    al. 2021, arXiv 2104.09044).
+
+    >>> hierarchical_loss(torch.zeros(1, 2, 8, 8), torch.ones(1, 2, 8, 8)).item()
+    1.0
+    """
+    teacher, weights, distances = teacher.detach(), [1.0], [F.mse_loss(student, teacher.detach())]
+    for fields in (size for size in (4, 2, 1) if size < student.shape[2]):
+        mine, theirs = (F.adaptive_avg_pool2d(maps, fields) for maps in (student, teacher))
+        distances.append(F.mse_loss(mine, theirs))
+        weights.append(weights[-1] / 2)
+    return torch.stack([weight * part for weight, part in zip(weights, distances, strict=True)]).sum() / sum(weights)
+
+
 def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps at the smaller one's height and width.
 

@@ -44,7 +44,7 @@ class FeatureMethod(TeacherStudent):
         kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
     """
 
-    #: What is compared by default: ``stages``, the ``middle`` or the ``last`` of them, or the ``embedding``.
+    #: What is compared by default: ``stages``, the ``middle`` or the ``last`` of them, the ``embedding``, or ``all``.
     where = "stages"
     #: Whether features must be maps ``(batch, channels, height, width)``.
     maps = True
@@ -77,6 +77,16 @@ class FeatureMethod(TeacherStudent):
         """The distance of one layer's features, a scalar; the student's are projected."""
         raise NotImplementedError(f"{type(self).__name__} must define pair(student, teacher, layer)")
 
+    def between(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """The distance of all layers: the sum over :meth:`pair`, unless a method relates layers to each other."""
+        triples = zip(self.projectors, student, teacher, strict=True)
+        pairs = [self.pair(project(mine), theirs, layer) for layer, (project, mine, theirs) in enumerate(triples)]
+        return torch.stack(pairs).sum()
+
+    def weight_at(self, progress: TrainingProgress) -> float:
+        """The distance's weight in a batch."""
+        return self.weight
+
     def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:
         """What makes the student's features comparable, given both shapes without the batch."""
         return nn.Identity()
@@ -92,9 +102,8 @@ class FeatureMethod(TeacherStudent):
         if self.kd:
             kl = distillation_kl(*self.comparable(logits, teacher_logits), self.temperature)
             terms["kl"] = self.kd * kl
-        names = zip(self.projectors, self.layers["student"], self.layers["teacher"], strict=True)
-        pairs = [self.pair(project(mine[a]), theirs[b], layer) for layer, (project, a, b) in enumerate(names)]
-        return {**terms, "features": self.weight * torch.stack(pairs).sum()}, logits
+        features = ([mine[name] for name in self.layers["student"]], [theirs[name] for name in self.layers["teacher"]])
+        return {**terms, "features": self.weight_at(progress) * self.between(*features)}, logits
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -57,7 +57,7 @@ def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
     """The layers that methods compare by default, by a look at the features that ``network`` makes of ``images``.
 
     The stages are those that a network names itself as ``network.kdq_stages``; or else the last of the outermost layers
-    that give maps of each size above one pixel. The ``embedding`` is what the last linear layer takes.
+    that give maps of each size above one pixel. The ``embedding`` is what the last linear layer takes; ``all``: both.
 
     >>> from kdq.models import resnet18
     >>> found_layers(resnet18(num_classes=10), torch.zeros(1, 3, 32, 32), "embedding")
@@ -66,6 +66,8 @@ def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
     Raises:
         KdqError: the network has no such layers.
     """
+    if where == "all":
+        return [name for part in ("stages", "embedding") for name in found_layers(network, images, part)]
     named: Any = getattr(network, "kdq_stages", None)
     if where != "embedding" and named is not None:
         return list(named)

@@ -41,7 +41,22 @@ STABLE: dict[str, str] = {
     **_paths("dml", "kdq.distill.DML", "kdq.distill.dml.DML"),
     **{
         path: title.lower()
-        for title in ("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "CTKD", "DIST", "NKD", "TTM", "RLD", "TfKD")
+        for title in (
+            "FitNets",
+            "AT",
+            "SP",
+            "RKD",
+            "PKT",
+            "NST",
+            "VID",
+            "ReviewKD",
+            "CTKD",
+            "DIST",
+            "NKD",
+            "TTM",
+            "RLD",
+            "TfKD",
+        )
         for path in (f"kdq.distill.{title}", f"kdq.distill.{title.lower()}.{title}")
     },
     **_paths("qad", "kdq.distill.QAD", "kdq.distill.qad.QAD"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from kdq.distill.feature_losses import (
     attention_loss,
     gaussian_loss,
+    hierarchical_loss,
     hint_loss,
     pkt_loss,
     relation_losses,
@@ -25,6 +26,7 @@ from kdq.distill.feature_losses import (
 Array = np.ndarray[Any, Any]
 LOSSES: dict[str, Callable[..., Any]] = {
     "hint": hint_loss,
+    "hierarchical": hierarchical_loss,
     "attention": attention_loss,
     "similarity": similarity_loss,
     "distances": lambda s, t: relation_losses(s, t)[0],
@@ -55,6 +57,12 @@ def definition(name: str, s: Array, t: Array) -> float:
     rows = range(N)
     if name == "hint":
         return float(np.mean([(a - b) ** 2 for a, b in zip(s.ravel(), t.ravel(), strict=True)]))
+    if name == "hierarchical":
+        levels = [np.mean((s - t) ** 2)]
+        for size in (2, 1):  # fields of 2x2 and 4x4 pixels of the 4x4 maps
+            a, b = (x.reshape(N, 5, size, 4 // size, size, 4 // size).mean((3, 5)) for x in (s, t))
+            levels.append(np.mean((a - b) ** 2))
+        return float(np.dot(levels, [1, 1 / 2, 1 / 4]) / 1.75)
     if name == "attention":
         attention = [[unit(sum(channel**2 for channel in image).ravel()) for image in x] for x in (s, t)]
         return float(np.mean((np.array(attention[0]) - np.array(attention[1])) ** 2))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdq.cli.app import CONFIG_PATH
-from kdq.distill import AT, PKT, RKD, SP, VID, CrossEntropy, FeatureMethod, FitNets, TrainConfig
-from kdq.distill.feature_losses import attention_loss, pkt_loss, similarity_loss
+from kdq.distill import AT, PKT, RKD, SP, VID, CrossEntropy, FeatureMethod, FitNets, ReviewKD, TrainConfig
+from kdq.distill.feature_losses import attention_loss, hierarchical_loss, pkt_loss, similarity_loss
 from kdq.distill.layers import found_layers, watched
 from kdq.distill.losses import distillation_kl
 from kdq.distill.progress import TrainingProgress
@@ -26,7 +26,7 @@ from kdq.stages.pipeline import run
 from kdq.stages.train import float_model, planned
 from kdq.utils.errors import KdqError
 
-METHODS = ("fitnets", "at", "sp", "rkd", "pkt", "nst", "vid", "dist", "nkd", "ttm", "rld", "tfkd", "ctkd")
+METHODS = ("fitnets", "at", "sp", "rkd", "pkt", "nst", "vid", "reviewkd", "dist", "nkd", "ttm", "rld", "tfkd", "ctkd")
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
 QUIET |= {"enable_model_summary": False}
 
@@ -118,6 +118,24 @@ def test_the_terms_of_a_method(kind: Any, loss: Any, layers: list[str], batch: t
     assert set(make(kind).connect(batch[0]).losses(*batch, TrainingProgress())[0]) == {"ce", "features"}
 
 
+def test_reviewkd_mixes_from_the_deepest_level_on(batch: tuple[Tensor, Tensor]) -> None:
+    """Written out for two levels of one size, with an attention that takes everything of both."""
+    layers = ["layer2", "layer3"]
+    module = make(ReviewKD, student_layers=layers, teacher_layers=layers, warmup=0.5).connect(batch[0]).eval()
+    shallow, deep = module.projectors
+    assert deep.attention is None
+    nn.init.zeros_(shallow.attention[0].weight)
+    nn.init.constant_(shallow.attention[0].bias, 50.0)
+    mine, theirs = ([torch.randn(2, channels, 4, 4) for channels in width] for width in ((8, 16), (16, 32)))
+    mine[1], theirs[1] = mine[1][..., :2, :2], theirs[1][..., :2, :2]
+    reduced = deep.reduce(mine[1])
+    both = shallow.reduce(mine[0]) + reduced.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = hierarchical_loss(deep.expand(reduced), theirs[1]) + hierarchical_loss(shallow.expand(both), theirs[0])
+    torch.testing.assert_close(module.between(mine, theirs), expected)
+    terms = [module.losses(*batch, TrainingProgress(epoch=epoch, epochs=4))[0]["features"] for epoch in (0, 1, 2, 3)]
+    torch.testing.assert_close(torch.stack(terms), terms[3] * torch.tensor([0.0, 0.5, 1.0, 1.0]))
+
+
 def test_a_projector_is_there_only_where_channels_differ(batch: tuple[Tensor, Tensor]) -> None:
     module = make(FitNets).connect(batch[0])
     assert [tuple(p.shape) for p in module.projectors[0].parameters()] == [(16, 8, 1, 1), (16,), (16,)]
@@ -151,7 +169,7 @@ def test_a_network_without_maps_says_what_to_give() -> None:
         AT(nn.Linear(8, 4), teacher=network(1), num_classes=4).connect(torch.zeros(2, 1, 16, 8))
 
 
-@pytest.mark.parametrize("kind", [FitNets, VID])
+@pytest.mark.parametrize("kind", [ReviewKD, VID])
 def test_projectors_are_trained_and_resumed_with_the_student_and_are_no_part_of_it(
     kind: type[FeatureMethod], loader: DataLoader[Any], tmp_path: Path
 ) -> None:
