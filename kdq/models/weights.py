@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
         if any("fc." in name or "classifier" in name for name in mismatched):
             hint = " (is the number of classes the same?)"
         raise KdqError(f"{path} does not fit the network: {'; '.join(problems)}{hint}")
-    network.load_state_dict(state, strict=False)
+    given = OrderedDict(state)
+    given._metadata = own._metadata  # type: ignore[attr-defined]  # the versions of modules, which some ask for
+    network.load_state_dict(given, strict=False)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,14 +1,20 @@
 """Networks as others write them; activations; memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.resnet import Bottleneck
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import kdq
 from kdq import KdqError
+from kdq.bench import networks
 from kdq.quant.activations import ActivationQuantizer, Histogram
 from kdq.quant.calibrate import chunks
 from kdq.quant.calibrate.lanes import Values
@@ -32,6 +38,44 @@ def test_torchvision_networks(name: str) -> None:
     assert {layer.name for layer in report.layers} == names
     with torch.no_grad():
         assert torch.allclose(wide(images), net.eval()(images), rtol=1e-2, atol=1e-4)
+
+
+#: One of each family of torchvision's, as small as its classes make it.
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "convnext": lambda: ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], num_classes=10),
+    "googlenet": lambda: torchvision.models.googlenet(num_classes=10, init_weights=False),
+    "maxvit": lambda: MaxVit((32, 32), 8, 2, [8, 16], [1, 1], 4, stochastic_depth_prob=0.0, num_classes=10),
+    "mnasnet": lambda: torchvision.models.MNASNet(0.25, num_classes=10),
+    "mobilenet_v3": lambda: torchvision.models.mobilenet_v3_small(width_mult=0.25, num_classes=10),
+    "resnext": lambda: torchvision.models.ResNet(
+        Bottleneck, [1, 1, 1, 1], num_classes=10, groups=8, width_per_group=2, zero_init_residual=True
+    ),
+    "squeezenet": lambda: torchvision.models.squeezenet1_1(num_classes=10),
+    "swin": lambda: SwinTransformer([2, 2], 16, [2, 2], [2, 4], [3, 3], num_classes=10),
+    "swin_v2": lambda: SwinTransformer(
+        *([2, 2], 16, [2, 2], [2, 4], [3, 3]),
+        num_classes=10,
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    ),
+    "vit": lambda: VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=10),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_networks_beat_rounding_and_come_back_from_their_files(family: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    row = networks.measured(networks.settled(FAMILIES[family](), images), images, 4)
+    assert row["same"]
+    assert row["error"] < 0.8 * row["rounding"]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_byobnet"])
+def test_networks_of_timm(name: str) -> None:
+    pytest.importorskip("timm")
+    row = networks.tried("timm", name, bits=4, count=4)
+    assert row["passed"], row
 
 
 @pytest.mark.parametrize("act_bits", [None, 6])

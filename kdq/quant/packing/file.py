@@ -192,7 +192,12 @@ def _fill(
     for name, weight in weights.items():
         if weight.shape != weight_of(network, name).shape:
             raise KdqError(f"{path} does not fit the network: {name} has the shape {tuple(weight.shape)} in it")
-    given = {name: value.to(state[name].dtype) for name, value in floats.items()}
+    given = network.state_dict()  # with the versions of modules, which some ask for
+    for name in state:
+        if name in floats:
+            given[name] = floats[name].to(state[name].dtype)
+        else:
+            del given[name]
     network.load_state_dict(given, strict=False, assign=True)
     for name, weight in weights.items():
         decoded = nn.Parameter(weight.decode()) if decode == "once" else None

@@ -60,8 +60,9 @@ def with_quantized_weights(
     with torch.no_grad():
         for name, weight in weights.items():
             weight_of(quantized, name).copy_(weight.decode())
-    if state:
-        quantized.load_state_dict(dict(state), strict=False)
+        entries = quantized.state_dict()
+        for name, value in (state or {}).items():
+            entries[name].copy_(value)
     for name, quantizer in (activations or {}).items():
         quantized.get_submodule(name).register_forward_pre_hook(quantizer)
     quantized.quantized_weights = dict(weights)  # type: ignore[assignment]
