@@ -34,20 +34,47 @@ SCALES = ("weight", "gram")
 
 
 @dataclass(frozen=True)
+class Preset:
+    """What a name of a solver stands for: the function, and the options that go with it unless they are given.
+
+    >>> PRESETS["best"].order
+    'gram'
+
+    Attributes:
+        solver: the function.
+        order, scale, refine, ridge: as of :class:`QuantConfig`.
+    """
+
+    solver: Solver
+    order: str = "natural"
+    scale: str = "weight"
+    refine: int = 0
+    ridge: float = 0.0
+
+
+#: ``best``, what is most accurate at low widths, and the published solvers as their papers have them.
+PRESETS = {"best": Preset(qronos, order="gram", scale="gram", refine=3, ridge=0.1)}
+PRESETS |= {name: Preset(solver) for name, solver in SOLVERS.items()}
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """What is done with every layer, whatever its width.
 
-        >>> QuantConfig(solver="qronos", order="gram", refine=3).alphabet
+        >>> QuantConfig(solver="gpfq", order="gram").alphabet
         'uniform'
 
     Attributes:
-        solver: one of :data:`SOLVERS`, or a function ``(weight, gram, cross, alphabet) -> quantized weight``.
+        solver: one of :data:`PRESETS`, or a function ``(weight, gram, cross, alphabet) -> quantized weight``.
         alphabet: one of :data:`kdq.quant.solvers.alphabets.ALPHABETS`, or a function ``(weight, bits) -> Alphabet``.
         per_channel: a scale for every output channel, or one for the layer.
         scale: the scales have the least error of the ``"weight"``, or weighted with the ``"gram"`` matrix of the
-            inputs.
-        order: columns are solved in the weight's ``"natural"`` order, or by falling diagonal of the ``"gram"`` matrix.
-        refine: sweeps of :func:`kdq.quant.solvers.refine.refine` after the solver.
+            inputs; None: as the preset has it.
+        order: columns are solved in the weight's ``"natural"`` order, or by falling diagonal of the ``"gram"`` matrix;
+            None: as the preset has it.
+        refine: sweeps of :func:`kdq.quant.solvers.refine.refine` after the solver; None: as the preset has it.
+        ridge: how much a layer's weights are held to their float values, see :func:`held`, as a share of its inputs'
+            mean energy; None: as the preset has it.
         first_last_bits: width of the first and the last layer that run, whatever the others have.
         keep_float: names of layers, parameters and modules (for all that is inside them) whose weights stay float, and
             patterns of such names: ``["fc", "*.in_proj"]``.
@@ -62,12 +89,13 @@ class QuantConfig:
             :class:`kdq.quant.calibrate.moments.Moments`.
     """
 
-    solver: str | Solver = "gpfq"
+    solver: str | Solver = "best"
     alphabet: str | AlphabetChoice = "uniform"
     per_channel: bool = True
-    scale: str = "weight"
-    order: str = "natural"
-    refine: int = 0
+    scale: str | None = None
+    order: str | None = None
+    refine: int | None = None
+    ridge: float | None = None
     first_last_bits: int | None = None
     keep_float: tuple[str, ...] = ()
     float_dtype: str | None = None
@@ -79,13 +107,15 @@ class QuantConfig:
     def __post_init__(self) -> None:
         """Raises KdqError for an unknown choice, and for choices that exclude each other."""
         check_types(self, "")
-        _named(SOLVERS, self.solver, "solver")
+        _named(PRESETS, self.solver, "solver")
         _named(ALPHABETS, self.alphabet, "alphabet")
-        one_of("order", self.order, ORDERS)
-        one_of("scale", self.scale, SCALES)
+        for name, value, choices in (("order", self.order, ORDERS), ("scale", self.scale, SCALES)):
+            if value is not None:
+                one_of(name, value, choices)
         one_of("act_range", self.act_range, RANGES)
         one_of("correct", self.correct, CORRECTIONS)
-        within("refine", self.refine, 0)
+        within("refine", self.refine or 0, 0)
+        within("ridge", self.ridge or 0, 0)
         if self.refine and not self.per_channel:
             raise KdqError("refine fits a scale to every output channel: use per_channel=true, or refine=0")
         if self.scale == "gram" and not self.per_channel:
@@ -107,30 +137,54 @@ class QuantConfig:
         """Whether the alphabet's range is known to grow to that of the weights as its levels do."""
         return self.alphabet in COVERING
 
+    @property
+    def preset(self) -> Preset:
+        """The solver with its options: those given, else those that its name stands for."""
+        named = _named(PRESETS, self.solver, "solver")
+        preset = named if isinstance(named, Preset) else Preset(named)
+        if not self.per_channel:  # the two that fit a scale to every channel were not asked for
+            preset = replace(preset, scale="weight", refine=0)
+        given = {name: getattr(self, name) for name in ("order", "scale", "refine", "ridge")}
+        return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
     def solve(self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int) -> tuple[Tensor, Alphabet]:
         """Quantize ``weight`` ``(groups, N, d)`` given ``gram`` and ``cross`` ``(groups, d, d)``.
 
         Returns:
             Values ``(groups, N, d)`` and the alphabet they are of.
         """
-        solver, choice = _named(SOLVERS, self.solver, "solver"), _named(ALPHABETS, self.alphabet, "alphabet")
+        preset, choice = self.preset, _named(ALPHABETS, self.alphabet, "alphabet")
         alphabet: Alphabet = (choice if self.per_channel else per_layer(choice))(weight, bits)
-        if self.scale == "gram" and alphabet.levels < 2**8:
+        fine = alphabet.levels >= 2**8  # the scale is exact to the last code already
+        if preset.ridge:
+            gram, cross = held(gram, cross, preset.ridge)
+        if preset.scale == "gram" and not fine:
             alphabet = rescale(weight, gram, alphabet)
-        if self.order == "gram":
+        order = torch.arange(weight.shape[-1], device=weight.device)
+        if preset.order == "gram":
             order = gram.diagonal(dim1=-2, dim2=-1).sum(0).argsort(descending=True, stable=True)
-            gram, cross = (matrix[:, order][:, :, order] for matrix in (gram, cross))
-            values, alphabet = self._solve(solver, weight[..., order], gram, cross, alphabet)
-            return values[..., torch.argsort(order)], alphabet
-        return self._solve(solver, weight, gram, cross, alphabet)
+            weight, gram, cross = weight[..., order], *(m[:, order][:, :, order] for m in (gram, cross))
+        values = preset.solver(weight, gram, cross, alphabet)
+        if preset.refine and not fine:
+            values, alphabet = refine(weight, gram, cross, values, alphabet, preset.refine)
+        return values[..., torch.argsort(order)], alphabet
 
-    def _solve(
-        self, solver: Solver, weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet
-    ) -> tuple[Tensor, Alphabet]:
-        values = solver(weight, gram, cross, alphabet)
-        if self.refine and alphabet.levels < 2**8:  # beyond, the scale is already exact to the last code
-            return refine(weight, gram, cross, values, alphabet, self.refine)
-        return values, alphabet
+
+def held(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """``G`` and ``C`` with ``lambda I`` added, lambda being ``ridge`` times the mean of G's diagonal.
+
+    A layer's error gets the term ``lambda ||W - Q||^2`` with it: where the calibration images say little, as of a
+    layer with more inputs than there are images, weights stay near their float values. Qronos' projection becomes
+    ``W + W (C' - G) (G + lambda I)^-1``, which is W, and not zero, where they say nothing.
+
+    >>> G, C = held(torch.eye(2), torch.zeros(2, 2), 0.5)
+    >>> G
+    tensor([[1.5000, 0.0000],
+            [0.0000, 1.5000]])
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    extra = torch.diag_embed(ridge * diagonal.mean(-1, keepdim=True).expand_as(diagonal))
+    return gram + extra, cross + extra
 
 
 #: Names of the options.

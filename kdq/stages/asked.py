@@ -16,7 +16,7 @@ from torch import nn
 from kdq.models.build import build
 from kdq.quant.bitsearch.bank import check_average
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
-from kdq.quant.config import OPTIONS, QuantConfig, refuse_unknown
+from kdq.quant.config import OPTIONS, SOLVERS, Preset, QuantConfig, refuse_unknown
 from kdq.quant.layers import quantizable_layers
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.records.rows import Row, has, whole
@@ -37,6 +37,14 @@ def quant_config(quant: DictConfig) -> QuantConfig:
     refuse_unknown(quant, (*OPTIONS, "name", "bits", "calibration_images", "seed", "search"))
     values = {name: value for name, value in plain(quant).items() if name in OPTIONS}
     return QuantConfig(**hydra.utils.instantiate(values, _convert_="all"))
+
+
+def quant_spec(quant: DictConfig) -> dict[str, Any]:
+    """The ``quant`` config as keys have it: with the options that its preset stands for; no ridge where there is
+    none, as before there was one."""
+    preset = Preset(SOLVERS["rtn"]) if quant.solver is None else quant_config(quant).preset
+    values = plain(quant) | {"order": preset.order, "scale": preset.scale, "refine": preset.refine}
+    return {k: v for k, v in values.items() if k != "ridge"} | ({"ridge": preset.ridge} if preset.ridge else {})
 
 
 def search_config(quant: DictConfig) -> SearchConfig | None:
@@ -74,7 +82,7 @@ def asked_bits(cell: Cell) -> dict[str, int | None]:
 
 def row_spec(cell: Cell, model: Model | Entry, bits: int | None, tuned: Model | None = None) -> dict[str, Any]:
     """Everything that a row of ``model`` depends on; its hash is the row's ``config_hash``."""
-    quant = {name: value for name, value in plain(cell.cfg.quant).items() if name != "bits"}
+    quant = {name: value for name, value in quant_spec(cell.cfg.quant).items() if name != "bits"}
     images, config = cell.images, cell.cfg.data
     test = {"test": images.set.test_digest, "test_limit": config.test_limit, "classes": list(images.set.classes)}
     method, seed = cell.cfg.method.name, cell.cfg[cell.role].seed

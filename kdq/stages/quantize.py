@@ -22,7 +22,7 @@ from kdq.quant.packing.weights import with_float_dtype
 from kdq.records.rows import Row, write_row
 from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
-from kdq.stages.asked import alphabet_name, asked_bits, quant_config, search_config
+from kdq.stages.asked import alphabet_name, asked_bits, quant_config, quant_spec, search_config
 from kdq.stages.cell import Cell
 from kdq.stages.quantize_log import log_axes, log_layers, log_row, log_search
 from kdq.stages.train import Model, artifact
@@ -198,7 +198,7 @@ def _callback(
     if search is None:
         return PostTrainingQuantization([int(name) for name in names], quant_config(quant), **shared)
     asked = {name: plain(quant.search)[name] for name in ("candidates", "validation_images")}
-    values = plain(quant) | {"search": asked}
+    values = quant_spec(quant) | {"search": asked}
     spec = {"stage": "search", "model": entry.key, "data": cell.images.spec(), "quant": values, **user_code(values)}
     trace = _search_folder(cell) / f"trace-{key_of(spec)}.json"
     return GreedyBitSearch(search, quant_config(quant), trace=trace, key=key_of(spec), **shared)

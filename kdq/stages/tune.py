@@ -26,7 +26,7 @@ from kdq.quant.packing.file import save_packed
 from kdq.quant.packing.weights import with_float_dtype
 from kdq.records.store import Entry, Make, key_of
 from kdq.records.user_code import user_code
-from kdq.stages.asked import asked_bits
+from kdq.stages.asked import asked_bits, quant_spec
 from kdq.stages.cell import Cell
 from kdq.stages.quantize import Tuned, quantized_once
 from kdq.stages.train import Model, artifact, teacher_model
@@ -74,7 +74,7 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
         models["teacher"] = model if own else teacher_model(cell)
         teacher = role if own else cell.of_role("teacher")
         networks["teacher"] = NetworkSpec(teacher["name"], teacher["net"], teacher["seed"], None)
-    quant = {key: value for key, value in plain(cell.cfg.quant).items() if key not in ("name", "bits")}
+    quant = {key: value for key, value in quant_spec(cell.cfg.quant).items() if key not in ("name", "bits")}
     spec = {
         "stage": "tune",
         "models": {name: model.key for name, model in models.items()},

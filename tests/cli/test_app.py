@@ -184,7 +184,7 @@ MISTAKES = [
     (["student.recipe.lr=fast", "method=baseline"], r"recipe.lr='fast' must be a number"),
     (["quant=greedy", "method=baseline", "quant.search.avg_bits=1"], r"the bit search cannot meet its budget"),
     (["quant=greedy", "method=baseline", "quant.search.avg_bits=null"], r"has no budget: give avg_bits, size_bytes or"),
-    (["quant.solver=best", "method=baseline"], r"solver='best' is unknown: use one of .*gpfq"),
+    (["quant.solver=bset", "method=baseline"], r"solver='bset' is unknown: use one of .*gpfq"),
     (["quant.alphabet=greek", "method=baseline"], r"alphabet='greek' is unknown"),
     (
         ["quant.alphabet={_target_: datetime.timedelta}", "method=baseline"],

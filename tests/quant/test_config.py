@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,8 @@ from kdq import KdqError
 from kdq.quant.batches import first_pairs, images_of, labels_of
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.config import QuantConfig
-from kdq.stages.asked import quant_config, search_config
+from kdq.quant.solvers.rtn import rtn
+from kdq.stages.asked import quant_config, quant_spec, search_config
 from kdq.utils.config import compose
 
 
@@ -28,14 +29,16 @@ def codes(model: nn.Module) -> list[Tensor]:
 
 
 def test_the_config_s_defaults_are_the_library_s() -> None:
-    assert quant_config(compose(["quant=gpfq"]).quant) == QuantConfig()
+    assert quant_config(compose([]).quant) == quant_config(compose(["quant=best"]).quant) == QuantConfig()
     found = search_config(compose(["quant=greedy"]).quant)
     assert found == SearchConfig(avg_bits=3.0)
 
 
 def test_every_choice_of_the_config_is_a_quantizer() -> None:
-    best = quant_config(compose(["quant=best"]).quant)
-    assert asdict(best) == asdict(QuantConfig(solver="qronos", order="gram", refine=3))
+    gpfq = quant_config(compose(["quant=gpfq"]).quant)
+    assert gpfq == QuantConfig(solver="gpfq")
+    assert (gpfq.preset.order, gpfq.preset.scale, gpfq.preset.refine, gpfq.preset.ridge) == ("natural", "weight", 0, 0)
+    assert quant_config(compose(["quant=greedy"]).quant) == QuantConfig()
     spfq = quant_config(compose(["quant=spfq", "seed=7"]).quant)
     assert callable(spfq.solver)
     assert spfq.solver.keywords == {"seed": 7}  # type: ignore[union-attr]
@@ -43,6 +46,23 @@ def test_every_choice_of_the_config_is_a_quantizer() -> None:
     assert published.moments is not None
     assert published.moments(nn.Linear(2, 2), True).share == 0.25
     assert quant_config(compose(["quant.keep_float=[a,b]"]).quant).keep_float == ("a", "b")
+
+
+def test_options_replace_what_the_preset_stands_for() -> None:
+    best = QuantConfig().preset
+    assert QuantConfig(order="natural", ridge=0).preset == replace(best, order="natural", ridge=0)
+    assert QuantConfig(solver="qronos", order="gram", scale="gram", refine=3, ridge=best.ridge).preset == best
+    assert QuantConfig(solver=rtn).preset == QuantConfig(solver="rtn").preset
+    layer = QuantConfig(per_channel=False).preset
+    assert (layer.scale, layer.refine, layer.order) == ("weight", 0, best.order)
+
+
+def test_rows_have_the_keys_of_what_their_presets_stand_for() -> None:
+    spec = quant_spec(compose(["quant=gpfq"]).quant)
+    assert (spec["order"], spec["scale"], spec["refine"], "ridge" in spec) == ("natural", "weight", 0, False)
+    assert quant_spec(compose(["quant=gpfq", "quant.order=natural", "quant.ridge=0"]).quant) == spec
+    assert quant_spec(compose(["quant=best"]).quant)["ridge"] == QuantConfig().preset.ridge
+    assert quant_spec(compose(["quant=none"]).quant)["order"] == "natural"
 
 
 def test_a_config_its_fields_and_both_give_the_same_network() -> None:

@@ -32,7 +32,7 @@ def assert_same_codes(found: nn.Module, other: nn.Module) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_walk_equals_quantizing_layer_by_layer(relu_net: nn.Module, bits: int) -> None:
     images = torch.randn(40, 3, 9, 9)
-    quantized, report = kdq.quantize(relu_net, images.split(16), bits=bits)
+    quantized, report = kdq.quantize(relu_net, images.split(16), bits=bits, solver="gpfq")
     expected = literal.quantize_network(relu_net, images, quantized.quantized_weights)
     for name, weight in expected.items():
         assert torch.equal(quantized.get_submodule(name).weight, weight), name
@@ -69,7 +69,7 @@ def test_every_kind_of_layer_gets_the_codes_of_the_recursion(name: str) -> None:
     layer, shape = LAYERS[name]
     first = nn.Linear(shape[-1], shape[-1])  # so that the layer's quantized inputs differ from the float ones
     model, images = nn.Sequential(first, nn.ReLU(inplace=True), layer), torch.randn(30, *shape)
-    quantized, _ = kdq.quantize(model, [images], bits=3)
+    quantized, _ = kdq.quantize(model, [images], bits=3, solver="gpfq")
     expected = literal.quantize_network(model, images, quantized.quantized_weights)
     assert torch.equal(quantized[2].weight, expected["2"])
 
@@ -158,7 +158,7 @@ def test_bits_by_layer(relu_net: nn.Module) -> None:
 
 def test_excluded_layers_stay_float_and_feed_the_quantized_inputs(relu_net: nn.Module) -> None:
     images = torch.randn(20, 3, 9, 9)
-    quantized, report = kdq.quantize(relu_net, [images], bits=2, keep_float=["stem", "mix"])
+    quantized, report = kdq.quantize(relu_net, [images], bits=2, solver="gpfq", keep_float=["stem", "mix"])
     assert "stem" not in {layer.name for layer in report.layers}
     assert torch.equal(quantized.stem.weight, relu_net.stem.weight)
     expected = literal.quantize_network(relu_net, images, quantized.quantized_weights)
@@ -239,7 +239,7 @@ def test_torch_functions_between_layers(name: str) -> None:
     model, images = Functions(FUNCTIONS[name]), torch.randn(70, 3, 4, 4)
     with torch.no_grad():
         model(images)
-    (two, _), (four, _) = quantize_widths(model, [images], [2, 4])
+    (two, _), (four, _) = quantize_widths(model, [images], [2, 4], QuantConfig(solver="gpfq"))
     for quantized in (two, four):
         expected = literal.quantize_network(model, images, quantized.quantized_weights)
         assert torch.equal(quantized.last.weight, expected["last"])
@@ -336,8 +336,9 @@ def test_an_alphabet_that_cuts_weights_off_is_answered_at_wide_widths_too() -> N
     with torch.no_grad():
         network[0].weight[0] *= 8
     images = [torch.randn(512, 16) @ torch.randn(16, 16)]
-    errors = {bits: quantize(network, images, bits, alphabet="paper")[1].layers[-1].error for bits in (6, 7, 8, 12)}
-    outputs = {bits: quantize(network, images, bits, alphabet="paper")[0](images[0]) for bits in errors}
+    made = {bits: quantize(network, images, bits, solver="gpfq", alphabet="paper") for bits in (6, 7, 8, 12)}
+    errors = {bits: report.layers[-1].error for bits, (_, report) in made.items()}
+    outputs = {bits: quantized(images[0]) for bits, (quantized, _) in made.items()}
     for bits, found in outputs.items():
         assert float(((found - network(images[0])).norm() / network(images[0]).norm()).detach()) == pytest.approx(
             errors[bits], rel=1e-3

@@ -53,8 +53,8 @@ def test_rows_say_what_was_trained_and_what_it_computes(tmp_path: Path) -> None:
         assert row.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, batch[1]).item(), abs=1e-5)
     assert entries(tmp_path) == [
         "digits-baseline-resnet20-s0",
-        "digits-teacher-resnet20-s0-gpfq-b2-qad",
-        "digits-teacher-resnet20-s0-gpfq-b4-qad",
+        "digits-teacher-resnet20-s0-best-b2-qad",
+        "digits-teacher-resnet20-s0-best-b4-qad",
     ]
     assert run(cfg) == rows
     (tmp_path / rows[0].artifact).unlink()  # made again from what was trained

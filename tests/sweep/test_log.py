@@ -60,8 +60,8 @@ def test_one_run_for_each_stage_and_one_for_each_sweep(sweep: Any) -> None:
         ("search", "quantize", "digits-teacher-resnet20-s0-greedy-b2-8"),
         ("search", "report", "report-search"),
         ("study", "distill", "digits-dkd-resnet20-s0"),
-        ("study", "quantize", "digits-dkd-resnet20-s0-gpfq-b2,4"),
-        ("study", "quantize", "digits-teacher-resnet20-s0-gpfq-b2,4"),
+        ("study", "quantize", "digits-dkd-resnet20-s0-best-b2,4"),
+        ("study", "quantize", "digits-teacher-resnet20-s0-best-b2,4"),
         ("study", "report", "report-study"),
         ("study", "teacher", "digits-teacher-resnet20-s0"),
     ]
@@ -79,12 +79,12 @@ def test_every_axis_is_a_flat_key(sweep: Any) -> None:
         "arch": "resnet20",
         "seed": 0,
         "teacher": "resnet20",
-        "quantizer": "gpfq",
+        "quantizer": "best",
         "alphabet": "uniform",
         "act_bits": 32,
         "bits": [2, 4],
         "search": "",
-        "series": "dkd resnet20 gpfq",
+        "series": "dkd resnet20 best",
         "net/width": 0.25,
         "recipe/epochs": 2,
         "method/temperature": 4.0,
@@ -93,7 +93,7 @@ def test_every_axis_is_a_flat_key(sweep: Any) -> None:
     }
     assert {name: cell.config[name] for name in expected} == expected
     assert not any(isinstance(value, dict) for run in runs for value in run.config.values())
-    assert sorted(cell.run["tags"]) == ["2bit", "4bit", "digits", "dkd", "gpfq", "resnet20", "s0"]
+    assert sorted(cell.run["tags"]) == ["2bit", "4bit", "digits", "dkd", "best", "resnet20", "s0"]
 
 
 def test_a_training_logs_its_terms_speed_and_learning_rate(sweep: Any) -> None:
@@ -123,13 +123,13 @@ def test_accuracy_is_drawn_over_bits(sweep: Any) -> None:
         points = run.history("quantize/top1")
         assert [point["quantize/bits"] for point in points] == [2, 4]
         for point in points:
-            row = rows[method, "gpfq", point["quantize/bits"]]
+            row = rows[method, "best", point["quantize/bits"]]
             for column in ("top1", "top5", "drop", "nll", "ece", "size_bytes", "avg_bits"):
                 assert point[f"quantize/{column}"] == pytest.approx(getattr(row, column))
                 assert run.axes[f"quantize/{column}"] == "quantize/bits"
             assert run.summary[f"top1_{row.bits}bit"] == pytest.approx(row.top1)
         assert not any("*" in name for name in run.axes)
-        assert Path(rows[method, "gpfq", 2].wandb_run).resolve() == run.folder
+        assert Path(rows[method, "best", 2].wandb_run).resolve() == run.folder
 
 
 def test_layers_are_a_table(sweep: Any) -> None:
@@ -191,14 +191,14 @@ def test_models_go_from_the_teacher_to_the_quantized_student(sweep: Any) -> None
 
 def test_the_run_of_the_sweep_has_all_rows_and_the_front(sweep: Any) -> None:
     output, runs = sweep
-    rows = [row for row in read_rows(output / "rows") if row.quantizer == "gpfq"]
+    rows = [row for row in read_rows(output / "rows") if row.quantizer == "best"]
     run = one(runs, "report")
     table = run.table("report/rows")
     assert {line["config_hash"]: line["top1"] for line in table} == {row.config_hash: row.top1 for row in rows}
     assert set(table[0]) >= {"data", "method", "bits", "size_bytes", "top1"}
     lines = run.table("report/accuracy_vs_bits_digits_table")
     assert [(line["curve"], line["avg_bits"], line["top1"]) for line in lines] == [
-        (f"{row.method} resnet20 gpfq", row.avg_bits, row.top1)
+        (f"{row.method} resnet20 best", row.avg_bits, row.top1)
         for row in sorted(rows, key=lambda r: (r.method, r.bits))
     ]
     front = [(point["quantize/size_bytes"], point["pareto/digits"]) for point in run.history("pareto/digits")]

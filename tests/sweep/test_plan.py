@@ -87,10 +87,10 @@ def test_what_is_there_is_not_launched(tmp_path: Path) -> None:
     assert [sorted(wave) for wave in names] == [
         ["digits-teacher-resnet20-s0"],
         ["digits-vkd-resnet20-s0"],
-        ["digits-baseline-resnet20-s0-gpfq", "digits-teacher-resnet20-s0-gpfq", "digits-vkd-resnet20-s0-gpfq"],
+        ["digits-baseline-resnet20-s0-best", "digits-teacher-resnet20-s0-best", "digits-vkd-resnet20-s0-best"],
     ]
     (half,) = [job for job in plan.waves[-1] if "baseline" in job.name]
-    assert list(half.makes.values()) == ["digits-baseline-resnet20-s0-gpfq-b4"]
+    assert list(half.makes.values()) == ["digits-baseline-resnet20-s0-best-b4"]
     assert plan.models_there == 1
     assert plan.speed > 0
 

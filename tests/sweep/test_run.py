@@ -69,7 +69,7 @@ def test_a_grid_is_made_in_three_waves_and_said_so(tmp_path: Path, capsys: pytes
     assert [len(wave) for wave in launcher.launched] == [2, 1, 3]
     assert len(list((tmp_path / "rows").glob("*.json"))) == 6
     said = capsys.readouterr().err
-    for line in ("wave 1 of 3: 2 jobs (1 teacher, 1 student)", "[6/6] digits-vkd-resnet20-s0-gpfq: rows done in"):
+    for line in ("wave 1 of 3: 2 jobs (1 teacher, 1 student)", "[6/6] digits-vkd-resnet20-s0-best: rows done in"):
         assert line in said
     again = Launcher(tmp_path)
     assert sweep(tmp_path, again)[1] == []
@@ -82,15 +82,15 @@ def test_a_model_that_fails_takes_only_what_needs_it(tmp_path: Path) -> None:
     assert [len(wave) for wave in failing.launched] == [2, 1, 2]
     assert [failure.name for failure in failures] == [
         "digits-vkd-resnet20-s0",
-        "digits-vkd-resnet20-s0-gpfq-b2",
-        "digits-vkd-resnet20-s0-gpfq-b4",
+        "digits-vkd-resnet20-s0-best-b2",
+        "digits-vkd-resnet20-s0-best-b4",
     ]
     assert read_failures(tmp_path).keys() == {failure.key for failure in failures}
     assert len({failure.log for failure in failures}) == 1
     assert all("ValueError: out of memory with a trace" in failure.cause for failure in failures)
     first, second = failure_lines(made, failures)
     assert first.startswith("failed: digits-vkd-resnet20-s0 method=vkd: ValueError: out of memory with a trace")
-    assert second == "not made, because they need what failed: digits-vkd-resnet20-s0-gpfq"
+    assert second == "not made, because they need what failed: digits-vkd-resnet20-s0-best"
     # The same command again makes only those, and their records go.
     again = Launcher(tmp_path)
     assert sweep(tmp_path, again)[1] == []
@@ -100,15 +100,15 @@ def test_a_model_that_fails_takes_only_what_needs_it(tmp_path: Path) -> None:
 
 def test_a_launcher_that_dies_does_not_undo_what_is_done(tmp_path: Path) -> None:
     """A pool that loses one worker raises for all jobs; those that were made before are made."""
-    dying = Launcher(tmp_path, {"digits-vkd-resnet20-s0-gpfq": SystemError("the pool is broken")})
+    dying = Launcher(tmp_path, {"digits-vkd-resnet20-s0-best": SystemError("the pool is broken")})
     _, failures = sweep(tmp_path, dying)
-    assert [failure.name for failure in failures] == [f"digits-vkd-resnet20-s0-gpfq-b{bits}" for bits in (2, 4)]
+    assert [failure.name for failure in failures] == [f"digits-vkd-resnet20-s0-best-b{bits}" for bits in (2, 4)]
     assert "the pool is broken" in failures[0].cause
     assert len(list((tmp_path / "rows").glob("*.json"))) == 4
 
 
 def test_a_job_that_says_all_is_well_and_made_nothing_has_failed(tmp_path: Path) -> None:
-    _, failures = sweep(tmp_path, Launcher(tmp_path, {"baseline-resnet20-s0-gpfq": None}))
+    _, failures = sweep(tmp_path, Launcher(tmp_path, {"baseline-resnet20-s0-best": None}))
     assert {failure.cause for failure in failures} == {"the job ended without a result"}
     assert len(failures) == 2
 

@@ -1,8 +1,8 @@
 """Qronos (Zhang et al. 2025, arXiv 2505.11695): first correct the error of the layers before, then diffuse one's own.
 
-The best real weight on the quantized network's inputs is the ridge projection ``V = W C' (G + lambda I)^-1``, with
-``X~ V' ~ X W'``; the diffusion of :mod:`~kdq.quant.solvers.gptq` then rounds V. The order of the steps is what GPFQ and
-GPTQ do each in their own way, one column at a time. O(N d^2 + d^3).
+The best real weight on the quantized network's inputs is a ridge projection V, with ``X~ V' ~ X W'``; the diffusion of
+:mod:`~kdq.quant.solvers.gptq` then rounds V. The order of the steps is what GPFQ and GPTQ do each in their own way, one
+column at a time. O(N d^2 + d^3).
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ def qronos(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet) -> T
 
 
 def project(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
-    """``V = W C' (G + lambda I)^-1`` ``(..., N, d)``, in float64: what full precision would do in the layer's place."""
-    G = gram.double()
+    """``V = W + W (C' - G) (G + lambda I)^-1`` ``(..., N, d)``, in float64: what full precision would do in the layer's
+    place. It minimises ``||X W' - X~ V'||^2 + lambda ||V - W||^2``: the paper's ``W C' (G + lambda I)^-1`` is zero, and
+    this is W, in directions that no calibration image has."""
+    G, W = gram.double(), weight.double()
     # The largest row sum bounds the largest eigenvalue (on real inputs it is 1.1 to 1.8 times that) and costs one pass.
     largest = G.abs().sum(-1).amax(-1)[..., None, None]
     ridge = (RIDGE * largest).clamp_min(torch.finfo(gram.dtype).tiny)
     factor, failed = torch.linalg.cholesky_ex(G + ridge * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device))
     if bool(failed.any()):
         raise KdqError("the layer's inputs are not finite")
-    return torch.cholesky_solve(cross.double() @ weight.double().mT, factor).mT.to(weight.dtype)
+    return (W + torch.cholesky_solve((cross.double() - G) @ W.mT, factor).mT).to(weight.dtype)

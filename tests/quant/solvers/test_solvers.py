@@ -6,7 +6,7 @@ from torch import Tensor
 
 import kdq
 from kdq import KdqError
-from kdq.quant.config import SOLVERS, QuantConfig
+from kdq.quant.config import SOLVERS, QuantConfig, held
 from kdq.quant.solvers.alphabet import Alphabet
 from kdq.quant.solvers.alphabets import ALPHABETS, paper, rescale, ternary, uniform
 from kdq.quant.solvers.gpfq import gpfq
@@ -67,8 +67,29 @@ def test_qronos_projects_to_the_least_squares_weight(problem: tuple[Tensor, Tens
     V = project(W, Xq.T @ Xq, Xq.T @ X)
     assert torch.allclose(V, torch.linalg.lstsq(Xq, X @ W.T).solution.T, atol=1e-3)
     G = Xq.T @ Xq
+    assert torch.equal(project(W, G, G), W)
     alphabet = uniform(W, 3)
     assert torch.equal(qronos(W, G, G, alphabet), gptq(W, G, G, alphabet))  # nothing to correct when X~ = X
+
+
+def test_what_no_image_says_leaves_the_weights_as_they_are() -> None:
+    """Fewer images than inputs: nothing moves in the directions that none of them has."""
+    torch.manual_seed(2)
+    X = torch.randn(12, 40).double()
+    W, Xq = torch.randn(8, 40).double(), X + 0.1 * torch.randn(12, 40)
+    V = project(W, Xq.T @ Xq, Xq.T @ X)
+    unseen = torch.eye(40) - torch.linalg.pinv(Xq) @ Xq
+    assert torch.allclose(V @ unseen, W @ unseen)
+    assert torch.allclose(Xq @ V.T, X @ W.T, atol=1e-3)
+
+
+def test_a_ridge_is_images_that_are_the_same_in_both_networks(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, X, Xq = problem
+    G, C = held(Xq.T @ Xq, Xq.T @ X, 0.3)
+    root = (0.3 * Xq.square().sum(0).mean()).sqrt() * torch.eye(40)
+    X, Xq = torch.cat([X, root]), torch.cat([Xq, root])
+    assert torch.allclose(G, Xq.T @ Xq, atol=1e-3)
+    assert torch.allclose(C, Xq.T @ X, atol=1e-3)
 
 
 def test_spfq_rounds_without_bias_and_repeats_itself(problem: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -158,7 +179,7 @@ def test_rescaling_lowers_the_error_of_the_outputs(problem: tuple[Tensor, Tensor
 def test_the_order_of_columns_is_undone(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     W, X, Xq = problem
     G, H = (Xq.T @ Xq)[None], (Xq.T @ X)[None]
-    values, _ = QuantConfig(order="gram").solve(W[None], G, H, 3)
+    values, _ = QuantConfig(solver="gpfq", order="gram").solve(W[None], G, H, 3)
     order = G[0].diagonal().argsort(descending=True)
     expected = gpfq(W[:, order], G[0][order][:, order], H[0][order][:, order], uniform(W, 3))
     assert torch.equal(values[0][:, order], expected)
