@@ -17,6 +17,7 @@ from kdq.data.module import ImageDataModule
 from kdq.distill import CrossEntropy
 from kdq.quant.callback import GreedyBitSearch, PostTrainingQuantization, QuantizationCallback
 from kdq.quant.network import Quantized, Report
+from kdq.quant.operations import bit_operations
 from kdq.quant.packing.file import save_packed
 from kdq.quant.packing.weights import with_float_dtype
 from kdq.records.rows import Row, write_row
@@ -33,7 +34,7 @@ from kdq.train.trainer import evaluation_trainer, limited
 from kdq.utils.config import plain
 from kdq.utils.cpu import settle_threads
 from kdq.utils.latency import of_networks
-from kdq.utils.operations import bit_operations, multiply_adds
+from kdq.utils.operations import multiply_adds
 from kdq.utils.progress import progress
 from kdq.utils.version import __version__, git_sha, versions
 

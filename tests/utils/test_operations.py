@@ -12,7 +12,8 @@ import kdq
 from kdq.models import CifarResNet, resnet18, resnet50
 from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize_widths
-from kdq.utils.operations import bit_operations, multiply_adds
+from kdq.quant.operations import bit_operations
+from kdq.utils.operations import multiply_adds
 from tests.quant.conftest import ReluNet, trained_norms
 
 
@@ -21,6 +22,15 @@ def test_multiply_adds_are_the_published_counts() -> None:
     image = torch.zeros(1, 3, 224, 224)
     assert multiply_adds(resnet18(1000, stem="imagenet"), image) / 1e9 == pytest.approx(1.814, abs=0.002)
     assert multiply_adds(resnet50(1000, stem="imagenet"), image) / 1e9 == pytest.approx(4.089, abs=0.002)
+
+
+def test_attention_counts_at_its_widths_wherever_its_weights_are_used() -> None:
+    network = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(40, 3))
+    image = torch.randn(1, 5, 8)
+    total = 5 * 8 * (3 * 8 + 8 + 16 + 16) + 40 * 3 + 2 * 5 * 5 * 8  # layers, and the products of q, k and v
+    assert multiply_adds(network, image) == total
+    quantized, _ = kdq.quantize(network, [image], bits=4)
+    assert bit_operations(quantized, image) == 32 * 32 * total - 32 * (32 - 4) * (total - 2 * 5 * 5 * 8)
 
 
 def test_bit_operations_are_multiply_adds_times_both_widths() -> None:

@@ -17,10 +17,10 @@ from kdq.quant.bitsearch.search import Assignment, Budget, Costs, cost_of
 from kdq.quant.config import QuantConfig
 from kdq.quant.layers import left_float, weight_of
 from kdq.quant.network import quantize_widths
+from kdq.quant.operations import multiply_adds_by_layer
 from kdq.quant.packing.file import save_packed, stored_bytes
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.utils.errors import KdqError
-from kdq.utils.operations import multiply_adds_by_module
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Bank:
             image: one input of ``model`` ``(1, ...)``.
         """
         if cost == "bops":
-            counts = multiply_adds_by_module(model, image)
+            counts = multiply_adds_by_layer(model, image, self.weights)
             return {
-                name: {width: float(weight.bits * counts.get(name, 0)) for width, weight in choices.items()}
+                name: {width: float(weight.bits * counts[name]) for width, weight in choices.items()}
                 for name, choices in self.weights.items()
             }
         return {"weight_bits": self.bits, "bytes": self.bytes}[cost]

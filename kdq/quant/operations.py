@@ -1,0 +1,57 @@
+"""What the layers of a network cost in a forward pass, at their widths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kdq.quant.calibrate.lanes import Lanes, Tape
+from kdq.quant.calibrate.layer import layer_call
+from kdq.quant.calibrate.order import eager
+from kdq.quant.layers import weight_of
+from kdq.utils.operations import multiply_adds
+
+
+def bit_operations(network: nn.Module, image: Tensor) -> int:
+    """Bit operations (BOPs) of one forward pass on ``image``: multiply-adds times the bits of the weights times the
+    bits of the activations, 32 where they are float (Baskin et al. 2021, arXiv 1804.10969)."""
+    weights = getattr(network, "quantized_weights", {})
+    activations = getattr(network, "quantized_activations", {})
+    bits = {
+        name: weight.bits * (activations[name].bits if name in activations else 32) for name, weight in weights.items()
+    }
+    counts = multiply_adds_by_layer(network, image, weights)
+    return 32 * 32 * multiply_adds(network, image) + sum((bits[name] - 32 * 32) * counts[name] for name in bits)
+
+
+def multiply_adds_by_layer(network: nn.Module, image: Tensor, layers: Collection[str]) -> dict[str, int]:
+    """Multiply-adds of each of the ``layers`` in one forward pass on ``image``, whatever module carries them out.
+
+    >>> attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    >>> multiply_adds_by_layer(attention, torch.zeros(1, 5, 8), ["self_attn.in_proj", "linear1"])
+    {'self_attn.in_proj': 960, 'linear1': 640}
+    """
+    counts = dict.fromkeys(layers, 0)
+
+    def meet(function: Callable[..., Any], args: Any, kwargs: Any) -> Lanes | None:
+        tape.calls.clear()
+        inputs, call = layer_call(function, args, kwargs) or (None, None)
+        if call is None or (name := names.get(id(call.weight))) is None or not isinstance(inputs, Lanes):
+            return None
+        outputs = inputs.map(lambda _, x: call.function(x, call.weight, call.bias))
+        counts[name] += call.weight[0].numel() * outputs.lanes[0].numel()
+        return tape.watch(outputs)
+
+    tape = Tape(meet)
+    codes = getattr(network, "quantized_weights", {}).values()  # not copied: they are larger than the network
+    plain = copy.deepcopy(network, {id(weight): weight for weight in codes}).to("cpu").eval()
+    with torch.no_grad(), eager(), parametrize.cached():
+        weights = {name: weight_of(plain, name) for name in layers}
+        names = {id(weight): name for name, weight in weights.items()}
+        plain(tape.watch(Lanes([image.cpu()])))
+    return counts
