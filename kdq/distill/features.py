@@ -66,9 +66,9 @@ class FeatureMethod(TeacherStudent):
         self.weight = within("method.weight", self.default_weight if weight is None else weight, 0)
         self.kd = within("method.kd", kd, 0)
         self.asked = {"student": student_layers, "teacher": teacher_layers}
-        for name, network in (("student", self.student.network), ("teacher", teacher)):
-            if network is not None:
-                check_names(network, name, self.asked[name] or ())
+        check_names(self.student.network, "student", student_layers or ())
+        if teacher is not None:
+            check_names(self.teacher.network, "teacher", teacher_layers or ())
         #: The names of the compared layers with their features' shapes, without the batch; empty until connected.
         self.layers: dict[str, dict[str, list[int]]] = {}
         self.projectors = nn.ModuleList()
@@ -119,7 +119,14 @@ class FeatureMethod(TeacherStudent):
         Raises:
             KdqError: the layers cannot be found or compared; says which names to give.
         """
-        networks = {"student": copy.deepcopy(self.student.network).eval(), "teacher": self.teacher.network}
+        networks = {"student": self.student.network, "teacher": self.teacher.network}
+        if any(network._compiled_call_impl is not None for network in networks.values()):
+            # Hooks are no part of what compiled code is guarded by: it may run without them.
+            raise KdqError(
+                f"{type(self).__name__} looks inside of its networks, where compiled ones show nothing: give networks "
+                "that are not compiled, trainer.compile=false"
+            )
+        networks["student"] = copy.deepcopy(networks["student"]).eval()
         layers = {role: self.asked[role] or found_layers(net, images, self.where) for role, net in networks.items()}
         if not (self.asked["student"] or self.asked["teacher"]):
             count = min(len(names) for names in layers.values())

@@ -18,7 +18,7 @@ class Learner(nn.Module):
 
     def __init__(self, network: nn.Module, num_classes: int, ema: float | None = None) -> None:
         super().__init__()
-        self.network = _compiled_in_place(network)
+        self.network = compiled_in_place(network)
         self.average = None if ema is None else MovingAverage(self.network, ema)
         # Validating its arguments would make the host wait for the device at every step.
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -75,7 +75,7 @@ class MovingAverage(nn.Module):
         return super().train(False)
 
 
-def _compiled_in_place(network: nn.Module) -> nn.Module:
+def compiled_in_place(network: nn.Module) -> nn.Module:
     """What ``torch.compile`` wrapped, still compiled: its weights keep the names they have without the wrapper."""
     plain = getattr(network, "_orig_mod", None)
     if plain is None:

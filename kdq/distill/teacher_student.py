@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdq.distill.learner import compiled_in_place
 from kdq.distill.losses import soft_cross_entropy, standardized
 from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
@@ -24,7 +25,7 @@ class FrozenTeacher:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network.eval().requires_grad_(False)
+        self.network = compiled_in_place(network).eval().requires_grad_(False)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` for ``images``, without gradient."""

@@ -136,6 +136,15 @@ def test_reviewkd_mixes_from_the_deepest_level_on(batch: tuple[Tensor, Tensor]) 
     torch.testing.assert_close(torch.stack(terms), terms[3] * torch.tensor([0.0, 0.5, 1.0, 1.0]))
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_compiled_networks_are_refused(role: str, loader: DataLoader[Any]) -> None:
+    networks = {"student": network(1), "teacher": network(2)}
+    networks[role] = torch.compile(networks[role], backend="eager")  # type: ignore[assignment]
+    module = AT(networks["student"], teacher=networks["teacher"], num_classes=4, teacher_layers=["layer2"])
+    with pytest.raises(KdqError, match=r"AT looks inside of its networks.* trainer.compile=false"):
+        L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(module, loader)
+
+
 def test_a_projector_is_there_only_where_channels_differ(batch: tuple[Tensor, Tensor]) -> None:
     module = make(FitNets).connect(batch[0])
     assert [tuple(p.shape) for p in module.projectors[0].parameters()] == [(16, 8, 1, 1), (16,), (16,)]
