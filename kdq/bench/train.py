@@ -1,6 +1,7 @@
 """Images per second of every distillation method: kdq's command against bare and plain loops, and what else matters.
 
-    python -m kdq.bench train [--only methods pairs batch precision compile processes data] [--seconds 6] [--json FILE]
+    python -m kdq.bench train [--only methods pairs batch precision compile processes data] [--methods vkd at | all]
+                              [--seconds 6] [--json FILE]
 
 ``kdq`` is the real command, in a process of its own: Lightning, augmentation, metrics, logging to CSV files; its rate
 is the median of ``train/images_per_second`` within its second epoch. ``bare`` and ``plain`` are the loops of
@@ -20,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,11 @@ from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import TrainLoader
 from kdq.data.source import Resident
 from kdq.models.build import build
+from kdq.utils.config import CONFIG_PATH
 from kdq.utils.files import write_text
 from kdq.utils.operations import multiply_adds
 
+#: Those that the loops beside kdq's have, too.
 METHODS = ("baseline", "vkd", "mixup", "dkd", "dml")
 PARTS = ("methods", "pairs", "batch", "precision", "compile", "processes", "data")
 #: Steps over which kdq logs its rate.
@@ -71,6 +75,9 @@ def main(arguments: list[str]) -> None:
     """Run the parts asked for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m kdq.bench train", add_help=False)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    configs = Path(CONFIG_PATH if os.path.isabs(CONFIG_PATH) else str(files("kdq") / "conf"))
+    known = sorted(path.stem for path in (configs / "method").glob("*.yaml") if path.stem != "teacher")
+    parser.add_argument("--methods", choices=[*known, "all"], nargs="+", default=METHODS)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--case")  # what a loop's process runs
@@ -78,10 +85,11 @@ def main(arguments: list[str]) -> None:
     if options.case:
         print(json.dumps(_loop(Case(**json.loads(options.case)))))
         return
+    methods = known if "all" in options.methods else options.methods
     found: list[dict[str, Any]] = []
     console, peaks = Console(width=140), machine()
     for part in options.only:
-        for measured in _data(options.seconds) if part == "data" else _trainings(part, options.seconds):
+        for measured in _data(options.seconds) if part == "data" else _trainings(part, methods, options.seconds):
             if part != "data":
                 measured["roofline"] = roofline(measured, peaks)
             found.append({"part": part, **measured})
@@ -124,16 +132,18 @@ def gflops_per_image(method: str, student: str, teacher: str) -> float:
     learning, teaching = {
         "teacher": (macs[teacher], 0),
         "baseline": (macs[student], 0),
+        "tfkd": (macs[student], 0),
         "dml": (2 * macs[student], 0),
     }.get(method, (macs[student], macs[teacher]))
     return 2e-9 * (3 * learning + teaching)
 
 
-def _cases(part: str) -> list[Case]:
+def _cases(part: str, methods: Sequence[str] = METHODS) -> list[Case]:
     """The trainings of a part; each is measured with kdq's loop and, where it has any, the loops beside it."""
     first = Case()
     if part == "methods":
-        return [replace(first, method=method, loop=loop) for method in METHODS for loop in ("kdq", "bare", "plain")]
+        loops = {method: ("kdq", "bare", "plain") if method in METHODS else ("kdq",) for method in methods}
+        return [replace(first, method=method, loop=loop) for method in methods for loop in loops[method]]
     if part == "pairs":
         large = replace(first, teacher="resnet50", student="resnet18", batch_size=64)
         cases = [replace(first, method="teacher"), large, replace(large, method="teacher")]
@@ -147,8 +157,8 @@ def _cases(part: str) -> list[Case]:
     return [replace(first, processes=2)]
 
 
-def _trainings(part: str, seconds: float) -> Iterator[dict[str, Any]]:
-    for case in _cases(part):
+def _trainings(part: str, methods: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
+    for case in _cases(part, methods):
         case = replace(case, seconds=max(seconds, case.seconds if case.compile else 0))
         yield {**asdict(case), **(_kdq(case) if case.loop == "kdq" else _separately(case))}
 
@@ -259,7 +269,9 @@ def _data(seconds: float) -> Iterator[dict[str, Any]]:
 
 def _show(console: Console, found: list[dict[str, Any]]) -> None:
     columns = ("part", "method", "pair", "batch", "precision", "compile", "processes", "kdq", "bare", "plain")
-    table = Table(*columns, "kdq/bare", "kdq/plain", "roofline", "peak MB", title="training: images per second")
+    table = Table(
+        *columns, "kdq/bare", "kdq/plain", "step/vkd", "roofline", "peak MB", title="training: images per second"
+    )
     rows: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for one in found:
         if one["part"] == "data":
@@ -276,5 +288,7 @@ def _show(console: Console, found: list[dict[str, Any]]) -> None:
         rate = {name: loops[name]["images_per_second"] for name in loops}
         cells = [f"{rate[name]:.0f}" if name in rate else "" for name in ("kdq", "bare", "plain")]
         ratios = [f"{rate['kdq'] / rate[name]:.2f}" if name in rate else "" for name in ("bare", "plain")]
+        vkd = rows.get((key[0], "vkd", *key[2:]))
+        ratios += [f"{vkd['kdq']['images_per_second'] / rate['kdq']:.2f}" if vkd else ""]
         table.add_row(*key, *cells, *ratios, f"{loops['kdq']['roofline']:.1%}", f"{loops['kdq']['peak_mb']:.0f}")
     console.print(table)
