@@ -58,13 +58,11 @@ def _print_answer(console: Console, answer: Answer) -> None:
     console.print(f"\n[bold]{escape(answer.headline)}[/]", highlight=False)
     for text in answer.made:
         console.print(text, style="dim", markup=False, highlight=False)
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
     for kind, lines in groupby(answer.lines[:LINES], key=lambda line: line.kind):
-        table.add_row(f"[bold]{escape(kind)}[/]")
+        table = Table(*COLUMNS, box=box.SIMPLE_HEAD, show_edge=False, title=escape(kind), title_justify="left")
         for line in lines:
             table.add_row(*map(escape, line.cells))
-    if answer.lines:
-        console.print(table)
+        console.print("", table)
     if len(answer.lines) > LINES:
         console.print(f"{len(answer.lines) - LINES} more comparisons are in report.md", highlight=False)
 

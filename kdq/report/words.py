@@ -228,11 +228,11 @@ def _line(one: Comparison, name: Callable[[Model], str], several: bool) -> Line:
     verdicts: dict[str, list[str]] = {"higher": [], "undecided": [], "lower": []}
     for verdict, group in groupby(one.places, key=lambda place: _verdict(place.difference)):
         verdicts[verdict].append(_where(one.kind, list(group)))
-    cells = [f"{name(one.a)} − {name(one.b)}{at}", *("; ".join(found) or "–" for found in verdicts.values())]
+    cells = [f"{name(one.a)} vs {name(one.b)}{at}", *("; ".join(found) or "–" for found in verdicts.values())]
     if one.places:
         first = one.places[0]
-        untested = "" if any(place.difference.tested for place in one.places) else ": untested"
-        seeds = f"{first.difference.n_a} and {first.difference.n_b}{untested}"
+        untested = "" if any(place.difference.tested for place in one.places) else ", untested"
+        seeds = f"{first.difference.n_a} + {first.difference.n_b}{untested}"
         cells += [f"{_difference(first.difference)} at {_at(one.kind, first)}", seeds]
     else:
         cells += ["nothing in common", "–"]

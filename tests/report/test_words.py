@@ -36,13 +36,13 @@ def test_beyond_noise(row: Callable[..., Row]) -> None:
         "digits at equal bytes (gpfq, 3 seeds): the teacher beats vkd at 100 kB (by 10.0 points, 95 % interval 9.5 to "
         "10.5)."
     )
-    assert _cells(rows, "bits", "vkd − teacher") == {
-        "comparison": "vkd − teacher",
+    assert _cells(rows, "bits", "vkd vs teacher") == {
+        "comparison": "vkd vs teacher",
         "higher at": "–",
         "undecided at": "float",
         "lower at": "2 bits",
         "at the smallest": "−10.00 (−10.45 to −9.55) at 2 bits",
-        "seeds": "3 and 3",
+        "seeds": "3 + 3",
     }
 
 
@@ -51,22 +51,22 @@ def test_within_noise(row: Callable[..., Row]) -> None:
     assert (
         "no road wins beyond seed noise; at 100 kB undecided (the teacher ahead by 0.5 points)" in _said(rows).headline
     )
-    assert _cells(rows, "bytes", "vkd − teacher")["undecided at"] == "100 kB"
+    assert _cells(rows, "bytes", "vkd vs teacher")["undecided at"] == "100 kB"
 
 
 def test_one_seed(row: Callable[..., Row]) -> None:
     rows = _pair(row, [92.0], [90.0])
     assert "(gpfq, 1 seed): vkd is ahead of the teacher at 100 kB (by 2.0 points, untested)." in _said(rows).headline
-    cells = _cells(rows, "bytes", "vkd − teacher")
+    cells = _cells(rows, "bytes", "vkd vs teacher")
     assert (cells["higher at"], cells["at the smallest"], cells["seeds"]) == (
         "100 kB",
         "+2.00 at 100 kB",
-        "1 and 1: untested",
+        "1 + 1, untested",
     )
 
 
 def test_equal_accuracies_are_undecided(row: Callable[..., Row]) -> None:
-    assert _cells(_pair(row, [90.0, 90.0], [90.0, 90.0]), "bits", "vkd − teacher")["undecided at"] == "2 bits to float"
+    assert _cells(_pair(row, [90.0, 90.0], [90.0, 90.0]), "bits", "vkd vs teacher")["undecided at"] == "2 bits to float"
 
 
 def test_regions_and_who_is_alone(row: Callable[..., Row]) -> None:
@@ -85,7 +85,7 @@ def test_regions_and_who_is_alone(row: Callable[..., Row]) -> None:
         "the teacher is ahead of vkd at 1.6 MB (by 8.0 points, untested); "
         "below 400 kB only vkd has files (70.0 % at 100 kB)."
     )
-    cells = _cells(rows, "bytes", "vkd − teacher")
+    cells = _cells(rows, "bytes", "vkd vs teacher")
     assert (cells["higher at"], cells["lower at"]) == ("400 kB", "1.6 MB")
 
 
@@ -96,14 +96,14 @@ def test_places_in_a_row_are_one_region(row: Callable[..., Row]) -> None:
         for r in _pair(row, [80.0, 80.2, 80.4], [79.0, 79.2, 79.4], bits=bits, size_bytes=size)
     ]
     assert "vkd beats the teacher from 100 to 200 kB (by 1.0 points at 100 kB, " in _said(rows).headline
-    assert _cells(rows, "bits", "vkd − teacher")["higher at"] == "2 to 4 bits"
+    assert _cells(rows, "bits", "vkd vs teacher")["higher at"] == "2 to 4 bits"
 
 
 def test_no_size_is_shared(row: Callable[..., Row]) -> None:
     rows = _pair(row, [80.0], [90.0])
     rows = [replace(r, size_bytes=400_000) if r.role == "teacher" else r for r in rows]
     assert "no size is there for two roads; below 400 kB only vkd has files (80.0 % at 100 kB)." in _said(rows).headline
-    assert _cells(rows, "bytes", "vkd − teacher")["at the smallest"] == "nothing in common"
+    assert _cells(rows, "bytes", "vkd vs teacher")["at the smallest"] == "nothing in common"
 
 
 def test_what_is_missing_is_said(row: Callable[..., Row]) -> None:
@@ -115,7 +115,7 @@ def test_what_is_missing_is_said(row: Callable[..., Row]) -> None:
 def test_what_distillation_is_worth(row: Callable[..., Row]) -> None:
     rows = [*_pair(row, [90.0], [91.0]), row(method="baseline", bits=2, top1=88.0, float_bytes=0)]
     assert _said(rows).headline.endswith("distillation itself is worth +2.0 points over baseline at 2 bits (untested).")
-    assert _cells(rows, "top-1 at equal bits", "vkd − baseline")["higher at"] == "2 bits"
+    assert _cells(rows, "top-1 at equal bits", "vkd vs baseline")["higher at"] == "2 bits"
 
 
 def test_what_made_the_numbers(row: Callable[..., Row]) -> None:
@@ -133,12 +133,12 @@ def test_the_quantizer_that_compares_most_is_the_headline_s(row: Callable[..., R
     rows = [r for r in rows if (r.quantizer, r.role) != ("a", "teacher")]
     said = _said(rows)
     assert said.headline.startswith("digits at equal bytes (b, 1 seed)")
-    assert said.lines[0].cells[0] == "vkd − teacher, b"
+    assert said.lines[0].cells[0] == "vkd vs teacher, b"
 
 
 def test_models_of_one_method_are_told_apart(row: Callable[..., Row]) -> None:
     rows = [row(method="vkd", arch=arch) for arch in ("a", "b")] + [row(method="teacher", arch="big")]
-    assert {line.cells[0] for line in _said(rows).lines} == {"vkd (a) − teacher", "vkd (b) − teacher"}
+    assert {line.cells[0] for line in _said(rows).lines} == {"vkd (a) vs teacher", "vkd (b) vs teacher"}
 
 
 def test_nothing_from_nothing() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from kdq.records.rows import Row, read_rows
+from kdq.report.cells import named
+from kdq.report.words import answers
 from tests.conftest import TINY
 from tests.offline_runs import OfflineRun, offline_runs
 
@@ -196,6 +198,9 @@ def test_the_run_of_the_sweep_has_all_rows_and_the_front(sweep: Any) -> None:
     table = run.table("report/rows")
     assert {line["config_hash"]: line["top1"] for line in table} == {row.config_hash: row.top1 for row in rows}
     assert set(table[0]) >= {"data", "method", "bits", "size_bytes", "top1"}
+    (said,) = answers(named(rows))
+    assert run.summary["answer/digits"] == said.headline
+    assert [line["comparison"] for line in run.table("report/comparisons")] == [line.cells[0] for line in said.lines]
     lines = run.table("report/accuracy_vs_bits_digits_table")
     assert [(line["curve"], line["avg_bits"], line["top1"]) for line in lines] == [
         (f"{row.method} resnet20 best", row.avg_bits, row.top1)
