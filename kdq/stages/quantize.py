@@ -149,8 +149,9 @@ def quantize(
     return rows
 
 
-def quantized_once(cell: Cell, entry: Entry, name: str) -> Quantized:
-    """The model quantized for one row, named as :func:`asked_bits` has it: what tuning begins with."""
+def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, float]:
+    """The model quantized for one row, named as :func:`asked_bits` has it, and its accuracy on validation images in
+    percent: what tuning begins with."""
     network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
     _settle_threads(cell, network)
     with progress(f"quantizing {cell.name}", None, "step") as bar:
@@ -160,7 +161,7 @@ def quantized_once(cell: Cell, entry: Entry, name: str) -> Quantized:
         callback.use(callback.names[0])
         module = CrossEntropy(network, num_classes=measured.num_classes)
         measured.trainer.validate(module, measured.data, verbose=False)
-    return callback.result
+    return callback.result, 100 * float(measured.trainer.callback_metrics["val/top1"])
 
 
 class _Evaluation:

@@ -3,12 +3,13 @@
     float model -> quantized to the row's width -> fake-quantized, trained -> a model of the store -> the row
 
 Every width of a cell is a training of its own, which begins at a packed file: that is what all its processes read, and
-what a killed one goes on from.
+what a killed one goes on from. What is kept is the epoch that was most accurate on validation images, or the start.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -38,6 +39,8 @@ from kdq.utils.checks import one_of
 from kdq.utils.config import plain
 from kdq.utils.errors import KdqError
 from kdq.utils.files import parse_json, write_text
+
+log = logging.getLogger(__name__)
 
 #: Who teaches: the float network that was quantized, or the cell's teacher.
 TEACHERS = ("self", "cell")
@@ -113,7 +116,12 @@ def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str
         training = replace(plan, networks=networks, inputs=inputs)
         with run_training(cell, training, work) as (best, metrics):
             one = best["student"]
-            yield one.weights, {"val_top1": 100 * one.top1, "best_epoch": one.epoch} | facts | metrics
+            weights, found = one.weights, {"val_top1": 100 * one.top1, "best_epoch": one.epoch}
+            if facts["val_top1_start"] > found["val_top1"]:
+                log.warning("%s was more accurate on validation images before it was tuned: it is kept", plan.name)
+                weights = training.networks["student"].build().state_dict()
+                found = {"val_top1": facts["val_top1_start"], "best_epoch": -1}
+            yield weights, found | facts | metrics
 
     return make
 
@@ -128,9 +136,10 @@ def _start(cell: Cell, entry: Entry, name: str, work: Path) -> tuple[Path, dict[
     """The quantized network as a packed file in ``work``, and what its row will say of it; made unless it is there."""
     file, facts = (work / "start.kdq").absolute(), work / "start.json"
     if not facts.is_file():  # it is written last
-        found = quantized_once(cell, entry, name)
-        save_packed(found.network, file)
-        write_text(facts, json.dumps({"layout": layout(fake_quantized(found.network)), "report": asdict(found.report)}))
+        made, top1 = quantized_once(cell, entry, name)
+        save_packed(made.network, file)
+        said = {"val_top1_start": top1, "layout": layout(fake_quantized(made.network)), "report": asdict(made.report)}
+        write_text(facts, json.dumps(said))
     return file, parse_json(facts.read_text())
 
 
