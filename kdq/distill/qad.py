@@ -32,7 +32,7 @@ class IntoQuantized(DistillationModule):
     Args:
         student: what :func:`kdq.quantize` or :func:`kdq.load` gave; it is not modified.
         args, kwargs: of :class:`~kdq.distill.module.DistillationModule`, or of the method's other base.
-        batchnorm: ``train`` or ``frozen``.
+        batchnorm: ``frozen``, or ``train``, whose noise costs more than it brings in short trainings.
         learn_scales: the scales of the alphabets are trained, too, without weight decay.
     """
 
@@ -40,7 +40,7 @@ class IntoQuantized(DistillationModule):
         self,
         student: nn.Module | Mapping[str, Any],
         *args: Any,
-        batchnorm: str = "train",
+        batchnorm: str = "frozen",
         learn_scales: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -125,7 +125,7 @@ class QAT(IntoQuantized):
     >>> network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     >>> student, report = kdq.quantize(network, torch.randn(64, 8).split(16), bits=2)
     >>> QAT(student, num_classes=3, learn_scales=False).batchnorm
-    'train'
+    'frozen'
     """
 
     def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
