@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import kdq
+from kdq.models.table import NumbersOnCpu
 from kdq.quant.config import QuantConfig
 from kdq.quant.layers import weight_of
 
@@ -103,9 +104,9 @@ def _timm_names() -> list[str]:
 def _parameters(library: str, name: str) -> int:
     for size in SIZES:
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), NumbersOnCpu():
                 return sum(parameter.numel() for parameter in built(library, name, size).parameters())
-        except Exception:  # made for another size, or of numbers, which meta tensors have not
+        except Exception:  # made for another size
             continue
     return 0
 

@@ -144,7 +144,7 @@ def _shaped(net: Mapping[str, Any], tensors: int, values: int) -> nn.Module:
     for name, value in arguments.items():
         _check_size(entry, name, value, tensors, values)
     try:
-        with torch.device("meta"), _NumbersOnCpu():
+        with torch.device("meta"), NumbersOnCpu():
             network = entry.build(**arguments)
     except Exception as error:  # constructors raise anything where numbers do not fit each other
         said = str(error) if isinstance(error, KdqError) else reprlib.repr(" ".join(str(error).split()))
@@ -158,7 +158,7 @@ def _size(network: nn.Module) -> tuple[int, int]:
     return len(state), sum(tensor.numel() for tensor in state.values())
 
 
-class _NumbersOnCpu(TorchFunctionMode):
+class NumbersOnCpu(TorchFunctionMode):
     """Within ``torch.device("meta")``: short lists of numbers stay numbers, for some constructors compute with them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
