@@ -38,6 +38,7 @@ from kdq.data.loader import EvalLoader
 from kdq.models import resnet18
 from kdq.models.weights import load_weights
 from kdq.quant.calibrate.layer import patches
+from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize_widths
 from kdq.train.evaluate import evaluate
 from kdq.utils.config import compose, plain
@@ -109,7 +110,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "images": options.images,
         "bits": options.bits,
     }
-    quantized, found["kdq"] = timed(lambda: kdq.quantize(net, images.split(64), bits=options.bits)[0])
+    quantized, found["kdq"] = timed(lambda: kdq.quantize(net, images.split(64), bits=options.bits, solver="gpfq")[0])
     with torch.no_grad():
         _, found["two_forward_passes"] = timed(lambda: [net(x) for _ in range(2) for x in images.split(64)])
     found["kdq_over_two_forward_passes"] = found["kdq"] / found["two_forward_passes"]
@@ -124,7 +125,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 f"{whose}_peak_mb": separate_peak(whose, options.images, options) for whose in ("kdq", "brevitas")
             }
     if "widths" in options.only:
-        _, found["twelve_widths"] = timed(lambda: quantize_widths(net, images.split(64), WIDTHS))
+        _, found["twelve_widths"] = timed(
+            partial(quantize_widths, net, images.split(64), WIDTHS, QuantConfig(solver="gpfq"))
+        )
         found["twelve_widths_over_one"] = found["twelve_widths"] / found["kdq"]
     if "memory" in options.only:
         for count in options.memory_images:
@@ -213,7 +216,7 @@ def peak(whose: str, count: int, bits: int) -> float:
         net(images[:64])
     before = peak_mb()
     if whose == "kdq":
-        kdq.quantize(net, images.split(64), bits=bits)
+        kdq.quantize(net, images.split(64), bits=bits, solver="gpfq")
     else:
         brevitas_gpfq(net, images, bits)
     return peak_mb() - before
