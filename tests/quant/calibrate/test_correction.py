@@ -36,9 +36,9 @@ def test_layers_with_a_bias_keep_their_means(relu_net: nn.Module, correct: str) 
     images = torch.randn(150, 3, 9, 9)  # three chunks, the last one not full
     for name in ("grouped", "depthwise", "mix", "head"):
         expected = outputs_of(relu_net, name, images).mean(1)
-        plain, _ = kdq.quantize(relu_net, [images], bits=2)
+        plain, _ = kdq.quantize(relu_net, [images], bits=2, solver="gpfq")
         assert error(outputs_of(plain, name, images).mean(1), expected) > 0.01
-        corrected, _ = kdq.quantize(relu_net, [images], bits=2, correct=correct)
+        corrected, _ = kdq.quantize(relu_net, [images], bits=2, solver="gpfq", correct=correct)
         assert error(outputs_of(corrected, name, images).mean(1), expected) < 1e-5
 
 

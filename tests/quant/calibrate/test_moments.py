@@ -71,7 +71,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
     model, images = torch.load(f"{folder}/case.pt", weights_only=False)
     results = {}
     for case, options in CASES.items():
-        quantized, report = kdq.quantize(model, [images[rank::world]], bits=3, refine=1, **options)
+        quantized, report = kdq.quantize(model, [images[rank::world]], bits=3, solver="gpfq", refine=1, **options)
         results[case] = (
             {name: weight.codes for name, weight in quantized.quantized_weights.items()},
             [layer.error for layer in report.layers],
@@ -97,7 +97,7 @@ def test_two_processes_find_the_codes_of_one(tmp_path: Path) -> None:
     mp.spawn(_worker, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for case, options in CASES.items():
-        alone, report = kdq.quantize(model, [images], bits=3, refine=1, **options)
+        alone, report = kdq.quantize(model, [images], bits=3, solver="gpfq", refine=1, **options)
         for codes, errors, biases in (first[case], second[case]):
             for name, weight in alone.quantized_weights.items():
                 assert torch.equal(codes[name], weight.codes), (case, name)
