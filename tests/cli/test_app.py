@@ -161,7 +161,7 @@ MISTAKES = [
     (["quant.bit=3"], r"unknown option quant.bit; valid here: .*bits.*did you mean quant.bits\?"),
     (["metod=vkd"], r"unknown option metod; valid here: data, .*did you mean method\?"),
     (["method=kd"], r"there is no method=kd; choose one of .*vkd"),
-    (["model@student=resnet19"], r"there is no model=resnet19; choose one of custom, resnet18"),
+    (["model@student=resnet19"], r"there is no model=resnet19; choose one of custom, .*resnet18"),
     (["student.net.deepth=20"], r"unknown option student.net.deepth.*did you mean student.net.depth"),
     (["quant.search.avg_bits=1"], r"a bit search is chosen with quant=greedy"),
     (["quant.bits=1"], r"bits=1 must be a whole number from 2 to 32"),

@@ -27,9 +27,9 @@ def test_equal_and_overlapping_jobs_at_once_quantize_every_width_once(
     run(config("quant=none"))  # trains
     made, real = [], kdq.stages.pipeline.quantize
 
-    def quantize(cell: Any, entry: Any, keys: dict[str, str], track: Any) -> Any:
+    def quantize(cell: Any, entry: Any, keys: dict[str, str], *rest: Any) -> Any:
         made.extend(keys)
-        return real(cell, entry, keys, track)
+        return real(cell, entry, keys, *rest)
 
     monkeypatch.setattr(kdq.stages.pipeline, "quantize", quantize)
     # Each with a config of its own, as processes have: OmegaConf's nodes are not made for several threads.

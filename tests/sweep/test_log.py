@@ -95,7 +95,7 @@ def test_every_axis_is_a_flat_key(sweep: Any) -> None:
     }
     assert {name: cell.config[name] for name in expected} == expected
     assert not any(isinstance(value, dict) for run in runs for value in run.config.values())
-    assert sorted(cell.run["tags"]) == ["2bit", "4bit", "digits", "dkd", "best", "resnet20", "s0"]
+    assert sorted(cell.run["tags"]) == ["2bit", "4bit", "best", "digits", "dkd", "resnet20", "s0"]
 
 
 def test_a_training_logs_its_terms_speed_and_learning_rate(sweep: Any) -> None:
