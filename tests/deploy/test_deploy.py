@@ -147,7 +147,8 @@ def test_unknown_formats_are_refused_before_anything_is_made(cli: Any, tmp_path:
 def test_every_format_of_a_cell(run: Any, export: Any, tmp_path: Path) -> None:
     output, _, rows = run
     row = rows[0]
-    images = torch.cat([batch for batch, _ in Images(digits(), data_config(train_limit=256)).evaluation("test", torch.device("cpu"))])
+    data = Images(digits(), data_config(train_limit=256))
+    images = torch.cat([batch for batch, _ in data.evaluation("test", torch.device("cpu"))])
     with torch.no_grad():
         expected = kdq.load(output / row.artifact)(images)
 
@@ -171,7 +172,7 @@ def test_every_format_of_a_cell(run: Any, export: Any, tmp_path: Path) -> None:
     found = float(re.search(r"top-1 ([\d.]+) on the test set, .* as evaluated", said).group(1))  # type: ignore[union-attr]
     models = (tmp_path / "other.onnx").read_bytes(), (tmp_path / "model.int8.onnx").read_bytes()
     assert models[0] != models[1]
-    batches = Images(digits(), data_config(train_limit=256)).evaluation("test", torch.device("cpu"))
+    batches = data.evaluation("test", torch.device("cpu"))
     assert found == pytest.approx(top1(session(models[0]), batches), abs=0.005)
     assert read_rows(output / "rows") == rows
 
