@@ -77,6 +77,8 @@ def _targets(config: Any) -> Iterator[str]:
     if isinstance(config, dict):
         called = [config.get(name) for name in ("_target_", "path") if "_target_" in config]
         yield from (str(target) for target in called if target is not None)
+        if "_args_" in config:  # what is called could be one of them
+            yield f"{config.get('_target_')} with _args_"
         config = list(config.values())
     for part in config if isinstance(config, list) else ():
         yield from _targets(part)

@@ -89,6 +89,9 @@ def test_a_stranger_s_code_is_not_run(folder: Path, tmp_path: Path) -> None:
         strange = dataclasses.replace(row, config={**config, "student": {**config["student"], place: target}})
         with pytest.raises(KdqError, match=r"code that is not kdq's: os\.\w+; if you trust it, add --trust"):
             config_of(strange, tmp_path)
+    hidden = {"solver": {"_target_": "kdq.quant.solvers.spfq.spfq", "_args_": ["os.system"]}}
+    with pytest.raises(KdqError, match="with _args_; if you trust it"):
+        config_of(dataclasses.replace(row, config={**config, "quant": hidden}), tmp_path)
     trusted: Row = dataclasses.replace(row, config={**config, "student": {"net": {"_target_": "mine.network"}}})
     assert config_of(trusted, tmp_path, trust=True).student.net["_target_"] == "mine.network"
 
