@@ -44,7 +44,8 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
             "before rows did. What its columns do not say is missing: the recipe, and the options of the method, the "
             "quantizer and the data. Its command at that commit makes it again"
         )
-    strange = sorted(set(_targets(row.config)) - _known_targets())
+    elsewhere = {f"a callback in {place}" for place in _outside(row.config.get("callbacks"))}
+    strange = sorted((set(_targets(row.config)) - _known_targets()) | elsewhere)
     if strange and not trust:
         raise KdqError(f"this row runs code that is not kdq's: {', '.join(strange)}; if you trust it, add --trust")
     cfg = compose(["logger=none"])
@@ -82,6 +83,15 @@ def _targets(config: Any) -> Iterator[str]:
         config = list(config.values())
     for part in config if isinstance(config, list) else ():
         yield from _targets(part)
+
+
+def _outside(config: Any) -> Iterator[str]:
+    """Paths in a config that lead out of the folder that is written to."""
+    if isinstance(config, str) and (Path(config).is_absolute() or ".." in Path(config).parts):
+        yield config
+    parts = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
+    for part in parts:
+        yield from _outside(part)
 
 
 def _known_targets() -> set[str]:

@@ -92,6 +92,9 @@ def test_a_stranger_s_code_is_not_run(folder: Path, tmp_path: Path) -> None:
     hidden = {"solver": {"_target_": "kdq.quant.solvers.spfq.spfq", "_args_": ["os.system"]}}
     with pytest.raises(KdqError, match="with _args_; if you trust it"):
         config_of(dataclasses.replace(row, config={**config, "quant": hidden}), tmp_path)
+    saving = {"save": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "/etc/kdq"}}
+    with pytest.raises(KdqError, match="a callback in /etc/kdq; if you trust it"):
+        config_of(dataclasses.replace(row, config={**config, "callbacks": saving}), tmp_path)
     trusted: Row = dataclasses.replace(row, config={**config, "student": {"net": {"_target_": "mine.network"}}})
     assert config_of(trusted, tmp_path, trust=True).student.net["_target_"] == "mine.network"
 
