@@ -24,14 +24,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from kdq.bench.common import show, split_options
 from kdq.bench.memory import peak_mb
-from kdq.bench.options import own_options
-from kdq.cli.app import class_folders
 from kdq.deploy.runtime import session
 from kdq.quant.packing.file import DECODE, load_packed
 from kdq.records.rows import Row
@@ -50,19 +46,15 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--memory"]:  # what the memory part runs in processes of its own
         print(json.dumps(memory(Path(arguments[1]), arguments[2], json.loads(arguments[3]))))
         return
-    own = own_options(arguments, threads=f"1,{usable_cores()}", repeats="3", spin="false")
+    own, overrides = split_options(arguments, threads=f"1,{usable_cores()}", repeats="3", spin="false")
     threads = [int(value) for value in own["threads"].split(",")]
     repeats, spin = int(own["repeats"]), own["spin"] == "true"
-    OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
-    overrides = [argument for argument in arguments if not argument.startswith("bench.")]
     cell, found = Cell(compose(overrides, "deploy=onnx")), []
     for row in run(cell.cfg):
         bench = Bench(cell, row, repeats)
         found.append(bench.about() | bench.onnx(sorted(set(threads)), spin) | bench.torch() | bench.memory())
-        text = Table("what", "value", title=f"{row.arch}, {row.bits} bits, {row.method}, {row.data}")
-        for name, value in found[-1].items():
-            text.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
-        Console(width=120).print(text)
+        numbers = [{"what": name, "value": value} for name, value in found[-1].items()]
+        show(f"{row.arch}, {row.bits} bits, {row.method}, {row.data}", ("what", "value"), numbers, ".6g")
     write_text(cell.output / "report" / "bench_deploy.json", json.dumps(found, indent=1))
 
 

@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 import torchvision
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import kdq
+from kdq.bench.common import line, show, timed
 from kdq.models.table import NumbersOnCpu
 from kdq.quant.config import QuantConfig
 from kdq.quant.layers import weight_of
@@ -34,23 +33,7 @@ from kdq.quant.layers import weight_of
 #: Sides of the images that are tried, in this order.
 SIZES = (64, 96, 224, 256, 384)
 #: What small networks have in their names, the smallest first.
-SMALL = (
-    "atto",
-    "femto",
-    "pico",
-    "nano",
-    "xxs",
-    "xx_small",
-    "tiny",
-    "_s0",
-    "_b0",
-    "_t0",
-    "_n1",
-    "small",
-    "18",
-    "26",
-    "50",
-)
+SMALL = ("atto", "femto", "pico", "nano", "xxs", "xx_small", "tiny", "_s0", "_b0", "_t0", "_n1", "small", "18", "26")
 COLUMNS = ("network", "size", "weights", "layers", "left_float", "avg_bits", "cpu_s", "error", "rounding", "same")
 CLASSES = 10
 
@@ -71,14 +54,11 @@ def main(arguments: list[str]) -> None:
         if name in rows:
             continue
         rows[name] = tried(options.library, name, options.bits, options.images)
-        print(" ".join(f"{key}={value}" for key, value in rows[name].items()), flush=True)
+        print(line(rows[name]), flush=True)
         if options.json:
             with options.json.open("a") as file:
                 file.write(json.dumps(rows[name]) + "\n")
-    table = Table(*COLUMNS, title=f"{options.bits} bits, {options.images} images, random weights")
-    for row in rows.values():
-        table.add_row(*(_text(row.get(column, "")) for column in COLUMNS))
-    Console(width=160).print(table)
+    show(f"{options.bits} bits, {options.images} images, random weights", COLUMNS, list(rows.values()))
     if failed := [row["network"] for row in rows.values() if not row.get("passed")]:
         raise SystemExit(f"{len(failed)} of {len(rows)} failed: {', '.join(failed)}")
 
@@ -86,11 +66,9 @@ def main(arguments: list[str]) -> None:
 def by_size(library: str, patterns: list[str], largest: float) -> list[str]:
     """Names that match one of the ``patterns``, from the smallest network to the ``largest``, in millions."""
     names = torchvision.models.list_models(module=torchvision.models) if library == "torchvision" else _timm_names()
-    sizes = {}
-    for name in names:
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            sizes[name] = _parameters(library, name) / 1e6
-    return [name for name in sorted(sizes, key=lambda name: sizes[name]) if sizes[name] <= largest]
+    asked = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    sizes = {name: _parameters(library, name) / 1e6 for name in asked}
+    return [name for name in sorted(asked, key=sizes.__getitem__) if sizes[name] <= largest]
 
 
 def _timm_names() -> list[str]:
@@ -173,9 +151,8 @@ def tried(library: str, name: str, bits: int, count: int) -> dict[str, Any]:
 
 def measured(network: nn.Module, images: Tensor, bits: int) -> dict[str, Any]:
     """What became of a network: layers, parameters left float, seconds, errors, and whether it came back."""
-    start = time.process_time()
-    quantized, report = kdq.quantize(network, [images], bits=bits)
-    found: dict[str, Any] = {"cpu_s": time.process_time() - start, "avg_bits": report.avg_bits}
+    (quantized, report), seconds = timed(lambda: kdq.quantize(network, [images], bits=bits), time.process_time)
+    found: dict[str, Any] = {"cpu_s": seconds, "avg_bits": report.avg_bits}
     found |= {"layers": len(report.layers), "left_float": len(report.left)}
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         exact, answers = network(images), quantized(images)
@@ -190,7 +167,3 @@ def measured(network: nn.Module, images: Tensor, bits: int) -> dict[str, Any]:
         rounded = loaded(images)
     found |= {"error": float((answers - exact).norm() / exact.norm())}
     return found | {"rounding": float((rounded - exact).norm() / exact.norm())}
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

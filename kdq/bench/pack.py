@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
-from torch import nn
 
+from kdq.bench.common import show, timed
 from kdq.models.build import build
 from kdq.quant.config import QuantConfig
 from kdq.quant.layers import quantizable_layers
@@ -41,10 +39,7 @@ def main(arguments: list[str]) -> None:
     """Print the table and write it as JSON."""
     folder = Path(compose(arguments).paths.output_dir)
     rows = [row for name in NETWORKS for row in measure(name)]
-    text = Table(*COLUMNS, title="packed bytes; overhead over avg_bits x weights / 8 in %; seconds to save and to load")
-    for row in rows:
-        text.add_row(*(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS))
-    Console(width=120).print(text)
+    show("packed bytes; overhead over avg_bits x weights / 8 in %; seconds to save and to load", COLUMNS, rows, ".3f")
     write_text(folder / "report" / "bench_pack.json", json.dumps(rows, indent=1))
 
 
@@ -62,21 +57,14 @@ def measure(name: str, repeats: int = 3) -> list[dict[str, Any]]:
         save_file(network.state_dict(), path)
         float_bytes = path.stat().st_size
         for dtype in (None, "bf16"):
-            versions = quantize_widths(
-                network, images, list(widths.values()), QuantConfig(solver="rtn", float_dtype=dtype)
-            )
+            config = QuantConfig(solver="rtn", float_dtype=dtype)
+            versions = quantize_widths(network, images, list(widths.values()), config)
             for width, (version, report) in zip(widths, versions, strict=True):
-                save_s = min(_seconds(save_packed, version, path) for _ in range(repeats))
-                load_s = min(_seconds(load_packed, path) for _ in range(repeats))
+                save_s = min(timed(partial(save_packed, version, path))[1] for _ in range(repeats))
+                load_s = min(timed(partial(load_packed, path))[1] for _ in range(repeats))
                 size, ideal = path.stat().st_size, report.weight_bits_total / 8
                 label = width if dtype is None else f"{width} + {dtype}"
                 overhead = 100 * (size / ideal - 1)
                 values = (name, label, report.avg_bits, size, size / float_bytes, round(ideal), overhead)
                 rows.append(dict(zip(COLUMNS, (*values, save_s, load_s), strict=True)))
     return rows
-
-
-def _seconds(function: Any, *arguments: nn.Module | Path) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start

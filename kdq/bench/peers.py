@@ -18,26 +18,22 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import kdq
-from kdq.bench.options import own_options
-from kdq.cli.app import class_folders
+from kdq.bench.common import line, show, split_options, timed
 from kdq.quant.config import PRESETS
 from kdq.stages.cell import Cell
 from kdq.stages.train import float_model
 from kdq.train.evaluate import evaluate
+from kdq.utils.checks import one_of
 from kdq.utils.config import compose
-from kdq.utils.errors import KdqError
 from kdq.utils.files import write_text
 
 PEERS = {"brevitas gpfq": "GPFQ", "brevitas qronos": "Qronos"}
@@ -47,18 +43,16 @@ COLUMNS = ("who", "bits", "images", "top1", "sd", "levels", "seconds")
 def main(arguments: list[str]) -> None:
     """Print a table, and write one entry for every draw as JSON where ``bench.keep`` names a file."""
     default = ",".join(["rtn", "gpfq", "gptq", "qronos", "best", *(PEERS if find_spec("brevitas") else ())])
-    own = own_options(arguments, bits="2,3,4", images="256", draws="3", part="test", who=default, keep="")
-    who = own["who"].split(",")
-    if unknown := [name for name in who if name not in (*PRESETS, *PEERS)]:
-        raise KdqError(f"bench.who={unknown[0]} is unknown: {', '.join((*PRESETS, *PEERS))}")
-    OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
-    cell = Cell(compose([a for a in arguments if not a.startswith("bench.")]))
+    own, overrides = split_options(arguments, bits="2,3,4", images="256", draws="3", part="test", who=default, keep="")
+    who = [one_of("bench.who", name, (*PRESETS, *PEERS)) for name in own["who"].split(",")]
+    cell = Cell(compose(overrides))
     bits, images = ([int(value) for value in own[name].split(",")] for name in ("bits", "images"))
-    measured, console = [], Console(width=140)
-    for one in measure(cell, who, bits, images, int(own["draws"]), own["part"]):
-        console.print(" ".join(f"{name}={value}" for name, value in one.items()))
-        measured.append(one)
-    show(console, cell, measured)
+    measured = []
+    for entry in measure(cell, who, bits, images, int(own["draws"]), own["part"]):
+        print(line(entry), flush=True)
+        measured.append(entry)
+    title = f"{cell.cfg.data.name}, {cell.cfg[cell.role].name}, {torch.get_num_threads()} threads"
+    show(title, COLUMNS, list(means(measured)), ".2f")
     if own["keep"]:
         write_text(Path(own["keep"]), json.dumps(measured, indent=1))
 
@@ -73,25 +67,24 @@ def measure(
     yield {"who": "float", "bits": 32, "images": 0, "draw": 0, "top1": accuracy, "levels": 0, "seconds": 0.0}
     for count in images:
         for draw in range(draws):
-            batches = list(cell.images.calibration(count, draw, cell.device))
+            batches = [inputs for inputs, _ in cell.images.calibration(count, draw, cell.device)]
             for width in bits:
                 for name in who:
-                    start = time.process_time()
-                    quantized = quantizer(name)(network, batches, width)
-                    seconds = time.process_time() - start
+                    work = quantizer(name, network, batches, width)
+                    quantized, seconds = timed(work, time.process_time)
                     top1 = evaluate(quantized, test, cell.cfg.data.num_classes)["top1"]
                     entry = {"who": name, "bits": width, "images": count, "draw": draw, "top1": top1}
                     yield entry | {"levels": levels(network, quantized), "seconds": seconds}
 
 
-def quantizer(name: str) -> Callable[[nn.Module, list[Any], int], nn.Module]:
-    """What quantizes a network on batches ``(images, labels)`` to a width, by its name."""
+def quantizer(name: str, network: nn.Module, batches: Sequence[Tensor], bits: int) -> Callable[[], nn.Module]:
+    """What quantizes ``network`` on ``batches`` to ``bits``, by its name."""
     if name in PEERS:
-        return lambda network, batches, bits: brevitas(network, [x for x, _ in batches], bits, PEERS[name])
-    return lambda network, batches, bits: kdq.quantize(network, batches, bits, solver=name).network
+        return lambda: brevitas(network, batches, bits, PEERS[name])
+    return lambda: kdq.quantize(network, batches, bits=bits, solver=name).network
 
 
-def brevitas(network: nn.Module, batches: list[Tensor], bits: int, algorithm: str) -> nn.Module:
+def brevitas(network: nn.Module, batches: Sequence[Tensor], bits: int, algorithm: str = "GPFQ") -> nn.Module:
     """A copy quantized by brevitas: columns by falling energy, scales by squared error.
 
     Its symmetric grid of 2 bits has three levels, so that the shifted one is taken; and it solves a copy of weights
@@ -131,16 +124,11 @@ def levels(network: nn.Module, quantized: nn.Module) -> int:
     return found
 
 
-def show(console: Console, cell: Cell, measured: list[dict[str, Any]]) -> None:
-    """Print means over draws."""
-    table = Table(
-        *COLUMNS, title=f"{cell.cfg.data.name}, {cell.cfg[cell.role].name}, {torch.get_num_threads()} threads"
-    )
-    for key in dict.fromkeys((one["who"], one["bits"], one["images"]) for one in measured):
-        mine = [one for one in measured if (one["who"], one["bits"], one["images"]) == key]
-        top1 = [one["top1"] for one in mine]
-        spread = f"{statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-        seconds = statistics.fmean(one["seconds"] for one in mine)
-        most = str(max(one["levels"] for one in mine))
-        table.add_row(key[0], str(key[1]), str(key[2]), f"{statistics.fmean(top1):.2f}", spread, most, f"{seconds:.1f}")
-    console.print(table)
+def means(measured: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One row for all draws of a quantizer, a width and a count of images."""
+    for key in dict.fromkeys((entry["who"], entry["bits"], entry["images"]) for entry in measured):
+        mine = [entry for entry in measured if (entry["who"], entry["bits"], entry["images"]) == key]
+        row = dict(zip(COLUMNS, key, strict=False))
+        row |= {name: statistics.fmean(entry[name] for entry in mine) for name in ("top1", "seconds")}
+        row["levels"] = max(entry["levels"] for entry in mine)
+        yield row | ({"sd": statistics.stdev(entry["top1"] for entry in mine)} if len(mine) > 1 else {})

@@ -15,16 +15,11 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
-
-from kdq.bench.options import own_options
-from kdq.cli.app import class_folders
+from kdq.bench.common import show, split_options, timed
 from kdq.quant.bitsearch.bank import fill_bank, packed_size
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.mixed import search_bits
@@ -44,27 +39,19 @@ MEANS = ("avg_bits", "bytes", "val_top1", "test_top1", "evaluations", "seconds")
 
 def main(arguments: list[str]) -> None:
     """Print the tables and write the rows as JSON to ``report/bench_search_<method>.json`` below the output folder."""
-    own = own_options(arguments, avg_bits="2.5,3", seeds="0", how="sensitivity_once,exact,greedy")
+    own, overrides = split_options(arguments, avg_bits="2.5,3", seeds="0", how="sensitivity_once,exact,greedy")
     averages = [float(value) for value in own["avg_bits"].split(",")]
-    OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
     ways = own["how"].split(",")
-    rows, console = [], Console(width=140)
+    rows = []
     for seed in own["seeds"].split(","):
-        overrides = [a for a in arguments if not a.startswith("bench.")]
         cell = Cell(compose([*overrides, f"seed={seed}"], "quant=greedy"))
         rows += [{"seed": int(seed), **row} for row in compare(cell, averages, ways)]
-        _show(console, cell, COLUMNS, rows)
+        title = f"{cell.cfg.data.name}, {cell.cfg.method.name}, {cell.cfg[cell.role].name}"
+        show(title, COLUMNS, rows, ".2f")
         path = cell.output / "report" / f"bench_search_{cell.cfg.method.name}.json"
         write_text(path, json.dumps(rows, indent=1))
     means = _means(rows)
-    _show(console, cell, tuple(means[0]), means)
-
-
-def _show(console: Console, cell: Cell, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    text = Table(*columns, title=f"{cell.cfg.data.name}, {cell.cfg.method.name}, {cell.cfg[cell.role].name}")
-    for row in rows:
-        text.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
-    console.print(text)
+    show(title, tuple(means[0]), means, ".2f")
 
 
 def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,30 +79,24 @@ def compare(cell: Cell, averages: list[float], ways: list[str]) -> list[dict[str
     layers = quantizable_layers(network, config.keep_float)
     bank = fill_bank(network, calibration, sorted(set(asked["candidates"])), config)
     rows = []
-    shared = tempfile.TemporaryDirectory()
-    trace = Path(shared.name) / "trace.json"
+    validation, test = (cell.images.evaluation(part, device) for part in ("val", "test"))
 
     def add(budget: str, how: str, version: Any, report: Any, evaluations: int, seconds: float) -> None:
-        top1 = {
-            part: evaluate(version, batches, cfg.data.num_classes)["top1"]
-            for part, batches in ((part, cell.images.evaluation(part, device)) for part in ("val", "test"))
-        }
-        size = packed_size(version)
-        values = (budget, how, report.avg_bits, size, top1["val"], top1["test"], evaluations, seconds)
+        top1 = (evaluate(version, batches, cfg.data.num_classes)["top1"] for batches in (validation, test))
+        values = (budget, how, report.avg_bits, packed_size(version), *top1, evaluations, seconds)
         rows.append(dict(zip(COLUMNS[1:], values, strict=True)))
 
-    for average in averages:
-        start = time.perf_counter()
-        version, report = quantize(network, calibration, _leading(network, layers, average), config)
-        add(f"{average:g} bits", "uniform", version, report, 0, time.perf_counter() - start)
-        size = rows[-1]["bytes"]
-        for method in ways:
-            search = SearchConfig(**(asked | {"size_bytes": size, "method": method}))
-            validation = cell.images.evaluation("val", device)
-            found = search_bits(network, calibration, validation, search, config, bank=bank, trace=trace)
-            seconds = bank.seconds + found.seconds
-            add(f"{average:g} bits", method, found.network, found.report, found.found.evaluations, seconds)
-    shared.cleanup()
+    with tempfile.TemporaryDirectory() as folder:
+        for average in averages:
+            bits, budget = _leading(network, layers, average), f"{average:g} bits"
+            (version, report), seconds = timed(partial(quantize, network, calibration, bits, config))
+            add(budget, "uniform", version, report, 0, seconds)
+            size, trace = rows[-1]["bytes"], Path(folder) / "trace.json"
+            for method in ways:
+                search = SearchConfig(**(asked | {"size_bytes": size, "method": method}))
+                found = search_bits(network, calibration, validation, search, config, bank=bank, trace=trace)
+                seconds = bank.seconds + found.seconds
+                add(budget, method, found.network, found.report, found.found.evaluations, seconds)
     return rows
 
 

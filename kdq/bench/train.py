@@ -20,32 +20,33 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from kdq.bench.common import best_device, line, show, timed
 from kdq.bench.loops import Step, bare, images_per_second, plain
 from kdq.bench.memory import peak_mb
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import TrainLoader
 from kdq.data.source import Resident
 from kdq.models.build import build
-from kdq.utils.config import CONFIG_PATH
+from kdq.utils.config import choices
 from kdq.utils.files import write_text
 from kdq.utils.operations import multiply_adds
 
 #: Those that the loops beside kdq's have, too.
 METHODS = ("baseline", "vkd", "mixup", "dkd", "dml")
 PARTS = ("methods", "pairs", "batch", "precision", "compile", "processes", "data")
+#: What tells trainings apart in the table, and its columns.
+CASE = ("part", "method", "pair", "batch", "precision", "compile", "processes")
+COLUMNS = (*CASE, "kdq", "bare", "plain", "kdq/bare", "kdq/plain", "step/vkd", "roofline", "peak MB")
 #: Steps over which kdq logs its rate.
 WINDOW = 20
 NETS: dict[str, dict[str, Any]] = {
@@ -75,8 +76,7 @@ def main(arguments: list[str]) -> None:
     """Run the parts asked for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m kdq.bench train", add_help=False)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
-    configs = Path(CONFIG_PATH if os.path.isabs(CONFIG_PATH) else str(files("kdq") / "conf"))
-    known = sorted(path.stem for path in (configs / "method").glob("*.yaml") if path.stem != "teacher")
+    known = [name for name in choices("method") if name != "teacher"]
     parser.add_argument("--methods", choices=[*known, "all"], nargs="+", default=METHODS)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--json", type=Path)
@@ -87,35 +87,33 @@ def main(arguments: list[str]) -> None:
         return
     methods = known if "all" in options.methods else options.methods
     found: list[dict[str, Any]] = []
-    console, peaks = Console(width=140), machine()
+    peaks = machine()
     for part in options.only:
         for measured in _data(options.seconds) if part == "data" else _trainings(part, methods, options.seconds):
             if part != "data":
                 measured["roofline"] = roofline(measured, peaks)
             found.append({"part": part, **measured})
-            console.print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in measured.items()))
-    _show(console, found)
+            print(line(measured), flush=True)
+    show("training: images per second", COLUMNS, list(_compared(found)), ".4g")
     if options.json:
         write_text(options.json, json.dumps({"machine": peaks, "measured": found}, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:
     """Device, versions, and billions of operations a second of a large matrix product."""
-    device = _device()
+    device = best_device()
     peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
         size = 8192 if device.type == "cuda" else 2048
         A = torch.randn(size, size, device=device).to(dtype)
-        A @ A
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start, times = time.perf_counter(), 5
-        for _ in range(times):
-            B = A @ A
-        float(B[0, 0])
-        peaks[f"gflops_{str(dtype).removeprefix('torch.')}"] = times * 2e-9 * size**3 / (time.perf_counter() - start)
+        _, seconds = [timed(partial(_products, A, 5)) for _ in range(2)][1]  # the first one warms up
+        peaks[f"gflops_{str(dtype).removeprefix('torch.')}"] = 5 * 2e-9 * size**3 / seconds
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, **peaks}
+
+
+def _products(A: Tensor, times: int) -> list[Tensor]:
+    return [A @ A for _ in range(times)]
 
 
 def roofline(measured: dict[str, Any], peaks: dict[str, Any]) -> float:
@@ -169,10 +167,6 @@ def _separately(case: Case) -> dict[str, Any]:
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def _networks(case: Case) -> tuple[nn.Module, nn.Module]:
     """What is trained, and the teacher or the peer."""
     names = (case.teacher, case.teacher) if case.method == "teacher" else (case.student, case.teacher)
@@ -180,12 +174,12 @@ def _networks(case: Case) -> tuple[nn.Module, nn.Module]:
         names = (case.student, case.student)
     torch.manual_seed(0)
     layout = torch.contiguous_format if case.loop == "plain" else torch.channels_last
-    first, second = (build(NETS[name]).to(_device()).to(memory_format=layout) for name in names)
+    first, second = (build(NETS[name]).to(best_device()).to(memory_format=layout) for name in names)
     return first, second
 
 
 def _loop(case: Case) -> dict[str, Any]:
-    device = _device()
+    device = best_device()
     networks = _networks(case)
     if case.compile:
         for network in networks:
@@ -208,13 +202,8 @@ def _kdq(case: Case) -> dict[str, Any]:
         role = "teacher" if case.method == "teacher" else "student"
         overrides = [
             *("data=cifar10", "data.name=noise", "data.source._target_=kdq.bench.loops.random_images"),
-            *(
-                "~data.source.root",
-                "~data.source.cache",
-                "~data.source.split",
-                f"+data.source.count={count}",
-                f"data.val_fraction={128 / count}",
-            ),
+            *("~data.source.root", "~data.source.cache", "~data.source.split"),
+            *(f"+data.source.count={count}", f"data.val_fraction={128 / count}"),
             *(f"model@teacher={case.teacher}", f"model@student={case.student}", f"method={case.method}"),
             *("quant=none", "logger=csv", f"paths.output_dir={folder}/out", f"trainer.precision={case.precision}"),
             *(f"{role}.recipe.epochs=2", f"{role}.recipe.batch_size={case.batch_size}", f"{role}.recipe.lr=0.01"),
@@ -224,15 +213,13 @@ def _kdq(case: Case) -> dict[str, Any]:
             overrides += ["trainer=ddp"]
         if role == "student":
             overrides += [f"teacher.weights={folder}/teacher.safetensors"]
-        start = time.perf_counter()
-        run = [sys.executable, "-m", "kdq", *overrides]
         said = Path(folder, "said.txt")
         with said.open("w") as output:
-            process = subprocess.Popen(run, stdout=output, stderr=output)
-            _, status, usage = os.wait4(process.pid, 0)  # of this process alone, unlike RUSAGE_CHILDREN
+            process = subprocess.Popen([sys.executable, "-m", "kdq", *overrides], stdout=output, stderr=output)
+            # Of this process alone, unlike RUSAGE_CHILDREN.
+            (_, status, usage), total = timed(partial(os.wait4, process.pid, 0))
         if status:
             raise RuntimeError(said.read_text())
-        total = time.perf_counter() - start
         rates = []
         for file in Path(folder, "out", "runs").rglob("metrics.csv"):
             with open(file) as lines:
@@ -246,49 +233,29 @@ def _kdq(case: Case) -> dict[str, Any]:
 
 def _data(seconds: float) -> Iterator[dict[str, Any]]:
     """The loader alone."""
-    device, count = _device(), 50_000
+    device, count = best_device(), 50_000
     images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, device=device)
     labels = torch.randint(10, (count,), device=device)
-    for name, augment in {
-        "none": Augment(),
-        "crop+flip": Augment(4, True),
-        "crop+flip+cutout": Augment(4, True, 8),
-    }.items():
-        loader = TrainLoader(
-            Resident(images, labels, device),
-            torch.arange(count),
-            128,
-            preprocess=Preprocess((0.5,) * 3, (0.25,) * 3),
-            augment=augment,
-            seed=0,
-            epoch=lambda: 0,
-        )
+    source, preprocess = Resident(images, labels, device), Preprocess((0.5,) * 3, (0.25,) * 3)
+    augments = {"none": Augment(), "crop+flip": Augment(4, True), "crop+flip+cutout": Augment(4, True, 8)}
+    for name, augment in augments.items():
+        shared: dict[str, Any] = {"preprocess": preprocess, "augment": augment}
+        loader = TrainLoader(source, torch.arange(count), 128, **shared, seed=0, epoch=lambda: 0)
         steps = (None for _ in iter(int, 1) for _ in loader)
         yield {"augment": name, "images_per_second": images_per_second(steps, 128, seconds, device)}
 
 
-def _show(console: Console, found: list[dict[str, Any]]) -> None:
-    columns = ("part", "method", "pair", "batch", "precision", "compile", "processes", "kdq", "bare", "plain")
-    table = Table(
-        *columns, "kdq/bare", "kdq/plain", "step/vkd", "roofline", "peak MB", title="training: images per second"
-    )
-    rows: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for one in found:
-        if one["part"] == "data":
-            continue
-        pair = f"{one['teacher']}-{one['student']}"
-        key = (
-            one["part"],
-            one["method"],
-            pair,
-            *(str(one[k]) for k in ("batch_size", "precision", "compile", "processes")),
-        )
-        rows.setdefault(key, {})[one["loop"]] = one
-    for key, loops in rows.items():
-        rate = {name: loops[name]["images_per_second"] for name in loops}
-        cells = [f"{rate[name]:.0f}" if name in rate else "" for name in ("kdq", "bare", "plain")]
-        ratios = [f"{rate['kdq'] / rate[name]:.2f}" if name in rate else "" for name in ("bare", "plain")]
-        vkd = rows.get((key[0], "vkd", *key[2:]))
-        ratios += [f"{vkd['kdq']['images_per_second'] / rate['kdq']:.2f}" if vkd else ""]
-        table.add_row(*key, *cells, *ratios, f"{loops['kdq']['roofline']:.1%}", f"{loops['kdq']['peak_mb']:.0f}")
-    console.print(table)
+def _compared(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One line for each training: the rates of its loops, and what kdq's is of the others'."""
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for measured in found:
+        if measured["part"] != "data":
+            case = {"pair": f"{measured['teacher']}-{measured['student']}", "batch": measured["batch_size"], **measured}
+            cases.setdefault(tuple(case[name] for name in CASE), {})[measured["loop"]] = measured
+    for case_values, loops in cases.items():
+        row: dict[str, Any] = dict(zip(CASE, case_values, strict=True))
+        row |= {loop: measured["images_per_second"] for loop, measured in loops.items()}
+        row |= {f"kdq/{loop}": row["kdq"] / row[loop] for loop in ("bare", "plain") if loop in row}
+        if vkd := cases.get((case_values[0], "vkd", *case_values[2:])):
+            row["step/vkd"] = vkd["kdq"]["images_per_second"] / row["kdq"]
+        yield row | {"roofline": loops["kdq"]["roofline"], "peak MB": loops["kdq"]["peak_mb"]}

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import OmegaConf
 
-_CHECKOUT = Path(__file__).resolve().parent.parent.parent / "conf"
-#: The repository's conf/ in a checkout, the copy inside the package once installed.
-CONFIG_PATH = str(_CHECKOUT) if (_CHECKOUT / "config.yaml").is_file() else "pkg://kdq.conf"
+_PACKAGE = Path(__file__).resolve().parent.parent
+_CHECKOUT = _PACKAGE.parent / "conf"
+#: The folder of configs: conf/ of a checkout, the copy inside the package once installed.
+CONFIG_PATH = str(_CHECKOUT if (_CHECKOUT / "config.yaml").is_file() else _PACKAGE / "conf")
+
+
+def choices(group: str) -> list[str]:
+    """The names that ``group=NAME`` may give.
+
+    >>> choices("tune")
+    ['none', 'qad', 'qat']
+    """
+    return sorted(path.stem for path in Path(CONFIG_PATH, group).glob("*.yaml"))
 
 
 def compose(overrides: list[str], *defaults: str) -> Any:
@@ -20,12 +29,8 @@ def compose(overrides: list[str], *defaults: str) -> Any:
     Args:
         defaults: overrides that the given ones may replace.
     """
-    overrides = [*defaults, *overrides]
-    if os.path.isabs(CONFIG_PATH):
-        with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-            return hydra.compose("config", overrides)
-    with hydra.initialize_config_module(CONFIG_PATH.removeprefix("pkg://"), version_base="1.3"):
-        return hydra.compose("config", overrides)
+    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
+        return hydra.compose("config", [*defaults, *overrides])
 
 
 def plain(config: Any) -> Any:

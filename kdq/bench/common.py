@@ -1,0 +1,54 @@
+"""What several benchmarks need: their options beside kdq's own, the device, a clock, a table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import kdq.cli.app  # noqa: F401  the resolvers of configs
+
+
+def split_options(arguments: Sequence[str], **defaults: str) -> tuple[dict[str, str], list[str]]:
+    """The values of ``bench.NAME=VALUE`` by name, and the other arguments: overrides of kdq's config. A name that is
+    not among ``defaults`` ends the process."""
+    given = dict(a.removeprefix("bench.").split("=", 1) for a in arguments if a.startswith("bench.") and "=" in a)
+    if unknown := given.keys() - defaults:
+        sys.exit(f"unknown: bench.{', bench.'.join(unknown)}; there are bench.{', bench.'.join(defaults)}")
+    return defaults | given, [a for a in arguments if not a.startswith("bench.")]
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def timed(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[Any, float]:
+    """What ``work`` returns, and its seconds by the ``clock``."""
+    start = clock()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, clock() - start
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], form: str = ".4g") -> None:
+    """Print a table. ``form`` is how fractions are written; what a row lacks is left empty."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(_text(row.get(column, ""), form) for column in columns))
+    Console(width=160).print(table)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One measurement as it is told while others still run."""
+    return " ".join(f"{key}={_text(value, '.4g')}" for key, value in row.items())
+
+
+def _text(value: Any, form: str) -> str:
+    return f"{value:{form}}" if isinstance(value, float) else str(value)
