@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from kdq.records.rows import Row, read_rows
-from kdq.report.figures import STYLES, styled
+from kdq.report.style import STYLES, styled
 from kdq.utils.errors import KdqError
 
 
@@ -79,13 +79,13 @@ def _write(output: Path, public: Path | None, style: str) -> int:
 
 def _compare(a: Path, b: Path) -> int:
     from kdq.report.compare import compare, comparison_table, summary
+    from kdq.report.tables import unbound
 
     found = compare(_rows(a), _rows(b))
     console = Console()
     if not found.same:
         text = comparison_table(found, str(a), str(b))
-        if not console.is_terminal:
-            console = Console(width=console.measure(text, options=console.options.update(width=9999)).maximum)
+        console = unbound(console, text)
         console.print(text)
     console.print(summary(found, str(a), str(b)), markup=False, highlight=False, soft_wrap=True)
     return 0 if found.same else 1

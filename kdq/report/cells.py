@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdq.records.rows import Row, table
+from kdq.records.rows import COLUMNS, Row, table
 
 #: What one line of a table or of a figure stands for: a model and the way it was quantized.
 SERIES = ["data", "method", "arch", "quantizer"]
@@ -18,6 +18,8 @@ CELL = [*SERIES, "width"]
 #: Columns whose mean and standard deviation over seeds are shown, and columns that have a mean only.
 SPREAD = ["top1", "top1_float", "drop", "top1_onnx_int8", "top1_onnx_fp32"]
 MEANS = ["val_top1", "nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "float_bytes"]
+#: Median latencies in milliseconds.
+LATENCIES = [name for name in COLUMNS if name.startswith("latency_ms_")]
 _LONGEST_NAME = 60
 
 
@@ -37,8 +39,6 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
         frame[column] = frame[column].map(lambda text: text and printable(text))
     tuned = frame["tune"] != ""
     frame.loc[tuned, "method"] += " + " + frame.loc[tuned, "tune"]
-    for column in [name for name in (*SPREAD, *latency_columns(frame)) if name in frame]:
-        frame[column] = pd.to_numeric(frame[column])  # None where it was not measured becomes NaN
     # 2^b + 1 levels: what these rows have at 2 bits, others have at 3.
     frame.loc[frame["alphabet"] == "paper", "quantizer"] += " (b+1 bits)"
     for column in ("alphabet", "search"):
@@ -63,31 +63,21 @@ def widths(frame: pd.DataFrame) -> Any:
     return np.where(frame["search"] != "", quarters, frame["bits"].to_numpy(float))
 
 
-def latency_columns(frame: pd.DataFrame) -> list[str]:
-    """The columns with median latencies in milliseconds."""
-    return [column for column in frame.columns if column.startswith("latency_ms_")]
-
-
-def _spread(frame: pd.DataFrame) -> list[str]:
-    return [column for column in SPREAD if column in frame]
-
-
 def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
     """One line per cell and seed. Rows that differ in nothing but settings without a column become their mean; how
     many they were is in ``rows``."""
     keys = [*CELL, "role", "tune", "searched", "seed"]
-    numbers = [*_spread(frame), *MEANS, *latency_columns(frame)]
     groups = frame.groupby(keys, sort=True)
-    return groups[numbers].mean().assign(rows=groups.size()).reset_index()
+    return groups[[*SPREAD, *MEANS, *LATENCIES]].mean().assign(rows=groups.size()).reset_index()
 
 
 def cells(frame: pd.DataFrame) -> pd.DataFrame:
     """One line per cell: means over its ``n`` seeds, ``<column>_std`` for :data:`SPREAD` (NaN for one seed), and the
     number of ``rows``, larger than ``n`` where rows of one seed differ in settings that have no column."""
     groups = by_seed(frame).groupby([*CELL, "role", "tune", "searched"], sort=True)
-    numbers = [*_spread(frame), *MEANS, *latency_columns(frame)]
-    spread = groups[_spread(frame)].std().add_suffix("_std")
-    return groups[numbers].mean().join(spread).assign(n=groups.size(), rows=groups["rows"].sum()).reset_index()
+    spread = groups[SPREAD].std().add_suffix("_std")
+    means = groups[[*SPREAD, *MEANS, *LATENCIES]].mean()
+    return means.join(spread).assign(n=groups.size(), rows=groups["rows"].sum()).reset_index()
 
 
 def series(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
@@ -152,12 +142,6 @@ def pareto(x: Sequence[float], y: Sequence[float], same: float = 0.01) -> list[i
         if y[i] >= best and (not front or y[i] > y[front[-1]]):
             front.append(i)
     return front
-
-
-def grid_widths(found: pd.DataFrame) -> set[tuple[str, float]]:
-    """The quantizers and widths of a data set's grid: a model without one of them has a missing cell."""
-    grid = found[~found["searched"]]
-    return set(zip(grid["quantizer"], grid["width"], strict=True))
 
 
 def width_name(width: float, searched: bool = False) -> str:

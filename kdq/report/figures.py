@@ -7,8 +7,7 @@ for printing, their letters as outlines or embedded fonts; equal rows make equal
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,25 +16,14 @@ import pandas as pd
 from kdq.report import published
 from kdq.report.cells import pareto, records, telling
 from kdq.report.layers import Frontier
-from kdq.utils.checks import nearest
-from kdq.utils.errors import KdqError
+from kdq.report.material import Material
+from kdq.report.style import method_colors, styled
 from kdq.utils.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colours that colour-blind people can tell apart (Okabe & Ito 2008); the teacher is black, the control grey.
-COLORS = {
-    "teacher": "#000000",
-    "baseline": "#8c8c8c",
-    "vkd": "#0072b2",
-    "mixup": "#e69f00",
-    "mixup_fm": "#56b4e9",
-    "dml": "#009e73",
-    "dkd": "#d55e00",
-}
-_MORE_COLORS = ["#cc79a7", "#6a3d9a", "#b15928", "#1b7f79", "#a6761d", "#e7298a"]
 _MARKERS = "osD^vPX*<>"
 #: Panels, and names in the legend, that a figure has at most; more would be too small to read.
 MOST_SETS, MOST_QUANTIZERS, MOST_NAMES = 4, 3, 24
@@ -47,95 +35,24 @@ _EXPLAINED: dict[str, dict[str, Any]] = {
     _FRONT: {"ls": "", "marker": "o", "ms": 9, "mfc": "none", "mec": "0.25", "mew": 0.8},
     _PUBLISHED: {"color": "0.4", "ls": "--", "lw": 0.9, "marker": "x"},
 }
-_STYLE: dict[str, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "lines.linewidth": 1.1,
-    "lines.markersize": 3.5,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "kdq",
-}
 
 
-def _fonts(width: float, size: float, *fonts: str) -> dict[str, Any]:
-    """A column of so many inches with text of so many points in the first of the fonts that is installed."""
-    sizes = dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), size)
-    sizes |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), size - 1)
-    return {"figure.figsize": (width, 0.72 * width), "font.family": list(fonts), "mathtext.fontset": "stix", **sizes}
-
-
-_TIMES = ("Times New Roman", "Nimbus Roman", "TeX Gyre Termes", "STIXGeneral")
-#: Of ``kdq-report --style``, beside Matplotlib's own and files of its settings: one column of these journals.
-STYLES = {
-    "screen": _fonts(4.8, 9, "DejaVu Sans"),
-    "ieee": _fonts(3.5, 8, *_TIMES),
-    "neurips": _fonts(5.5, 9, *_TIMES),
-    "nature": _fonts(3.5, 7, "Helvetica", "Arial", "Nimbus Sans", "Liberation Sans", "DejaVu Sans"),
-}
-
-
-@contextmanager
-def styled(name: str) -> Iterator[None]:
-    """Matplotlib draws in one of :data:`STYLES`, or in a style of its own by name or file.
-
-    Raises:
-        KdqError: there is none of that name.
-    """
-    from matplotlib import font_manager, style
-
-    chosen: Any = STYLES.get(name, name)
-    if name in STYLES:  # it warns at each text of fonts that are not there
-        there = {font.name for font in font_manager.fontManager.ttflist}
-        chosen = chosen | {"font.family": next(font for font in chosen["font.family"] if font in there)}
-    try:
-        context = style.context([chosen, _STYLE])
-        context.__enter__()
-    except OSError as error:
-        hint = nearest(name, [*STYLES, *style.available])
-        raise KdqError(f"no style {name}{hint}: use one of {', '.join(STYLES)}, or Matplotlib's or a file") from error
-    try:
-        yield
-    finally:
-        context.__exit__(None, None, None)
-
-
-def method_colors(methods: list[str]) -> dict[str, str]:
-    """A colour for every method, the same in every report for the known ones."""
-    others = [method for method in methods if method not in COLORS]
-    more = {method: _MORE_COLORS[i % len(_MORE_COLORS)] for i, method in enumerate(others)}
-    # What tuned a quantized network (vkd + qad) changes the marker only.
-    return {method: COLORS.get(method.split(" + ")[0]) or more[method] for method in methods}
-
-
-def write_figures(
-    found: pd.DataFrame,
-    timed: pd.DataFrame,
-    folder: Path,
-    searched: pd.DataFrame,
-    searches: Mapping[str, Frontier],
-    style: str = "screen",
-) -> list[Path]:
-    """Draw everything that the cells allow below ``folder`` and return the files.
-
-    Args:
-        found: lines of :func:`kdq.report.cells.cells`.
-        timed: lines of :func:`kdq.report.latency.timed_models`.
-        searched: the named rows of searched models; ``searches``: what is known of them, by their ``config_hash``.
-        style: see :func:`styled`.
-    """
+def write_figures(material: Material, folder: Path, style: str = "screen") -> list[Path]:
+    """Draw everything that the cells allow below ``folder`` and return the files; see :func:`styled`."""
+    found, searches = material.cells, material.searches
+    if found.empty:
+        return []
     written, looks, shown = [], _looks(found), telling(found)
     with styled(style):
         for stem, cells, draw in (
             ("accuracy_vs_bits", shown, _against_bits),
             ("accuracy_vs_total_bits", shown, _against_total_bits),
             ("accuracy_vs_bytes", shown, _against_bytes),
-            ("accuracy_vs_latency", timed, _against_latency),
+            ("accuracy_vs_latency", material.timed, _against_latency),
             ("drop_vs_bits", shown, _drops),
         ):
             written += _save(_panels(cells, draw, looks), folder / stem)
-        way = searched[searched["config_hash"].isin(set(searches))]
+        way = material.searched[material.searched["config_hash"].isin(set(searches))]
         if len(way):
             written += _save(_searches(way, searches), folder / "bit_search")
     return written

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
@@ -21,65 +21,37 @@ from typing import Any
 import pandas as pd
 
 from kdq.report import published
-from kdq.report.cells import latency_columns, records, telling
-from kdq.report.figures import method_colors
+from kdq.report.cells import LATENCIES, records, telling
 from kdq.report.latency import shown_latency
-from kdq.report.layers import Frontier, Widths
-from kdq.report.words import COLUMNS, NOTES, PLACES, Answer
+from kdq.report.material import Material
+from kdq.report.style import method_colors
+from kdq.report.words import COLUMNS, NOTES, PLACES
 
 #: Columns of a cell that the page shows, and the digits it keeps of them.
-_DIGITS = {
-    "width": 2,
-    "avg_bits": 3,
-    "top1": 3,
-    "top1_std": 3,
-    "top1_float": 3,
-    "top1_float_std": 3,
-    "drop": 3,
-    "drop_std": 3,
-    "nll": 4,
-    "ece": 3,
-    "size_bytes": 0,
-    "float_bytes": 0,
-}
+_DIGITS = {"width": 2, "nll": 4, "size_bytes": 0, "float_bytes": 0}
+_DIGITS |= dict.fromkeys(["avg_bits", "top1", "top1_std", "top1_float", "top1_float_std", "drop", "drop_std", "ece"], 3)
+_DIGITS |= dict.fromkeys(LATENCIES, 4)
 _NAMES = ["data", "method", "arch", "quantizer", "searched", "n"]
 
 
-def page(
-    found: pd.DataFrame,
-    timed: pd.DataFrame,
-    answers: Sequence[Answer],
-    summary: str,
-    warnings: Sequence[str],
-    searched: pd.DataFrame,
-    widths: Mapping[str, Widths],
-    searches: Mapping[str, Frontier],
-) -> str:
-    """The page's HTML.
-
-    Args:
-        found: lines of :func:`kdq.report.cells.cells`.
-        timed: lines of :func:`kdq.report.latency.timed_models`.
-        summary, warnings: what stands at the top.
-        searched: the named rows that ``widths`` or ``searches`` know, by their ``config_hash``.
-    """
+def page(material: Material) -> str:
+    """The page's HTML."""
+    found, timed = material.cells, material.timed
     beside = published.beside(found)
     payload = {
         "cells": _cells(found),
-        "answers": [asdict(answer) for answer in answers],
+        "answers": [asdict(answer) for answer in material.answers],
         "answer_columns": COLUMNS,
         "place_columns": PLACES,
         "notes": NOTES if len(found) else (),
-        "summary": summary,
-        "warnings": list(warnings),
+        "summary": material.summary,
+        "warnings": material.warnings,
         "colors": method_colors(sorted(found["method"].unique())),
-        "timed": _columns(
-            timed, dict.fromkeys(("ms", "ms_low", "ms_high"), 4) | {"top1": 3, "top1_std": 3, "count": 0}
-        ),
+        "timed": _columns(timed, {"ms": 4, "ms_low": 4, "ms_high": 4, "top1": 3, "top1_std": 3, "count": 0}),
         "latency": {str(data): asdict(shown_latency(part)) for data, part in found.groupby("data", sort=True)},
         "published": _columns(beside, {"width": 0, "top1": 2, "published": 2, "levels": 0}),
         "published_warnings": published.warnings(beside),
-        "searches": [_search(row, widths, searches) for row in records(searched)],
+        "searches": [_search(row, material) for row in records(material.searched)],
     }
     script = _part("charts.js") + _part("page.js")
     plotly = _plotly()
@@ -91,8 +63,7 @@ def page(
 
 
 def _cells(found: pd.DataFrame) -> dict[str, Any]:
-    exported = [column for column in found.columns if column.startswith("top1_onnx_")]
-    digits = _DIGITS | dict.fromkeys(exported, 3) | dict.fromkeys(latency_columns(found), 4)
+    digits = _DIGITS | dict.fromkeys([name for name in found.columns if name.startswith("top1_onnx_")], 3)
     told = found.assign(told=found.index.isin(telling(found).index))
     return _columns(told[[*_NAMES, "told", *digits]], digits)
 
@@ -106,21 +77,15 @@ def _columns(frame: pd.DataFrame, digits: Mapping[str, int]) -> dict[str, Any]:
     return {"columns": list(frame.columns), "data": [list(line) for line in zip(*lists, strict=True)]}
 
 
-def _search(row: Any, widths: Mapping[str, Widths], searches: Mapping[str, Frontier]) -> dict[str, Any]:
+def _search(row: Any, material: Material) -> dict[str, Any]:
     found: dict[str, Any] = {name: getattr(row, name) for name in ("data", "method", "quantizer")}
-    found["name"] = search_name(row)
-    if row.config_hash in widths:
-        found |= asdict(widths[row.config_hash])
-    if row.config_hash in searches:
-        way = searches[row.config_hash]
+    found["name"] = f"{row.data}, {row.method} ({row.arch}), {row.quantizer}, {row.avg_bits:.2f} bits, seed {row.seed}"
+    if widths := material.widths.get(row.config_hash):
+        found |= asdict(widths)
+    if way := material.searches.get(row.config_hash):
         found |= {name: [_rounded(x, 6) for x in getattr(way, name)] for name in ("avg_bits", "loss", "top1")}
         found |= {"size_bytes": [_rounded(x, 0) for x in way.size_bytes], "chosen": way.chosen}
     return found
-
-
-def search_name(row: Any) -> str:
-    """What a searched row is called in figures."""
-    return f"{row.data}, {row.method} ({row.arch}), {row.quantizer}, {row.avg_bits:.2f} bits, seed {row.seed}"
 
 
 def _rounded(value: float, digits: int) -> float | int | None:

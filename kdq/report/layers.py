@@ -44,9 +44,9 @@ def mixed_widths(output: Path, rows: Iterable[Row]) -> dict[str, Widths]:
     for row in rows:
         if not row.artifact or (row.avg_bits == row.bits and not row.search):
             continue
+        path = output / row.artifact
         try:
-            path = _below(output, row.artifact)
-            if path is None or not path.is_file():
+            if not path.is_file():
                 continue
             widths = _widths(path)
         except Exception as error:  # safetensors has errors of its own kind, and names and headers may hold anything
@@ -91,9 +91,3 @@ def _frontier(found: dict[str, Any]) -> Frontier:
         [float(measure.get("top1", math.nan)) for measure in measures],
         chosen,
     )
-
-
-def _below(output: Path, name: str) -> Path | None:
-    """The path ``name`` of a row, unless it leads out of ``output``."""
-    path = (output / name).resolve()
-    return path if path.is_relative_to(output.resolve()) else None

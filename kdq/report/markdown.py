@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-import pandas as pd
-
 from kdq.report import published
+from kdq.report.material import Material
 from kdq.report.tables import (
     markdown_accuracies,
     markdown_distilled,
@@ -19,18 +18,16 @@ from kdq.report.tables import (
 from kdq.report.words import COLUMNS, NOTES, PLACES, Answer
 
 
-def markdown(
-    found: pd.DataFrame, answers: Sequence[Answer], summary: str, warnings: Sequence[str], figures: Sequence[Path]
-) -> str:
-    """The report's text. ``found`` are lines of :func:`kdq.report.cells.cells`, ``figures`` lie beside it."""
-    lines = ["# kdq report", ""]
+def markdown(material: Material, figures: Sequence[Path]) -> str:
+    """The report's text; ``figures`` lie beside it."""
+    lines, found = ["# kdq report", ""], material.cells
     if found.empty:
         lines += ["No rows yet: run `kdq experiment=quickstart`.", ""]
-        return "\n".join([*lines, *_list(warnings)])
-    lines += _list(warnings)
-    for answer in answers:
+        return "\n".join([*lines, *_list(material.warnings)])
+    lines += _list(material.warnings)
+    for answer in material.answers:
         lines += _answer(answer)
-    lines += [*_folded("How to read this", [*_list(NOTES), markdown_text(summary), ""])]
+    lines += _folded("How to read this", [*_list(NOTES), markdown_text(material.summary), ""])
     lines += ["## Top-1 in percent (packed bytes)", ""]
     lines += ["Mean ± standard deviation over seeds.", "", *markdown_accuracies(found)]
     beside, distilled = published.beside(found), published.distilled_beside(found)

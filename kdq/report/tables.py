@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 from rich.console import Console
@@ -10,10 +11,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdq.records.rows import Row
-from kdq.report.cells import SERIES, cells, grid_widths, named, records, series, width_name
+from kdq.report.cells import SERIES, cells, named, records, series, width_name
 
 #: The terminal shows so many models; the page shows all.
 TERMINAL_LINES = 60
+#: What stands in place of a cell of the grid that is not there.
+MISSING = "missing"
+
+
+class Entry(NamedTuple):
+    """Top-1 in percent, its standard deviation over seeds (NaN for one seed), and bytes."""
+
+    mean: float
+    std: float
+    size: float
+
+    @property
+    def accuracy(self) -> str:
+        return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std == self.std else "")
 
 
 def accuracy_table(rows: Sequence[Row]) -> Table:
@@ -27,18 +42,38 @@ def fitting_tables(rows: Sequence[Row], console: Console) -> list[Table]:
     found = cells(named(rows))
     widths = _widths(found)
     tables: list[Table] = []
-    unbound = console.options.update(width=9999)
     for size in range(len(widths), 0, -1):
         tables = [_accuracies(found, widths[i : i + size]) for i in range(0, len(widths), size)]
-        if all(console.measure(table, options=unbound).maximum <= console.width for table in tables):
+        if all(_wanted(console, table) <= console.width for table in tables):
             break
     return tables
+
+
+def unbound(console: Console, table: Table, least: int = 0) -> Console:
+    """A console that shows ``table`` uncut: itself in a terminal; a log has no width that a table could be cut to."""
+    return console if console.is_terminal else Console(file=console.file, width=max(_wanted(console, table), least))
+
+
+def _wanted(console: Console, table: Table) -> int:
+    return console.measure(table, options=console.options.update(width=9999)).maximum
+
+
+def _entries(
+    found: pd.DataFrame, widths: Sequence[tuple[float, bool]]
+) -> Iterator[tuple[tuple[str, ...], pd.DataFrame, list[Entry | str]]]:
+    """Each model's names and cells, and its entries: the float model's, then one for each width."""
+    grid = {(cell.quantizer, cell.width) for cell in records(found) if not cell.searched}
+    for names, group in series(found):
+        whole = Entry(group["top1_float"].mean(), group["top1_float_std"].mean(), group["float_bytes"].mean())
+        by_width = {(c.width, c.searched): Entry(c.top1, c.top1_std, c.size_bytes) for c in records(group)}
+        empty = [MISSING if not searched and (names[3], width) in grid else "" for width, searched in widths]
+        yield names, group, [whole, *(by_width.get(width, text) for width, text in zip(widths, empty, strict=True))]
 
 
 def _accuracies(found: pd.DataFrame, widths: Sequence[tuple[float, bool]]) -> Table:
     shown = [name for name in SERIES if name == "method" or found[name].nunique() > 1]
     constant = escape(", ".join(str(found[name].iloc[0]) for name in SERIES if name not in shown))
-    lines, grid = list(series(found)), grid_widths(found)
+    lines = list(_entries(found, widths))
     cut = f"; {len(lines) - TERMINAL_LINES} more models in the report" if len(lines) > TERMINAL_LINES else ""
     about = f" ({constant})" if constant else ""
     text = Table(title=f"top-1 on the test set in %, size in bytes below{about}{cut}", show_lines=True)
@@ -46,16 +81,10 @@ def _accuracies(found: pd.DataFrame, widths: Sequence[tuple[float, bool]]) -> Ta
         text.add_column(name, no_wrap=True)
     for name in ["float", *(width_name(*width) for width in widths)]:
         text.add_column(name, justify="right", no_wrap=True)
-    for names, group in lines[:TERMINAL_LINES]:
-        by_width = {(cell.width, cell.searched): cell for cell in records(group)}
-        entries = [_entry(group["top1_float"].mean(), group["top1_float_std"].mean(), group["float_bytes"].mean())]
-        for width in widths:
-            cell = by_width.get(width)
-            if cell is not None:
-                entries.append(_entry(cell.top1, cell.top1_std, cell.size_bytes))
-            else:
-                entries.append("[red]missing[/]" if _is_missing(width, names[3], grid) else "")
-        text.add_row(*(escape(value) for name, value in zip(SERIES, names, strict=True) if name in shown), *entries)
+    forms = {MISSING: f"[red]{MISSING}[/]", "": ""}
+    for names, _, entries in lines[:TERMINAL_LINES]:
+        values = [forms[e] if isinstance(e, str) else f"{e.accuracy}\n[dim]{e.size:,.0f}[/]" for e in entries]
+        text.add_row(*(escape(value) for name, value in zip(SERIES, names, strict=True) if name in shown), *values)
     return text
 
 
@@ -63,21 +92,14 @@ def markdown_accuracies(found: pd.DataFrame) -> list[str]:
     """One table per data set of :func:`kdq.report.cells.cells`: models by widths, missing cells marked."""
     lines = []
     for data, part in found.groupby("data", sort=True):
-        widths, grid = _widths(part), grid_widths(part)
+        widths = _widths(part)
         head = ["method", "arch", "quantizer", "seeds", "float", *(width_name(*width) for width in widths)]
-        entries: list[list[str]] = []
-        for names, group in series(part):
-            by_width = {(cell.width, cell.searched): cell for cell in records(group)}
-            whole = mean_std(group["top1_float"].mean(), group["top1_float_std"].mean())
-            seeds = f"{group['n'].min()}" if group["n"].nunique() == 1 else f"{group['n'].min()}–{group['n'].max()}"
-            entries.append([*names[1:], seeds, f"{whole} ({group['float_bytes'].mean():,.0f})"])
-            for width in widths:
-                cell = by_width.get(width)
-                if cell is not None:
-                    entries[-1].append(f"{mean_std(cell.top1, cell.top1_std)} ({cell.size_bytes:,.0f})")
-                else:
-                    entries[-1].append("missing" if _is_missing(width, names[3], grid) else "")
-        lines += [f"### {markdown_text(str(data))}", "", *markdown_table(head, entries)]
+        table = []
+        for names, group, entries in _entries(part, widths):
+            seeds = "–".join(dict.fromkeys(str(n) for n in (group["n"].min(), group["n"].max())))
+            values = [e if isinstance(e, str) else f"{e.accuracy} ({e.size:,.0f})" for e in entries]
+            table.append([*names[1:], seeds, *values])
+        lines += [f"### {markdown_text(str(data))}", "", *markdown_table(head, table)]
     return lines
 
 
@@ -113,19 +135,6 @@ def _line(entries: Iterable[str]) -> str:
 def markdown_text(text: str) -> str:
     """``text`` with everything escaped that Markdown or HTML would read as more than text."""
     return "".join(f"\\{c}" if c in r"\`*_[]|#$~" else {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(c, c) for c in text)
-
-
-def mean_std(mean: float, std: float) -> str:
-    return f"{mean:.2f}" + (f" ± {std:.2f}" if std == std else "")  # NaN: one seed
-
-
-def _is_missing(width: tuple[float, bool], quantizer: str, grid: set[tuple[str, float]]) -> bool:
-    """Whether a model without this (width, searched) lacks a cell of the grid."""
-    return not width[1] and (quantizer, width[0]) in grid
-
-
-def _entry(mean: float, std: float, size: float) -> str:
-    return f"{mean_std(mean, std)}\n[dim]{size:,.0f}[/]"
 
 
 def _widths(found: pd.DataFrame) -> list[tuple[float, bool]]:

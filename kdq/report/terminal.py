@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdq.records.rows import Row
-from kdq.report.tables import accuracy_table, fitting_tables
+from kdq.report.tables import accuracy_table, fitting_tables, unbound
 from kdq.report.words import COLUMNS, Answer
 from kdq.report.write import Written
 
@@ -23,12 +23,8 @@ ANSWERS, LINES = 4, 12
 def print_results(console: Console, output: Path, rows: Sequence[Row], written: Written, runs: Path) -> None:
     """The table of ``rows``, the answer that all rows below ``output`` give, and where everything is."""
     if rows:
-        if console.is_terminal:
-            tables = fitting_tables(rows, console)
-        else:  # a log has no width that a table could be cut to
-            tables = [accuracy_table(rows)]
-            wanted = console.measure(tables[0], options=console.options.update(width=9999)).maximum
-            console = Console(file=console.file, width=max(wanted, 100))
+        tables = fitting_tables(rows, console) if console.is_terminal else [accuracy_table(rows)]
+        console = unbound(console, tables[0], 100)
         console.print(*tables)
     for line in written.warnings:
         console.print(line, style="yellow", markup=False, highlight=False)

@@ -163,7 +163,7 @@ class _Region:
             leaders = {self.name(models[0][0]) for _, models in self.leads}
             gains = [difference(models[0][1], models[1][1]).value for _, models in self.leads]
             who = f"{leaders.pop()} ahead by" if len(leaders) == 1 else "means differ by"
-            return f"{span} undecided ({who} {_span(gains)} points)"
+            return f"{span} undecided ({who} {_range(gains, '.1f')} points)"
         gain = f"by {_number(by.value, 1)} points{here}, {_sure(by)}"
         verb = "beats" if self.what == "wins" else "is ahead of"
         return f"{first} {verb} {self.name(there[1][0])} {span} ({gain})"
@@ -213,10 +213,10 @@ def _speed(rows: pd.DataFrame, name: Callable[[Model], str]) -> list[str]:
     models = answer.models(timed)
     if len(models) < 2:
         return []
-    told = [
-        f"{name(model)} {_milliseconds(lines[shown.column].median())}"
-        for model, lines in sorted(models.items(), key=lambda pair: list(ROADS).index(pair[0].road))
-    ]
+    told = []
+    for model, lines in sorted(models.items(), key=lambda pair: list(ROADS).index(pair[0].road)):
+        ms = lines[shown.column].median()
+        told.append(f"{name(model)} {ms:{'.3g' if ms < 1000 else ',.0f'}}")
     return [f"{shown.label[0].upper()}{shown.label[1:]}: {', '.join(told)}."]
 
 
@@ -273,17 +273,8 @@ def _difference(by: Difference) -> str:
 
 
 def _range(values: Iterable[float], form: str = "g") -> str:
-    low, high = min(values, default=0), max(values, default=0)
-    return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    low, high = f"{min(values, default=0):{form}}", f"{max(values, default=0):{form}}"
     return low if low == high else f"{low} to {high}"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _signed(value: float, digits: int = 2) -> str:

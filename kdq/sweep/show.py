@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdq.records.failures import Failure
+from kdq.report.tables import unbound
 from kdq.sweep.plan import Plan
 
 
@@ -22,8 +23,7 @@ def print_plan(console: Console, plan: Plan) -> None:
             for job in wave:
                 text.add_row(str(number), job.name, job.what, cost(job.work, plan.speed))
             text.add_section()
-        if not console.is_terminal:  # a log has no width that a table could be cut to
-            console = Console(width=console.measure(text, options=console.options.update(width=9999)).maximum)
+        console = unbound(console, text)
         console.print(text)
     for line in summary(plan):
         console.print(line, soft_wrap=True, highlight=False)

@@ -17,7 +17,8 @@ import kdq
 from kdq.records.rows import Row
 from kdq.report import write_report
 from kdq.report.cells import cells, named, pareto
-from kdq.report.write import Material, write_page
+from kdq.report.material import Material
+from kdq.report.write import write_page
 
 CHROMIUM = shutil.which("chromium")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -260,7 +261,7 @@ def test_no_row_and_ten_thousand(
     for count in (0, 1, 10_000):
         rows = rows_of(count)
         output = tmp_path / str(count)
-        monkeypatch.setattr("kdq.report.write.read_rows", lambda folder, skipped, rows=rows: rows)
+        monkeypatch.setattr("kdq.report.material.read_rows", lambda folder, skipped, rows=rows: rows)
         page = Page(browser, output)
         assert f"{count:,} row" in page.run("return document.getElementById('summary').textContent")
         if count == 0:

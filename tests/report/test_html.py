@@ -15,8 +15,9 @@ from rich.console import Console
 
 from kdq.records.rows import Row, read_rows
 from kdq.report import write_report
+from kdq.report.material import Material
 from kdq.report.tables import accuracy_table
-from kdq.report.write import Material, write_page
+from kdq.report.write import write_page
 
 
 class _Elements(HTMLParser):
@@ -77,7 +78,7 @@ def test_ten_thousand_rows(
     tmp_path: Path, rows_of: Callable[[int], list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They make a page that is little larger than its libraries. No figures here: they take longest and show cells."""
-    monkeypatch.setattr("kdq.report.write.read_rows", lambda folder, skipped: rows_of(10_000))
+    monkeypatch.setattr("kdq.report.material.read_rows", lambda folder, skipped: rows_of(10_000))
     material = Material(tmp_path)
     assert material.summary.startswith("10,000 rows, 600 cells, 4 data sets, 6 methods, 5 quantizers, 17 seeds.")
     (path,) = write_page(tmp_path / "report.html", material)

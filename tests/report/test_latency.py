@@ -11,7 +11,10 @@ from kdq.records.rows import Row
 from kdq.report.cells import named
 from kdq.report.latency import shown_latency, timed_models
 
-_TORCH = {"latency_ms_torch": [1.0, 2.0], "top1_float": [90.0, 91.0]}
+_NONE: dict[str, list[float | None]] = {
+    f"{column}_onnx_{kind}": [None, None] for column in ("latency_ms", "top1") for kind in ("fp32", "int8")
+}
+_TORCH = _NONE | {"latency_ms_torch": [1.0, 2.0], "top1_float": [90.0, 91.0]}
 _FLOAT = {"latency_ms_onnx_fp32": [1.0, None], "top1_onnx_fp32": [90.0, None]}
 _INT8 = {"latency_ms_onnx_int8": [None, 0.5], "top1_onnx_int8": [None, 89.0]}
 
@@ -22,7 +25,6 @@ _INT8 = {"latency_ms_onnx_int8": [None, 0.5], "top1_onnx_int8": [None, 89.0]}
         (_TORCH, "latency_ms_torch"),
         (_TORCH | _FLOAT, "latency_ms_onnx_fp32"),
         (_TORCH | _FLOAT | _INT8, "latency_ms_onnx_int8"),
-        (_TORCH | {key: [None, None] for key in _INT8}, "latency_ms_torch"),
     ],
 )
 def test_the_nearest_to_deployment(columns: dict[str, list[float]], wanted: str) -> None:

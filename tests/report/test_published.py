@@ -11,7 +11,7 @@ import pytest
 from kdq.records.rows import Row
 from kdq.report.cells import cells, named
 from kdq.report.figures import write_figures
-from kdq.report.latency import timed_models
+from kdq.report.material import Material
 from kdq.report.published import beside, distilled_beside, study, study_data, warnings
 
 
@@ -35,10 +35,10 @@ def test_other_data_is_said_to_be_other(row: Callable[..., Row]) -> None:
 
 @pytest.mark.parametrize(("data", "drawn"), [("cifar10", True), ("cifar10_jpeg", False)])
 def test_figures_show_them_on_the_study_s_own_images_only(
-    data: str, drawn: bool, row: Callable[..., Row], tmp_path: Path
+    data: str, drawn: bool, row: Callable[..., Row], folder_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    rows = named([row(data=data, method="vkd", arch="resnet18", bits=bits, top1=70.0 + bits) for bits in (2, 3, 8)])
-    write_figures(cells(rows), timed_models(rows), tmp_path, rows.iloc[:0], {})
+    rows = [row(data=data, method="vkd", arch="resnet18", bits=bits, top1=70.0 + bits) for bits in (2, 3, 8)]
+    write_figures(Material(folder_of(tmp_path, rows)), tmp_path)
     for figure in ("accuracy_vs_bits", "accuracy_vs_total_bits"):
         assert ("<!-- published: " in (tmp_path / f"{figure}.svg").read_text()) == drawn
 

@@ -17,8 +17,8 @@ from kdq.cli.report import main
 from kdq.records.failures import Failure, forget, record
 from kdq.records.rows import COLUMNS, Row, read_rows, table
 from kdq.report import accuracy_table, write_report
+from kdq.report.material import Material
 from kdq.report.tables import fitting_tables
-from kdq.report.write import Material
 
 FIGURES = ("accuracy_vs_bits", "accuracy_vs_total_bits", "accuracy_vs_bytes", "accuracy_vs_latency", "drop_vs_bits")
 FILES = {"results.csv", "results.parquet", "report.md", "report.html"} | {
