@@ -28,6 +28,10 @@ from kdq.utils.progress import progress
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
+#: Pillow's names of the formats behind them. Left to itself it goes by a file's first bytes, and runs Ghostscript for
+#: PostScript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 #: What Pillow raises for files that are damaged; the last three for their EXIF.
 BROKEN = (
     *(UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError),
@@ -35,6 +39,8 @@ BROKEN = (
 )
 #: An image whose longer side is more than this many times the shorter one loses its ends before it is scaled.
 EXTREME = 16
+#: Pixels that a side may have, which is what JPEG can say: a line of one pixel takes twelve bytes of memory.
+LONGEST = 2**16
 
 
 def class_names(root: str | Path) -> list[str]:
@@ -178,11 +184,15 @@ def _shown(path: Path) -> str:
 def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
     """One image, upright (by its EXIF orientation), scaled and cropped."""
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             if opened.mode.startswith("I") or opened.mode == "F":
                 raise KdqError(f"{_shown(file)} has more than 8 bits a channel (mode {opened.mode}): save it with 8")
-            upright = ImageOps.exif_transpose(opened)
-            image = _square_enough(upright).convert("RGB" if in_channels == 3 else "L")
+            if max(opened.size) > LONGEST:
+                raise KdqError(f"{_shown(file)} has a side of more than {LONGEST} pixels: cut or scale it")
+            ImageOps.exif_transpose(opened, in_place=True)  # no copy of what may fill the memory
+            image, mode = _square_enough(opened), "RGB" if in_channels == 3 else "L"
+            if image.mode != mode:
+                image = image.convert(mode)
             if image.size != (size, size):
                 scale = size / min(image.size)
                 shape = [max(size, round(scale * side)) for side in image.size]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from kdq.data.folder import class_names, image_folder
 from kdq.data.sets import cifar10
@@ -143,6 +145,49 @@ def test_any_name_of_the_file_system_is_read(root: Path, tmp_path: Path) -> None
     with pytest.raises(KdqError, match="xff") as caught:
         image_folder(str(root), 6, 3, str(tmp_path / "cache"))
     str(caught.value).encode()
+
+
+#: Decodes the file in a process of its own and prints by how many bytes its memory grew at most.
+PEAK = """
+import sys
+from pathlib import Path
+from kdq.data.folder import _decode
+def peak(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before = peak()
+_decode(Path(sys.argv[1]), 64, 3)
+print(1024 * (peak() - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is looked up in /proc")
+def test_an_image_fills_memory_once(tmp_path: Path) -> None:
+    pixels = 5000 * 5000
+    Image.new("RGB", (5000, 5000)).save(tmp_path / "large.png")
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "large.png")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 1.6 * 4 * pixels  # Pillow holds four bytes a pixel
+
+
+def test_a_side_of_a_million_pixels_is_refused_before_it_is_decoded(root: Path, tmp_path: Path) -> None:
+    Image.new("1", (1, 10**6)).save(root / "train/dog/2.png")
+    with pytest.raises(KdqError, match=str(root / "train/dog/2.png")):
+        image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+
+
+def test_no_program_is_run_for_what_a_file_holds(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands PostScript, whatever its file is called, to Ghostscript."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    bad = root / "train/dog/2.png"
+    bad.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(KdqError, match=f"cannot read the image {bad}"):
+        image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_one_class_is_refused(root: Path) -> None:
