@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import kdq
-import kdq.stages.quantize
 from kdq.cli.app import CONFIG_PATH
 from kdq.records.rows import Row
 from kdq.stages.cell import Cell
 from kdq.stages.pipeline import run, train
+from kdq.stages.quantize import quantized_once
 from kdq.stages.train import planned
 from kdq.stages.tune import tuned_models
 from kdq.sweep.plan import make_plan
@@ -90,41 +93,50 @@ def test_a_training_that_spoils_the_network_is_not_kept(tmp_path: Path, caplog: 
     assert "before it was tuned" in caplog.text
 
 
-class Fail(Callback):
-    """Breaks a training off in its second epoch, once."""
+class Kill(Callback):
+    """``kill -9`` in the second epoch of the process that said so."""
 
-    failed = False
+    armed = False
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.current_epoch == 1 and not Fail.failed:
-            Fail.failed = True
-            raise OSError("killed")
+        if Kill.armed and trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_broken_off_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = [
-        "quant.bits=2",
-        "tune.images=32",
-        "+callbacks.fail._target_=tests.stages.test_tune.Fail",
-    ]
-    passes, real = [], kdq.stages.quantize.quantized_once
+def _killed(output: Path, asked: list[str]) -> None:
+    """A command that dies while it tunes: the teacher has one epoch."""
+    Kill.armed = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdq.stages.tune.quantized_once", _unmeasured)
+        run(config(output, *asked))
 
-    def once(*args: Any) -> Any:
+
+def _unmeasured(*args: Any) -> Any:
+    """The quantized network without its accuracy on validation images: whatever is trained on from it is kept."""
+    return quantized_once(*args)[0], 0.0
+
+
+def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["quant.bits=2", "tune.images=32", "+callbacks.kill._target_=tests.stages.test_tune.Kill"]
+    passes = []
+
+    def counted(*args: Any) -> Any:
         passes.append(args)
-        return real(*args)[0], 0.0  # whatever was trained is kept
+        return _unmeasured(*args)
 
-    monkeypatch.setattr("kdq.stages.tune.quantized_once", once)
-    Fail.failed = True
+    monkeypatch.setattr("kdq.stages.tune.quantized_once", counted)
     (undisturbed,) = run(config(tmp_path / "undisturbed", *asked))
     assert undisturbed.tune == "qad 32 images"
     (metrics,) = (tmp_path / "undisturbed" / "store").glob("*-qad-*/metrics.json")
     assert json.loads(metrics.read_text())["best_epoch"] >= 0
-    # The teacher has one epoch: what is broken off is the tuning.
-    Fail.failed = False
-    with pytest.raises(OSError, match="killed"):
-        run(config(tmp_path / "broken", *asked))
-    (resumed,) = run(config(tmp_path / "broken", *asked))
-    assert len(passes) == 2  # the resumed training begins at the packed file
+    process = get_context("forkserver").Process(target=_killed, args=(tmp_path / "killed", asked))
+    process.start()
+    process.join(280)
+    assert process.exitcode == -signal.SIGKILL
+    (last,) = (tmp_path / "killed" / "store").glob(".work/*/last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 0
+    (resumed,) = run(config(tmp_path / "killed", *asked))
+    assert len(passes) == 1  # the resumed training begins at the packed file
     assert facts(resumed) == facts(undisturbed)
 
 

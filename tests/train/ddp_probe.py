@@ -13,6 +13,7 @@ from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.mixup import Mixup
 from kdq.distill.progress import TrainingProgress
+from kdq.distill.qad import QAD
 from kdq.distill.vkd import VKD
 
 
@@ -55,6 +56,10 @@ class ProbedDKD(Probe, DKD):
 
 
 class ProbedMixup(Probe, Mixup):
+    pass
+
+
+class ProbedQAD(Probe, QAD):
     pass
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from kdq.cli.app import CONFIG_PATH
 from kdq.records.store import Entry
 from kdq.stages.cell import Cell
-from kdq.stages.train import float_model
+from kdq.stages.train import float_model, obtain, planned
+from kdq.stages.tune import tuned_models
 from kdq.train.processes import count_devices, refuse_torchrun
 from kdq.train.slurm import ended
 from kdq.utils.errors import KdqError
@@ -44,10 +45,13 @@ def probes_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
 
 
-def trained(output: Path, *overrides: str) -> Entry:
+def composed(output: Path, *overrides: str) -> Cell:
     with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        cfg = hydra.compose("config", [*SMALL, *overrides, f"paths.output_dir={output}", "logger=none"])
-    return float_model(Cell(cfg))
+        return Cell(hydra.compose("config", [*SMALL, *overrides, f"paths.output_dir={output}", "logger=none"]))
+
+
+def trained(output: Path, *overrides: str) -> Entry:
+    return float_model(composed(output, *overrides))
 
 
 def left(folder: Path, processes: int) -> list[dict[str, Any]]:
@@ -88,6 +92,22 @@ def test_two_processes_train_what_one_does(method: str, target: str, extra: list
     entries = [path.name for path in (tmp_path / "store").glob(f"digits-{method}-*")]
     assert len(entries) == (4 if method == "dml" else 2)  # a peer beside each student of dml
     assert not list((tmp_path / "store/.work").iterdir())
+
+
+def test_two_processes_tune_what_one_does(tmp_path: Path) -> None:
+    """Both round the same weights to the same codes, and learn the same scales."""
+    folders = {processes: tmp_path / f"probe{processes}" for processes in (1, 2)}
+    overrides = ["method=baseline", "quant=best", "quant.bits=2", "quant.act_bits=4", *PLAIN_NET]
+    overrides += ["tune=qad", "tune._target_=ddp_probe.ProbedQAD", "tune.recipe.epochs=2", "tune.recipe.batch_size=32"]
+    for processes, trainer in ((1, ["trainer=cpu"]), (2, TWO)):
+        cell = composed(tmp_path, *overrides, *trainer, f"+tune.folder={folders[processes]}")
+        (model,) = tuned_models(cell, planned(cell)).values()
+        assert obtain(cell.store, model).metrics["epochs"] == 2
+    (alone,), (first, second) = left(folders[1], 1), left(folders[2], 2)
+    same(first["state"], second["state"], rtol=0, atol=0)
+    same(first["state"], alone["state"], rtol=1e-4, atol=1e-6)
+    assert any(name.endswith("scale") for name in first["synchronised"])
+    assert not any("teacher" in name for name in first["synchronised"])
 
 
 def test_a_sweep_over_processes_is_one_sweep(tmp_path: Path) -> None:
