@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch.nn import Parameter
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from kdq.utils.checks import check_types, one_of, within
@@ -69,7 +69,7 @@ class TrainConfig:
             fused=fused,
         )
 
-    def scheduler(self, optimizer: SGD, total_steps: float) -> LambdaLR:
+    def scheduler(self, optimizer: Optimizer, total_steps: float) -> LambdaLR:
         """To be stepped after every optimizer step."""
         return LambdaLR(optimizer, lambda step: self.factor(step / max(1, total_steps)))
 

@@ -20,6 +20,7 @@ from typing import Any, Self
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from kdq.distill.checkpoint import built, described, unpickled
@@ -207,10 +208,14 @@ class DistillationModule(L.LightningModule):
         """What a learner's optimizer trains: its network, and what a method has beside it."""
         return learner.network.parameters()
 
+    def optimizer(self, learner: Learner, fused: bool) -> Optimizer:
+        """What trains a learner; ``fused`` where nothing clips its gradients under autocast."""
+        return self.config.optimizer(self.trained_parameters(learner), fused)
+
     def _optimizer(self, learner: Learner, steps: float) -> dict[str, Any]:
         # Lightning cannot clip the gradients of a fused optimizer under autocast.
         fused = self.config.clip_grad is None and self.trainer.gradient_clip_val is None
-        optimizer = self.config.optimizer(self.trained_parameters(learner), fused)
+        optimizer = self.optimizer(learner, fused)
         scheduler = {"scheduler": self.config.scheduler(optimizer, steps), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 

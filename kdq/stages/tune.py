@@ -80,6 +80,7 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
     quant = {key: value for key, value in quant_spec(cell.cfg.quant).items() if key not in ("name", "bits")}
     spec = {
         "stage": "tune",
+        "optimizer": "adam",  # tunings of before had another under the same options
         "models": {name: model.key for name, model in models.items()},
         "data": cell.images.spec(),
         "quant": quant,

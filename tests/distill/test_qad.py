@@ -17,7 +17,7 @@ from kdq.distill import QAD, QAT, TrainConfig
 from kdq.utils.errors import KdqError
 from tests.distill.test_standalone import QUIET, SILENT, foreign, loader, network
 
-CONFIG = TrainConfig(lr=0.1, weight_decay=0.0, schedule="cosine")
+CONFIG = TrainConfig(lr=0.01, weight_decay=0.0, schedule="cosine")
 
 
 def student(build: Any = network, bits: int = 2, **options: Any) -> nn.Module:
@@ -70,7 +70,7 @@ def test_frozen_batchnorm_and_scales_stay_as_they_are() -> None:
         return fitted(QAT(student(), num_classes=4, config=CONFIG, **options)).quantized().state_dict()
 
     before = student()
-    frozen, free = state(), state(batchnorm="train")
+    frozen, free = state(batchnorm="frozen"), state()
     for name, value in before.state_dict().items():
         if "running" in name:
             assert torch.equal(frozen[name], value)
@@ -82,7 +82,7 @@ def test_frozen_batchnorm_and_scales_stay_as_they_are() -> None:
 
 def test_distillation_brings_the_rounded_network_nearer_to_its_teacher() -> None:
     images, teacher = loader(5).dataset.tensors[0], network(2).eval()  # type: ignore[attr-defined]
-    config = TrainConfig(lr=0.1, weight_decay=0.0)
+    config = TrainConfig(lr=0.01, weight_decay=0.0)
     start = student(solver="rtn", refine=0, scale="weight")  # far enough from its teacher
     module = QAD(start, teacher=teacher, num_classes=4, config=config)
 
