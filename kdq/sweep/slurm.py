@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,12 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two looks for results, and between two questions to Slurm's accounting.
 LOOK, ASK = 1.0, 15.0
+#: Starts Python with Slurm's warning held back. Without a handler it ends a process, and the imports of a job take many
+#: seconds before submitit has one; :class:`kdq.sweep.task.Task` lets it through.
+HELD = (
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 
 
 def launch(tasks: Sequence[Task]) -> list[JobReturn]:
@@ -57,8 +65,11 @@ def _submit(task: Task) -> Any:
             f"hydra/launcher=slurm starts a task for each device: give trainer.devices a number, not "
             f"{params['tasks_per_node']}"
         )
-    executor = submitit.AutoExecutor(  # what the job prints lies beside its log
-        folder=folder(cfg) / "slurm", cluster="slurm", slurm_max_num_timeout=params.pop("max_num_timeout")
+    executor = submitit.AutoExecutor(
+        folder=folder(cfg) / "slurm",  # what the job prints lies beside its log
+        cluster="slurm",
+        slurm_max_num_timeout=params.pop("max_num_timeout"),
+        slurm_python=shlex.join([sys.executable, "-c", HELD]),
     )
     general = {"name", "timeout_min", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb"}
     asked = {name: value for name, value in params.items() if value is not None}

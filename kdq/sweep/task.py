@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,11 +50,17 @@ class Task:
         setup_globals()
         return run_job(
             hydra_context=self.hydra_context,
-            task_function=self.task_function,
+            task_function=self._run,
             config=self.job_config(),
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+
+    def _run(self, cfg: DictConfig) -> Any:
+        # Slurm's warning was held back from the job's first moment (kdq.sweep.slurm) until here, where the log of the
+        # job is open for what its handler says.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+        return self.task_function(cfg)
 
     def checkpoint(self) -> Any:
         """What submitit runs again when Slurm has taken the machine away: the same job, in the same folder."""

@@ -14,10 +14,8 @@ process gets a file and does what the module that reads it says:
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -49,12 +47,11 @@ def _run_here(module: str, job: Path, processes: int) -> list[int]:
         "WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
-    command = [sys.executable, "-m", module, str(job)]
-    workers = []
+    workers: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(processes):
-            environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            workers.append(cluster.start_worker(module, job, shared | ranks))
         while any(worker.poll() is None for worker in workers):
             if any(worker.poll() for worker in workers):
                 break  # the others would wait for it for ever
@@ -74,7 +71,6 @@ def _free_port() -> int:
 
 def follow_parent() -> None:
     """End this process, a worker, when its parent does."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's warning goes to every process; the parent heeds it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -172,8 +173,20 @@ def _start(order: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1")),
     }
-    command = [sys.executable, "-m", order["module"], str(order["job"])]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | own)
+    return start_worker(order["module"], order["job"], own)
+
+
+def start_worker(module: str, job: str | Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start ``python -m module job`` with ``environment`` beside this process's own.
+
+    Slurm's warning goes to every process of a step. It is this one that heeds it: the worker holds it back for ever.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # a new process has its parent's mask
+    try:
+        command = [sys.executable, "-m", module, str(job)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _place() -> tuple[str, int]:

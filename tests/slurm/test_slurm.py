@@ -184,9 +184,11 @@ def test_a_training_that_is_preempted_and_then_requeued_ends_with_the_same_weigh
     wait_for(process, lambda: list(network_folder.glob("store/.work/*/last.ckpt")))
     job = slurm("squeue", "-h", "-o", "%A")
 
-    # Another partition takes both nodes: Slurm sends USR2, and submitit requeues the job.
+    # Another partition takes both nodes: Slurm sends USR2, and submitit requeues the job. Python heeds signals between
+    # two operations; where one takes longer than the grace of start.sh, Slurm kills and requeues the job itself, and
+    # the training goes on like after any kill, without a word in its log.
     slurm("sbatch", "--partition=main", "--nodes=2", "--exclusive", f"--output={os.devnull}", "--wrap=sleep 1")
-    wait_for(process, lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", 90)
+    wait_for(process, lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", 150)
     start_again(process, job)
     wait_for(process, lambda: len(resumed(network_folder)) == 1, 90)
     (checkpoint,) = network_folder.glob("store/.work/*/last.ckpt")
