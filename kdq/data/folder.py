@@ -23,7 +23,7 @@ from torch import Tensor
 from kdq.data.image_set import ImageSet
 from kdq.data.split import split as divided
 from kdq.utils.cpu import usable_cores
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, one_line
 from kdq.utils.progress import progress
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -201,7 +201,7 @@ def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
                 image = image.crop((left, top, left + size, top + size))
             return np.asarray(image, np.uint8).reshape(size, size, in_channels)
     except BROKEN as error:
-        raise KdqError(f"cannot read the image {_shown(file)} ({error}): mend or remove it") from error
+        raise KdqError(f"cannot read the image {_shown(file)} ({one_line(error)}): mend or remove it") from error
 
 
 def _square_enough(image: Image.Image) -> Image.Image:
@@ -232,6 +232,5 @@ def _mapped(folder: Path, part: str, labels: list[int], size: int, in_channels: 
     except PermissionError as error:
         raise KdqError(f"{error.filename} may not be read: it belongs to another user") from error
     except Exception as error:  # numpy evaluates the header: whatever Python makes of broken source
-        cause = " ".join(str(error).split())
-        raise KdqError(f"the decoded images in {folder} are damaged ({cause}): delete this folder") from error
+        raise KdqError(f"the decoded images in {folder} are damaged ({one_line(error)}): delete this folder") from error
     return images, found

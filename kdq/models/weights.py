@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, one_line
 
 #: File names tried in a hub repository that names none, the safe format first.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -67,7 +67,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise KdqError(f"cannot read weights from {path}: {_one_line(error)}") from error
+        raise KdqError(f"cannot read weights from {path}: {one_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever a corrupt zip makes torch raise
         # What torch says here advises to load the file with all that is in it.
         said = f"cannot read weights from {path}: it is no checkpoint of tensors alone"
@@ -114,7 +114,3 @@ def load_weights(network: nn.Module, path: Path) -> None:
     given = OrderedDict(state)
     given._metadata = own._metadata  # type: ignore[attr-defined]  # the versions of modules, which some ask for
     network.load_state_dict(given, strict=False)
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

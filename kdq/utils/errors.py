@@ -5,6 +5,15 @@ class KdqError(Exception):
     """Something the user can mend. Its text is one line that says what is wrong and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of at most 300 characters: libraries quote what they read.
+
+    >>> one_line(ValueError("no\\nnumber"))
+    'no number'
+    """
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
 def no_module(error: ModuleNotFoundError) -> str:
     """One line for a module that a config names and Python does not find."""
     return f"there is no module {error.name}; if it is yours, say where: PYTHONPATH=FOLDER kdq ..."

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from kdq.quant.distributed import gathered, rank
 from kdq.quant.solvers.alphabet import check_bits
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, one_line
 from kdq.utils.files import parse_json, write_text
 
 Assignment = dict[str, int]
@@ -149,7 +149,9 @@ class Trace:
                     raise ValueError(f"{measure} is no measurement")
                 entries[name] = measure
         except (KdqError, OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
-            raise KdqError(f"the search trace {path} is damaged ({error}): delete it to search anew") from error
+            raise KdqError(
+                f"the search trace {path} is damaged ({one_line(error)}): delete it to search anew"
+            ) from error
         return key, entries
 
 

@@ -27,7 +27,7 @@ from kdq.quant.packing.bits import packed_bytes
 from kdq.quant.packing.packed import PackedWeight, keep_packed
 from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight, float_entries
 from kdq.quant.solvers.alphabet import MAX_BITS
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, one_line
 from kdq.utils.files import parse_json, replacing
 
 #: Files whose layers all are modules' ``weight`` are of version 2, which older readers know.
@@ -153,7 +153,7 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     except KdqError as error:
         raise KdqError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-        raise KdqError(f"{path} does not fit the network: {' '.join(str(error).split())}") from error
+        raise KdqError(f"{path} does not fit the network: {one_line(error)}") from error
     return network.eval()
 
 
@@ -219,9 +219,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except FileNotFoundError as error:
         raise KdqError(f"no file {path}") from error
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError) as error:
-        raise KdqError(
-            f"{path} is not a packed kdq network, or not all of one: {' '.join(str(error).split())}"
-        ) from error
+        raise KdqError(f"{path} is not a packed kdq network, or not all of one: {one_line(error)}") from error
     if version > FORMAT:
         raise KdqError(f"{path} has format {version}, this kdq reads up to {FORMAT}: update kdq")
     if metadata.get("sha256") != _checksum(text, tensors):
