@@ -35,7 +35,7 @@ from kdq.quant.bitsearch.search import Measure, Trace
 from kdq.quant.callback import GreedyBitSearch
 from kdq.quant.packing.file import _checksum
 from kdq.records.failures import Failure, read_failures, record
-from kdq.records.rows import read_rows, write_row
+from kdq.records.rows import read_row, read_rows, write_row
 from kdq.records.store import Store
 from kdq.report.layers import frontiers, mixed_widths
 from kdq.report.write import write_report
@@ -154,6 +154,31 @@ def test_rows(tmp_path: Path) -> None:
     for index, one in enumerate(variants(dataclasses.asdict(ROW))):
         (rows / f"{index}.json").write_text(json.dumps(one))
     assert write_report(tmp_path).failures == []
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_never_waited_for(tmp_path: Path) -> None:
+    """Opening one waits until somebody writes into it."""
+    for name in ("rows/a.json", "rows/b.jsonl", "failed/a.json", "model.kdq", "trace.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+    frontier = tmp_path / "store" / "search" / f"frontier-{ROW.config_hash}.json"
+    frontier.parent.mkdir(parents=True)
+    os.mkfifo(frontier)
+    assert (read_rows(tmp_path / "rows"), read_failures(tmp_path), frontiers(tmp_path, [ROW])) == ([], {}, {})
+    assert refused(lambda: read_row(tmp_path / "rows" / "a.json"), tmp_path / "rows" / "a.json")
+    assert refused(lambda: kdq.load(tmp_path / "model.kdq"), tmp_path / "model.kdq")
+    trace = tmp_path / "trace.json"
+    assert refused(lambda: Trace(lambda bits: Measure(1.0, 50.0), trace, "key"), trace)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["entry.json", "metrics.json", "weights.safetensors"])
+def test_a_pipe_in_a_stored_model(store: tuple[Store, dict[str, Any], Path], name: str) -> None:
+    store, spec, path = store
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert refused(lambda: store.get(spec, "model"), path)
 
 
 def test_failures(tmp_path: Path) -> None:

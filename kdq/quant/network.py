@@ -132,6 +132,8 @@ def check_network(model: nn.Module, images: Tensor, config: QuantConfig) -> list
 
 def _running(model: nn.Module, images: Tensor, config: QuantConfig) -> Order:
     """What runs of ``model``, if it has numbers to quantize."""
+    if not isinstance(model, nn.Module):
+        raise KdqError(f"the network is a {type(model).__name__}, not a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise KdqError("the network is TorchScript, which runs nothing but tensors: quantize what it was made of")
     candidates = quantizable_layers(model, config.keep_float)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from kdq.utils.files import parse_json, write_text
+from kdq.utils.files import parse_json, regular, write_text
 from kdq.utils.messages import describe
 
 
@@ -80,7 +80,7 @@ def read_failures(output: Path) -> dict[str, Failure]:
     found = {}
     for path in sorted((output / "failed").glob("*.json")):
         try:
-            failure = Failure(**parse_json(path.read_bytes()))
+            failure = Failure(**parse_json(regular(path).read_bytes()))
         except (OSError, ValueError, TypeError):
             continue
         if all(isinstance(value, list if name == "overrides" else str) for name, value in asdict(failure).items()):

@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 
 from kdq.utils.errors import KdqError
-from kdq.utils.files import parse_json, replacing, write_text
+from kdq.utils.files import parse_json, regular, replacing, write_text
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def read_rows(folder: Path, hashes: Container[str] | None = None, skipped: list[
         if hashes is not None and not published and path.stem.rpartition("-")[2] not in hashes:
             continue
         try:
-            content = path.read_bytes()
+            content = regular(path).read_bytes()
         except OSError as error:
             _skip(str(path), error, skipped)
             continue
@@ -200,7 +200,7 @@ def read_row(path: Path) -> Row:
         KdqError: it is not there, or is no row.
     """
     try:
-        return _row(parse_json(path.read_text()))
+        return _row(parse_json(regular(path).read_text()))
     except FileNotFoundError as error:
         raise KdqError(f"no file {path}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:

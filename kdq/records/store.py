@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kdq.records.lock import locked
 from kdq.utils.errors import KdqError
-from kdq.utils.files import file_digest, parse_json
+from kdq.utils.files import file_digest, parse_json, regular
 from kdq.utils.names import stable
 
 #: Raised when the meaning of a spec changes, or what is made from it: older entries and rows are then not found.
@@ -95,9 +95,9 @@ class Store:
         if not path.is_dir():
             return None
         try:
-            digests = parse_json((path / "entry.json").read_text())["sha256"]
+            digests = parse_json(regular(path / "entry.json").read_text())["sha256"]
             damaged = [name for name in _FILES if file_digest(path / name) != digests[name]]
-            metrics = parse_json((path / "metrics.json").read_text())
+            metrics = parse_json(regular(path / "metrics.json").read_text())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise KdqError(f"the stored model {path} is damaged ({error}): delete this folder and run again") from error
         if damaged:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdq.records.rows import Row
-from kdq.utils.files import parse_json
+from kdq.utils.files import parse_json, regular
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def frontiers(output: Path, rows: Iterable[Row]) -> dict[str, Frontier]:
         if path is None:
             continue
         try:
-            found[row.config_hash] = _frontier(parse_json(path.read_text("utf-8")))
+            found[row.config_hash] = _frontier(parse_json(regular(path).read_text("utf-8")))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("no frontier from %s: %r", path, error)
     return found

@@ -273,6 +273,7 @@ def _normed() -> nn.Sequential:
     ("network", "shape", "options", "says"),
     [
         (_conv().half(), (3, 6, 6), {}, r"0 is torch.float16: quantize model.float\(\)"),
+        (_conv().forward, (3, 6, 6), {}, r"a method, not a torch\.nn\.Module"),
         (_normed(), (3, 6, 6), {}, r"the weight of 0 is computed.*remove_parametrizations"),
         (_conv(), (3, 6, 6), {"keep_float": "3"}, r"give a list of names, \[3\]"),
         (_conv(), (3, 6, 6), {"keep_float": ["4"]}, r"no 4 to leave float.*there is 0, 1, 2, 3"),

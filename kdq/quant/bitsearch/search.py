@@ -29,7 +29,7 @@ from pathlib import Path
 from kdq.quant.distributed import gathered, rank
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.utils.errors import KdqError, one_line
-from kdq.utils.files import parse_json, write_text
+from kdq.utils.files import parse_json, regular, write_text
 
 Assignment = dict[str, int]
 #: ``costs[layer][bits]``; its keys are the layers and their candidate widths.
@@ -140,7 +140,7 @@ class Trace:
     def _read(path: Path) -> tuple[str, dict[tuple[tuple[str, int], ...], Measure]]:
         entries = {}
         try:
-            stored = parse_json(path.read_text())
+            stored = parse_json(regular(path).read_text())
             key = stored["key"]
             for row in stored["evaluations"]:
                 name = tuple(sorted((layer, check_bits(bits)) for layer, bits in row["bits"].items()))

@@ -28,7 +28,7 @@ from kdq.quant.packing.packed import PackedWeight, keep_packed
 from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight, float_entries
 from kdq.quant.solvers.alphabet import MAX_BITS
 from kdq.utils.errors import KdqError, one_line
-from kdq.utils.files import parse_json, replacing
+from kdq.utils.files import parse_json, regular, replacing
 
 #: Files whose layers all are modules' ``weight`` are of version 2, which older readers know.
 FORMAT = 3
@@ -210,7 +210,7 @@ def _fill(
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         text = metadata["kdq"]
