@@ -6,6 +6,7 @@ for printing, their letters as outlines or embedded fonts; equal rows make equal
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ from kdq.utils.files import replacing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# What embeds fonts logs every letter that it finds.
+logging.getLogger("fontTools").setLevel(logging.WARNING)
 
 _MARKERS = "osD^vPX*<>"
 #: Panels, and names in the legend, that a figure has at most; more would be too small to read.

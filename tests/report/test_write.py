@@ -32,10 +32,12 @@ def _grid(row: Callable[..., Row]) -> list[Row]:
 
 
 def test_report_from_rows_is_idempotent(
-    tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]
+    tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder_of(tmp_path, _grid(row))
-    written = write_report(tmp_path)
+    with caplog.at_level(logging.INFO):  # as in a job
+        written = write_report(tmp_path)
+    assert {record.name.partition(".")[0] for record in caplog.records} <= {"kdq"}
     assert written.failures == []
     first = {path.name: path.read_bytes() for path in written.files}
     assert set(first) == FILES
