@@ -6,7 +6,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import kdq.cli.app  # noqa: F401  the resolvers of configs
 from kdq.records.rows import Row, find_row
 from kdq.stages import pipeline
 from kdq.stages.cell import UNRECORDED
+from kdq.utils.calls import called, parts
 from kdq.utils.config import CONFIG_PATH, compose
 from kdq.utils.cpu import keep_freed_memory, use_cores
 from kdq.utils.errors import KdqError
@@ -44,9 +45,7 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
             "before rows did. What its columns do not say is missing: the recipe, and the options of the method, the "
             "quantizer and the data. Its command at that commit makes it again"
         )
-    elsewhere = {f"a callback in {place}" for place in _outside(row.config.get("callbacks"))}
-    strange = sorted((set(_targets(row.config)) - _known_targets()) | elsewhere)
-    if strange and not trust:
+    if not trust and (strange := sorted(_strange(row.config))):
         raise KdqError(f"this row runs code that is not kdq's: {', '.join(strange)}; if you trust it, add --trust")
     cfg = compose(["logger=none"])
     OmegaConf.set_struct(cfg, False)
@@ -73,38 +72,18 @@ def differences(row: Row, made: Row, columns: Iterable[str]) -> list[str]:
     return [f"{name} {before or 'not recorded'} -> {after}" for name, before, after in pairs if before != after]
 
 
-def _targets(config: Any) -> Iterator[str]:
-    """Everything that a config calls."""
-    if isinstance(config, dict):
-        called = [config.get(name) for name in ("_target_", "path") if "_target_" in config]
-        yield from (str(target) for target in called if target is not None)
-        if "_args_" in config:  # what is called could be one of them
-            yield f"{config.get('_target_')} with _args_"
-        config = list(config.values())
-    for part in config if isinstance(config, list) else ():
-        yield from _targets(part)
-
-
-def _outside(config: Any) -> Iterator[str]:
-    """Paths in a config that lead out of the folder that is written to."""
-    if isinstance(config, str) and (Path(config).is_absolute() or ".." in Path(config).parts):
-        yield config
-    parts = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
-    for part in parts:
-        yield from _outside(part)
-
-
-def _known_targets() -> set[str]:
-    """What kdq's own configs call."""
-    from importlib.resources import files
-
-    folder: Any = files("kdq") / "conf" if CONFIG_PATH.startswith("pkg://") else Path(CONFIG_PATH)
-    waiting, found = [folder], set(STABLE)
-    for part in waiting:
-        if part.is_dir():
-            waiting += part.iterdir()
-        elif part.name.endswith(".yaml"):
-            found |= set(re.findall(r"_target_: *([\w.]+)", part.read_text("utf-8")))
+def _strange(config: Any) -> set[str]:
+    """What a config calls that kdq's own configs do not, and where its callbacks write to outside of the folder."""
+    known = set(STABLE)
+    for file in Path(CONFIG_PATH).rglob("*.yaml"):
+        known |= set(re.findall(r"_target_: *([\w.]+)", file.read_text("utf-8")))
+    found = {target for target in called(config) if target not in known}
+    for node in parts(config):
+        if isinstance(node, dict) and "_args_" in node:  # what is called could be one of them
+            found.add(f"{node.get('_target_')} with _args_")
+    for place in parts(config.get("callbacks")):
+        if isinstance(place, str) and (Path(place).is_absolute() or ".." in Path(place).parts):
+            found.add(f"a callback in {place}")
     return found
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from kdq.utils.errors import KdqError, no_module
+from kdq.utils.calls import imported
+from kdq.utils.errors import KdqError
 
 
 def build(net: Mapping[str, Any]) -> nn.Module:
@@ -22,7 +22,7 @@ def build(net: Mapping[str, Any]) -> nn.Module:
     """
     kwargs = {str(key): value for key, value in net.items() if key != "_target_" and value is not None}
     target = str(net.get("_target_"))
-    builder = _resolve(target)
+    builder = imported("net", target)
     try:
         signature = inspect.signature(builder)
         if "num_classes" in kwargs and not _takes(signature, "num_classes"):
@@ -43,13 +43,3 @@ def build(net: Mapping[str, Any]) -> nn.Module:
 def _takes(signature: inspect.Signature, name: str) -> bool:
     kinds = (parameter.kind for parameter in signature.parameters.values())
     return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
-
-
-def _resolve(target: str) -> Any:
-    module, _, name = target.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise KdqError(f"cannot import {target!r}: {no_module(error)}") from error
-    except (ImportError, AttributeError, ValueError) as error:
-        raise KdqError(f"cannot import {target!r}: {error}") from error

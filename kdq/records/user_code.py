@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kdq.utils.calls import called
 from kdq.utils.files import file_digest
 
 _INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -21,21 +21,11 @@ def user_code(*configs: Any) -> dict[str, Any]:
     What the file imports is not looked at.
     """
     found: dict[str, str] = {}
-    for config in configs:
-        for name in _called(config):
-            module, file = _module(name)
-            if file is not None and not any(file.is_relative_to(folder) for folder in _INSTALLED):
-                found[module] = file_digest(file)
+    for name in called(configs):
+        module, file = _module(name)
+        if file is not None and not any(file.is_relative_to(folder) for folder in _INSTALLED):
+            found[module] = file_digest(file)
     return {"code": found} if found else {}
-
-
-def _called(config: Any) -> Iterator[str]:
-    if isinstance(config, Mapping):
-        yield from (config[key] for key in ("_target_", "path") if isinstance(config.get(key), str))
-        config = list(config.values())
-    if isinstance(config, (list, tuple)):
-        for part in config:
-            yield from _called(part)
 
 
 def _module(name: str) -> tuple[str, Path | None]:

@@ -7,21 +7,20 @@ as ``${data.root}`` does.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any, get_type_hints
 
-import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS
 from kdq.quant.config import OPTIONS
 from kdq.stages.schema import Config, Deploy, NoDeploy, Peer
 from kdq.train.recipe import Recipe
+from kdq.utils.calls import imported, parameters
 from kdq.utils.checks import check_type
-from kdq.utils.errors import KdqError, no_module
+from kdq.utils.errors import KdqError
 from kdq.utils.messages import unknown_option
 
 #: Seeds are multiplied and added before they reach torch and NumPy.
@@ -52,7 +51,7 @@ def check_config(cfg: DictConfig) -> None:
     for name, callback in check.config["callbacks"].items():
         if not isinstance(callback, Mapping) or "_target_" not in callback:
             raise KdqError(f"callbacks.{name}={callback} is no callback: give callbacks.{name}._target_=package.Class")
-    for name in ("data", "teacher", "student", "quant", "callbacks", "logger"):
+    for name in ("data", "teacher", "student", "quant", "callbacks"):
         check.calls(name, check.config[name])
 
 
@@ -111,7 +110,7 @@ class _Check:
         if target is None:
             return self.names("method", method, ("name", "_target_"))
         options = {name: value for name, value in method.items() if name not in ("name", "weights")}
-        if "peer" in getattr(_callable("method", target), "takes", ()):
+        if "peer" in getattr(imported("method", target), "takes", ()):
             self.node("method.peer", options.pop("peer", {}), Peer)
             self.calls("method.peer", method["peer"])
         return self.calls("method", options)
@@ -119,7 +118,7 @@ class _Check:
     def tune(self, tune: Mapping[str, Any]) -> None:
         """The options of a module as :meth:`method` has them, and those of the stage."""
         target = tune["_target_"]
-        own = ("teacher",) if target and "teacher" in getattr(_callable("tune", target), "takes", ()) else ()
+        own = ("teacher",) if target and "teacher" in getattr(imported("tune", target), "takes", ()) else ()
         if target is None:
             return self.names("tune", tune, ("name", "_target_"))
         for name in ("images", "recipe", *own):
@@ -136,34 +135,10 @@ class _Check:
         if not isinstance(node, Mapping):
             return
         if node.get("_target_") not in (None, "???"):
-            known = _parameters(_callable(where, node["_target_"]))
+            known = parameters(imported(where, node["_target_"]))
             options = {name: value for name, value in node.items() if not str(name).startswith("_")}
             if where.endswith(".net"):
                 options.pop("num_classes", None)  # passed only to what takes it
             self.names(where, options, options if known is None else known)
         for name, value in node.items():
             self.calls(f"{where}.{name}", value)
-
-
-def _callable(where: str, target: str) -> Any:
-    try:
-        return hydra.utils.get_object(target)
-    except Exception as error:
-        cause = error.__cause__ or error
-        why = no_module(cause) if isinstance(cause, ModuleNotFoundError) else " ".join(str(cause).split())
-        raise KdqError(f"{where}: cannot import {target!r}: {why}") from error
-
-
-def _parameters(called: Any) -> list[str] | None:
-    """The names that a callable takes, those that a class passes on to its bases among them; None: any."""
-    bases = [vars(base)["__init__"] for base in getattr(called, "__mro__", ()) if "__init__" in vars(base)]
-    names: list[str] = []
-    for function in bases or [called]:
-        try:
-            parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError):  # written in C
-            return None
-        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        if all(p.kind != p.VAR_KEYWORD for p in parameters):
-            return [name for name in dict.fromkeys(names) if name != "self"]
-    return None

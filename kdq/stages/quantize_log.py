@@ -9,7 +9,7 @@ from pathlib import Path
 from kdq.quant.bitsearch.mixed import MixedPrecision
 from kdq.quant.network import Report
 from kdq.records.rows import COLUMNS, Row
-from kdq.tracking.run import Artifact, RunLogger
+from kdq.tracking.run import Artifact, Chart, RunLogger
 
 #: Columns of a row that are curves over ``quantize/bits``.
 CURVES = ("top1", "top5", "drop", "nll", "ece", "size_bytes", "avg_bits", "bops", "latency_ms_torch")
@@ -35,9 +35,10 @@ def log_layers(track: RunLogger, reports: Mapping[str, Report]) -> None:
     ]
     if not rows:
         return
-    track.table("quantize/layers", LAYERS, rows)
-    errors = {f"{asked} bits": [(i, x.error) for i, x in enumerate(report.layers)] for asked, report in reports.items()}
-    track.lines("quantize/layer_errors", "Relative error of each layer's outputs", "layer", "error", errors)
+    track.show(Chart("quantize/layers", LAYERS, rows))
+    errors = [(f"{asked} bits", i, x.error) for asked, report in reports.items() for i, x in enumerate(report.layers)]
+    title = "Relative error of each layer's outputs"
+    track.show(Chart("quantize/layer_errors", ("curve", "layer", "error"), errors, "lines", title))
 
 
 def log_search(track: RunLogger, search: MixedPrecision) -> None:
@@ -50,10 +51,11 @@ def log_search(track: RunLogger, search: MixedPrecision) -> None:
         rows.append((int(values["bits/step"]), layer, wide, narrow, *numbers))
         if point.measure is not None:
             frontier.append((values["bits/avg_bits"], point.measure.loss))
-    track.table("bits/points", STEPS, rows)
-    track.points("bits/frontier", "Greedy frontier: loss over bits per weight", "avg_bits", "loss", frontier)
+    track.show(Chart("bits/points", STEPS, rows))
+    title = "Greedy frontier: loss over bits per weight"
+    track.show(Chart("bits/frontier", ("avg_bits", "loss"), frontier, "points", title))
     chosen = [(layer.name, layer.bits) for layer in search.report.layers]
-    track.bars("bits/chosen", "Chosen bits", "layer", "bits", chosen)
+    track.show(Chart("bits/chosen", ("layer", "bits"), chosen, "bars", "Chosen bits"))
 
 
 def log_row(track: RunLogger, row: Row, file: Path) -> None:

@@ -26,6 +26,7 @@ from kdq.tracking.run import Artifact, RunLogger
 from kdq.train.fit import Best, fit, ranked
 from kdq.train.recipe import Recipe
 from kdq.train.trainer import ALL_DEVICES
+from kdq.utils.calls import made
 from kdq.utils.config import plain
 from kdq.utils.errors import KdqError
 
@@ -148,12 +149,7 @@ def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:
     """
     found = []
     for name, config in plain(cell.cfg.callbacks).items():
-        try:
-            callback = hydra.utils.instantiate(config)
-        except Exception as error:
-            raise KdqError(f"callbacks.{name}: {' '.join(str(error.__cause__ or error).split())}") from error
-        if not isinstance(callback, Callback):
-            raise KdqError(f"callbacks.{name} is no Lightning callback: give it a _target_ that makes one")
+        callback = made(f"callbacks.{name}", config, Callback)
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(cell.output / "checkpoints" / f"{spec.slug}-{spec.key}")
         found.append(callback)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from kdq.tracking.run import Log
+from kdq.tracking.run import Chart, Log
 
 log = logging.getLogger(__name__)
 #: What a Trainer or a stage calls on a logger.
@@ -29,10 +29,10 @@ class LightningLog(Log):
         self.logger.log_metrics(_numbers(values), step=self._step)
         self._step += 1
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """The numbers of each row, as one step of curves called after the columns."""
-        for step, row in enumerate(rows):
-            values = {f"{name}/{column}": value for column, value in zip(columns, row, strict=True)}
+    def show(self, chart: Chart) -> None:
+        """The numbers of each row of a table, as one step of curves called after the columns."""
+        for step, row in enumerate(chart.rows if chart.kind == "table" else ()):
+            values = {f"{chart.name}/{column}": value for column, value in zip(chart.columns, row, strict=True)}
             self.logger.log_metrics(_numbers(values), step=step)
 
 

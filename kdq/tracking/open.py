@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 from lightning.pytorch.loggers import Logger
 
+from kdq.tracking.config import WandbConfig
 from kdq.tracking.lightning_log import LightningLog
 from kdq.tracking.run import RunInfo, RunLogger
+from kdq.utils.calls import imported, made, parameters
 from kdq.utils.errors import KdqError
+from kdq.utils.messages import MOVED, unknown_option
 
 #: Loggers whose package is not kdq's to install: the modules of which one must be there, and what to install.
 _PACKAGES = {
@@ -25,8 +25,6 @@ _PACKAGES = {
     "CometLogger": (("comet_ml",), "comet-ml"),
     "NeptuneLogger": (("neptune",), "neptune"),
 }
-#: Keys of the ``logger`` node that lie one level deeper since several loggers can be told.
-_MOVED = ("mode", "project", "entity", "upload")
 
 
 @contextmanager
@@ -35,7 +33,7 @@ def tracked(loggers: Mapping[str, Any], runs: Path, about: RunInfo) -> Iterator[
 
     Args:
         loggers: the ``logger`` config, each logger under its name: ``wandb`` is a
-            :class:`kdq.tracking.wandb_run.WandbConfig`, every other a ``_target_`` with its arguments.
+            :class:`kdq.tracking.config.WandbConfig`, every other a ``_target_`` with its arguments.
         runs: folder below which the logs are written.
 
     Raises:
@@ -46,15 +44,12 @@ def tracked(loggers: Mapping[str, Any], runs: Path, about: RunInfo) -> Iterator[
     with ExitStack() as stack:
         for name, config in loggers.items():
             if _is_wandb(name, config):
-                from kdq.tracking.wandb_run import WandbConfig, wandb_run
+                from kdq.tracking.wandb_run import wandb_run
 
-                wandb = stack.enter_context(wandb_run(WandbConfig(**config), runs, about))
-                found.logs.append(wandb)
-                found.loggers.append(wandb.logger)
+                opened: Any = wandb_run(WandbConfig(**config), runs, about)
             else:
-                log = stack.enter_context(_lightning(name, config, runs, about))
-                found.logs.append(log)
-                found.loggers.append(log.logger)
+                opened = _lightning(name, config, runs, about)
+            found.logs.append(stack.enter_context(opened))
         yield found
 
 
@@ -67,21 +62,21 @@ def check_loggers(loggers: Any) -> None:
     if not isinstance(loggers, Mapping):
         raise KdqError(f"logger={loggers} is no choice of loggers: use logger=wandb, logger=[wandb,csv] or logger=none")
     for name, config in loggers.items():
-        if name in _MOVED:
-            raise KdqError(f"logger.{name} is now logger.wandb.{name}")
-        if name == "kind":
-            raise KdqError(f"logger.kind={config} is now logger={config}; several: logger=[wandb,csv]")
         if _is_wandb(name, config):
-            from kdq.tracking.wandb_run import WandbConfig
-
-            _known(name, config, [field.name for field in dataclasses.fields(WandbConfig)])
-            WandbConfig(**config)
+            known: list[str] | None = [field.name for field in fields(WandbConfig)]
         elif not isinstance(config, Mapping) or "_target_" not in config:
-            raise KdqError(f"logger.{name} is no logger: give logger.{name}._target_=a Lightning logger")
+            hint = MOVED.get(f"logger.{name}", f"give logger.{name}._target_=a Lightning logger")
+            raise KdqError(f"logger.{name} is no logger: {hint}")
         else:
-            parameters = _parameters(name, config["_target_"])
-            if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-                _known(name, config, list(parameters))
+            modules, install = _PACKAGES.get(config["_target_"].rpartition(".")[2], ((), ""))
+            if modules and not any(find_spec(module) for module in modules):
+                raise KdqError(f"logger.{name} needs a package that is not installed: pip install {install}")
+            known = parameters(imported(f"logger.{name}", config["_target_"]))
+        for key in config:
+            if known is not None and key not in known and not key.startswith("_"):
+                raise KdqError(unknown_option(f"logger.{name}.{key}", {"logger": loggers}, known))
+        if _is_wandb(name, config):
+            WandbConfig(**config)  # its values are checked, too
 
 
 @contextmanager
@@ -89,14 +84,9 @@ def _lightning(name: str, config: Mapping[str, Any], runs: Path, about: RunInfo)
     """A logger that writes below ``runs``, under the stage's name, unless its config says otherwise."""
     stage = f"{about.job_type}-{about.name}"
     places = {"save_dir": str(runs / name), "name": stage, "run_name": stage}
-    parameters = _parameters(name, config["_target_"])
-    ours = {key: value for key, value in places.items() if key in parameters and config.get(key) is None}
-    try:
-        logger = hydra.utils.instantiate({**config, **ours})
-    except Exception as error:
-        raise KdqError(f"logger.{name}: {' '.join(str(error.__cause__ or error).split())}") from error
-    if not isinstance(logger, Logger):
-        raise KdqError(f"logger.{name} is no Lightning logger: give it a _target_ that makes one")
+    taken = parameters(imported(f"logger.{name}", config["_target_"])) or ()
+    ours = {key: value for key, value in places.items() if key in taken and config.get(key) is None}
+    logger = made(f"logger.{name}", {**config, **ours}, Logger)  # type: ignore[type-abstract]
     log = LightningLog(logger, name)
     logger.log_hyperparams(dict(about.config))
     status = "failed"
@@ -109,23 +99,3 @@ def _lightning(name: str, config: Mapping[str, Any], runs: Path, about: RunInfo)
 
 def _is_wandb(name: str, config: Any) -> bool:
     return name == "wandb" and isinstance(config, Mapping) and "_target_" not in config
-
-
-def _parameters(name: str, target: str) -> Mapping[str, inspect.Parameter]:
-    """What the logger at the path ``target`` takes; a package that it needs is there."""
-    modules, install = _PACKAGES.get(target.rpartition(".")[2], ((), ""))
-    if modules and not any(find_spec(module) for module in modules):
-        raise KdqError(f"logger.{name} needs a package that is not installed: pip install {install}")
-    try:
-        return inspect.signature(hydra.utils.get_object(target)).parameters
-    except Exception as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise KdqError(f"logger.{name}._target_={target} cannot be loaded: {cause}") from error
-
-
-def _known(name: str, config: Mapping[str, Any], options: list[str]) -> None:
-    for key in config:
-        if key not in options and not (key.startswith("_") and key.endswith("_")):
-            near = difflib.get_close_matches(key, options, n=2, cutoff=0.4)
-            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-            raise KdqError(f"logger.{name}.{key} is no option of this logger{hint}: {', '.join(options)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,47 +53,59 @@ class Artifact:
     content: Callable[[], bytes] | None = None
 
 
-class Log:
-    """What one logger is told about a stage; this one keeps nothing."""
+@dataclass(frozen=True)
+class Chart:
+    """A table of a stage, and how it is drawn.
 
-    #: Where a W&B run lies on disk, to be browsed or synchronised; empty for others.
+    Attributes:
+        columns: their names: of ``lines`` the curve, x and y; of ``points`` x and y; of ``bars`` label and value.
+        kind: ``table``, ``lines``, ``points`` or ``bars``.
+        title: of what is drawn.
+    """
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    kind: str = "table"
+    title: str = ""
+
+
+class Log:
+    """What one logger is told about a stage; this one keeps nothing.
+
+    Attributes:
+        logger: what a Lightning ``Trainer`` takes.
+        folder: where a W&B run lies on disk, to be browsed or synchronised; empty for others.
+    """
+
+    logger: Logger
     folder = ""
 
     def metrics(self, values: Mapping[str, float]) -> None:
         """One point of each of these curves."""
 
-    def axis(self, x: str, curves: Iterable[str]) -> None:
+    def axis(self, x: str, curves: Sequence[str]) -> None:
         """Draw ``curves`` over the metric ``x``. To be told before their first point."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values, for lists of runs."""
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table."""
-
-    def lines(self, name: str, title: str, x: str, y: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-        """A chart of named curves, each a list of points; ``x`` and ``y`` name the axes."""
-
-    def points(self, name: str, title: str, x: str, y: str, values: Sequence[tuple[float, float]]) -> None:
-        """A scatter chart."""
-
-    def bars(self, name: str, title: str, label: str, value: str, values: Sequence[tuple[str, float]]) -> None:
-        """A bar chart."""
+    def show(self, chart: Chart) -> None:
+        """A table or a chart."""
 
     def made(self, artifact: Artifact) -> None:
         """The stage has made ``artifact``."""
 
 
 class RunLogger(Log):
-    """The log of one stage: tells all loggers of the config.
-
-    Attributes:
-        loggers: what a Lightning ``Trainer`` takes as its ``logger``.
-    """
+    """The log of one stage: tells all loggers of the config."""
 
     def __init__(self) -> None:
         self.logs: list[Log] = []
-        self.loggers: list[Logger] = []
+
+    @property
+    def loggers(self) -> list[Logger]:
+        return [log.logger for log in self.logs]
 
     @property
     def folder(self) -> str:  # type: ignore[override]
@@ -103,8 +115,7 @@ class RunLogger(Log):
         for log in self.logs:
             log.metrics(values)
 
-    def axis(self, x: str, curves: Iterable[str]) -> None:
-        curves = list(curves)
+    def axis(self, x: str, curves: Sequence[str]) -> None:
         for log in self.logs:
             log.axis(x, curves)
 
@@ -112,22 +123,9 @@ class RunLogger(Log):
         for log in self.logs:
             log.summary(values)
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        rows = list(rows)
+    def show(self, chart: Chart) -> None:
         for log in self.logs:
-            log.table(name, columns, rows)
-
-    def lines(self, name: str, title: str, x: str, y: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-        for log in self.logs:
-            log.lines(name, title, x, y, curves)
-
-    def points(self, name: str, title: str, x: str, y: str, values: Sequence[tuple[float, float]]) -> None:
-        for log in self.logs:
-            log.points(name, title, x, y, values)
-
-    def bars(self, name: str, title: str, label: str, value: str, values: Sequence[tuple[str, float]]) -> None:
-        for log in self.logs:
-            log.bars(name, title, label, value, values)
+            log.show(chart)
 
     def made(self, artifact: Artifact) -> None:
         for log in self.logs:

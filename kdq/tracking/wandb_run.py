@@ -7,9 +7,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from lightning.pytorch.loggers import WandbLogger
 from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 from wandb.sdk.lib.paths import LogicalPath
 
+from kdq.tracking.config import WandbConfig
 from kdq.tracking.names import run_id, valid_name
 from kdq.tracking.patience import Patience
 from kdq.tracking.resume import folder_id, next_step
-from kdq.tracking.run import Artifact, Log, RunInfo
+from kdq.tracking.run import Artifact, Chart, Log, RunInfo
 from kdq.utils.errors import KdqError
 
 log = logging.getLogger(__name__)
@@ -36,29 +36,6 @@ logging.getLogger("wandb").propagate = False
 PATIENCE, WRITING = 26.0, 2.0
 #: Job types whose curves are drawn over the trainer's steps.
 TRAININGS = ("teacher", "distill", "tune")
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """The node ``logger.wandb``.
-
-    Attributes:
-        mode: ``online``, ``offline`` or ``disabled``.
-        upload: whose files artifacts carry: ``none``, ``quantized`` or ``all``.
-    """
-
-    project: str = "kdq"
-    entity: str | None = None
-    mode: str = "offline"
-    upload: str = "quantized"
-
-    def __post_init__(self) -> None:
-        """Raises KdqError for a value that is none of the choices."""
-        choices = {"mode": ("online", "offline", "disabled"), "upload": ("none", "quantized", "all")}
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise KdqError(f"logger.wandb.{name}={value!r} is unknown: use {', '.join(known)}")
 
 
 class _Server:
@@ -115,7 +92,7 @@ class WandbLog(Log):
                 _server.patience.wait(partial(self.run.use_artifact, name))
 
     def metrics(self, values: Mapping[str, float]) -> None:
-        self.log(values)
+        self.guarded(self._row(values))
 
     def axis(self, x: str, curves: Iterable[str]) -> None:
         self.guarded(lambda: self.run.define_metric(x))
@@ -125,19 +102,18 @@ class WandbLog(Log):
     def summary(self, values: Mapping[str, Any]) -> None:
         self.guarded(lambda: self.run.summary.update(dict(values)))
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        self._show({name: _table(columns, rows)})
-
-    def lines(self, name: str, title: str, x: str, y: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-        table = _table(["curve", x, y], [(curve, *point) for curve, values in curves.items() for point in values])
-        fields, strings = {"step": x, "lineKey": "curve", "lineVal": y}, {"title": title, "xname": x}
-        self._show({name: wandb.plot_table("wandb/lineseries/v0", table, fields, strings)})
-
-    def points(self, name: str, title: str, x: str, y: str, values: Sequence[tuple[float, float]]) -> None:
-        self._show({name: wandb.plot.scatter(_table([x, y], values), x, y, title)})
-
-    def bars(self, name: str, title: str, label: str, value: str, values: Sequence[tuple[str, float]]) -> None:
-        self._show({name: wandb.plot.bar(_table([label, value], values), label, value, title)})
+    def show(self, chart: Chart) -> None:
+        """A row with a table, about which W&B asks its server."""
+        table = wandb.Table(columns=list(chart.columns), data=[list(row) for row in chart.rows])
+        shown: Any = table
+        if chart.kind == "lines":
+            curve, x, y = chart.columns
+            fields, strings = {"step": x, "lineKey": curve, "lineVal": y}, {"title": chart.title, "xname": x}
+            shown = wandb.plot_table("wandb/lineseries/v0", table, fields, strings)
+        elif chart.kind != "table":
+            plot: Any = wandb.plot.scatter if chart.kind == "points" else wandb.plot.bar
+            shown = plot(table, *chart.columns, chart.title)
+        self._asking(self._row({chart.name: shown}))
 
     def made(self, model: Artifact) -> None:
         """Log ``model`` as an artifact: its file where ``logger.wandb.upload`` says so, else a reference to it."""
@@ -161,15 +137,8 @@ class WandbLog(Log):
                 file.write(model.content())
         return artifact
 
-    def log(self, values: Mapping[str, Any]) -> None:
-        """One row of the run's history."""
-        self.guarded(self._row(values))
-
-    def _show(self, values: Mapping[str, Any]) -> None:
-        """A row with tables: W&B asks its server about those."""
-        self._asking(self._row(values))
-
     def _row(self, values: Mapping[str, Any]) -> Callable[[], Any]:
+        """What logs one row of the run's history."""
         step, self._step = self._step, None  # from the first one on, W&B counts
         return partial(self.run.log, dict(values), step=step, commit=True)
 
@@ -196,11 +165,7 @@ class _Logger(WandbLogger):
         self._track = track
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._track.log(metrics if step is None else {**metrics, "trainer/global_step": step})
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> wandb.Table:
-    return wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        self._track.metrics(metrics if step is None else {**metrics, "trainer/global_step": step})
 
 
 def _start(config: WandbConfig, mode: str, runs: Path, about: RunInfo) -> tuple[wandb.Run, int | None]:

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from kdq.tracking.open import tracked
-from kdq.tracking.run import Artifact, RunInfo, RunLogger, flat
+from kdq.tracking.run import Artifact, Chart, RunInfo, RunLogger, flat
 from kdq.utils.config import compose, plain
 from kdq.utils.errors import KdqError
 
@@ -22,10 +22,10 @@ def _tell_everything(track: RunLogger) -> None:
     track.axis("bits", ["top1"])
     track.metrics({"bits": 4, "top1": 97.0})
     track.summary({"top1": 97.0})
-    track.table("layers", ["layer", "error"], [["conv1", 0.5]])
-    track.lines("curves", "title", "x", "y", {"a": [(1, 2)]})
-    track.points("points", "title", "x", "y", [(1, 2)])
-    track.bars("bars", "title", "layer", "bits", [("conv1", 2)])
+    track.show(Chart("layers", ["layer", "error"], [["conv1", 0.5]]))
+    track.show(Chart("curves", ["curve", "x", "y"], [("a", 1, 2)], "lines", "title"))
+    track.show(Chart("points", ["x", "y"], [(1, 2)], "points", "title"))
+    track.show(Chart("bars", ["layer", "bits"], [("conv1", 2)], "bars", "title"))
     track.made(Artifact("digits", "0123", "float", Path("nowhere"), {}))
 
 
@@ -87,15 +87,15 @@ def test_all_loggers_are_told_and_a_broken_one_once_costs_a_warning(
 @pytest.mark.parametrize(
     ("loggers", "words"),
     [
-        ({"wandb": {"mode": "sometimes"}}, r"logger\.wandb\.mode='sometimes' is unknown: use online, offline"),
-        ({"wandb": {"upload": "most"}}, r"logger\.wandb\.upload='most' is unknown: use none, quantized"),
-        ({"wandb": {"entitty": "me"}}, r"logger\.wandb\.entitty .*did you mean entity"),
-        ({"wandb": {}, "mode": "online"}, r"logger\.mode is now logger\.wandb\.mode"),
+        ({"wandb": {"mode": "sometimes"}}, r"logger\.wandb\.mode='sometimes' is unknown: use one of online, offline"),
+        ({"wandb": {"upload": "most"}}, r"logger\.wandb\.upload='most' is unknown: use one of none, quantized"),
+        ({"wandb": {"entitty": "me"}}, r"logger\.wandb\.entitty .*did you mean logger\.wandb\.entity"),
+        ({"wandb": {}, "mode": "online"}, r"logger\.mode is no logger: give logger\.wandb\.mode"),
         ({"kind": "csv"}, r"logger=csv"),
         ("wandb", r"logger=wandb"),
         ({"mine": {"save_dir": "x"}}, r"logger\.mine\._target_="),
-        ({"mine": {"_target_": "nowhere.Logger"}}, r"logger\.mine\._target_=nowhere\.Logger cannot be loaded"),
-        ({"mine": MINE | {"brokn": True}}, r"logger\.mine\.brokn .*did you mean broken"),
+        ({"mine": {"_target_": "nowhere.Logger"}}, r"logger\.mine: cannot import 'nowhere\.Logger'"),
+        ({"mine": MINE | {"brokn": True}}, r"logger\.mine\.brokn .*did you mean logger\.mine\.broken"),
         ({"mine": {"_target_": "builtins.object"}}, r"logger\.mine"),
         ({"mine": {"_target_": "not.installed.MLFlowLogger"}}, r"logger\.mine .*pip install mlflow"),
     ],

@@ -18,7 +18,7 @@ from kdq.cli.wandb import main
 from kdq.records.rows import read_rows
 from kdq.tracking import wandb_run as module
 from kdq.tracking.open import tracked
-from kdq.tracking.run import Artifact, RunInfo, RunLogger
+from kdq.tracking.run import Artifact, Chart, RunInfo, RunLogger
 from tests.conftest import TINY
 from tests.offline_runs import OfflineRun, offline_runs
 from tests.wandb_server import Fault, WandbServer
@@ -84,7 +84,7 @@ def test_a_server_lost_in_the_middle_costs_a_warning_and_is_synced_later(
         for bits in (2, 3, 4):
             track.metrics({"quantize/bits": bits, "quantize/top1": 90.0})
         track.made(Artifact("student", "key", "float", tmp_path / "student", {}, lambda: b"weights"))
-        track.table("layers", ["layer"], [["conv1"]])
+        track.show(Chart("layers", ["layer"], [["conv1"]]))
     log(tmp_path, ONLINE, TEACHER, 50.0)  # no longer waited for
     module.wandb.teardown()
     assert time.monotonic() - start < 60  # it was minutes

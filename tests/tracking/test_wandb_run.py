@@ -25,7 +25,7 @@ import pytest
 
 from kdq.tracking import wandb_run as module
 from kdq.tracking.open import tracked
-from kdq.tracking.run import Artifact, RunInfo, RunLogger
+from kdq.tracking.run import Artifact, Chart, RunInfo, RunLogger
 from kdq.utils.errors import KdqError
 
 WANDB = {"project": "kdq", "entity": None, "mode": "offline", "upload": "quantized"}
@@ -158,7 +158,7 @@ def test_an_unreachable_server_is_waited_for_once(
 def test_disabled_leaves_nothing(tmp_path: Path) -> None:
     def tell(found: RunLogger) -> None:
         point(found)
-        found.table("layers", ["layer"], [["conv1"]])
+        found.show(Chart("layers", ["layer"], [["conv1"]]))
         found.summary({"top1": 97.0})
 
     assert track(tmp_path, tell, WANDB | {"mode": "disabled"}) == ""
@@ -167,10 +167,11 @@ def test_disabled_leaves_nothing(tmp_path: Path) -> None:
 
 def test_tables_and_charts_hold_what_was_told(tmp_path: Path) -> None:
     def tell(found: RunLogger) -> None:
-        found.table("layers", ["layer", "bits", "loss"], [("conv1", 2, None), ("fc", 8, 0.5)])
-        found.lines("curves", "Two curves", "bits", "top1", {"a": [(2, 90.0), (4, 95.0)], "b": [(2, 91.0)]})
-        found.points("points", "Points", "bytes", "top1", [(100.0, 90.0)])
-        found.bars("bars", "Bars", "layer", "bits", [("conv1", 2)])
+        found.show(Chart("layers", ["layer", "bits", "loss"], [("conv1", 2, None), ("fc", 8, 0.5)]))
+        curves = [("a", 2, 90.0), ("a", 4, 95.0), ("b", 2, 91.0)]
+        found.show(Chart("curves", ["curve", "bits", "top1"], curves, "lines", "Two curves"))
+        found.show(Chart("points", ["bytes", "top1"], [(100.0, 90.0)], "points", "Points"))
+        found.show(Chart("bars", ["layer", "bits"], [("conv1", 2)], "bars", "Bars"))
         found.summary({"top1_4bit": 95.0})
 
     track(tmp_path, tell)
@@ -223,7 +224,7 @@ def test_artifacts_carry_files_or_refer_to_them(upload: str, referred: set[str],
 def _main(output: str, what: str = "") -> None:
     def tell(found: RunLogger) -> None:
         point(found)
-        found.table("layers", ["layer"], [["conv1"]])
+        found.show(Chart("layers", ["layer"], [["conv1"]]))
         (written,) = Path(found.folder).glob("*.wandb")
         while what and b"layers" not in written.read_bytes():  # until W&B has written what it was told
             time.sleep(0.05)
@@ -236,7 +237,7 @@ def _main(output: str, what: str = "") -> None:
                 os.waitpid(service, 0)
             for bits in (5, 6, 7):
                 found.metrics({"quantize/bits": bits, "quantize/top1": 98.0})
-            found.table("late", ["layer"], [["conv1"]])
+            found.show(Chart("late", ["layer"], [["conv1"]]))
             print("made")
 
     track(Path(output), tell)

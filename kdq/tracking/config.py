@@ -1,0 +1,27 @@
+"""The node ``logger.wandb`` of the config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdq.utils.checks import one_of
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """The node ``logger.wandb``.
+
+    Attributes:
+        mode: ``online``, ``offline`` or ``disabled``.
+        upload: whose files artifacts carry: ``none``, ``quantized`` or ``all``.
+    """
+
+    project: str = "kdq"
+    entity: str | None = None
+    mode: str = "offline"
+    upload: str = "quantized"
+
+    def __post_init__(self) -> None:
+        """Raises KdqError for a value that is none of the choices."""
+        one_of("logger.wandb.mode", self.mode, ("online", "offline", "disabled"))
+        one_of("logger.wandb.upload", self.upload, ("none", "quantized", "all"))
