@@ -46,48 +46,6 @@ def says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-@says_what_it_is
-def resnet18(
-    num_classes: int,
-    in_channels: int = 3,
-    stem: str = "cifar",
-    mean: Channels = None,
-    std: Channels = None,
-    data_mean: Channels = None,
-    data_std: Channels = None,
-) -> nn.Module:
-    """ResNet-18 (He et al. 2016, arXiv 1512.03385): 11.17 M parameters with ten classes."""
-    return _resnet(tv.BasicBlock, [2, 2, 2, 2], num_classes, in_channels, stem, (mean, std, data_mean, data_std))
-
-
-@says_what_it_is
-def resnet34(
-    num_classes: int,
-    in_channels: int = 3,
-    stem: str = "cifar",
-    mean: Channels = None,
-    std: Channels = None,
-    data_mean: Channels = None,
-    data_std: Channels = None,
-) -> nn.Module:
-    """ResNet-34 (He et al. 2016): 21.28 M parameters with ten classes."""
-    return _resnet(tv.BasicBlock, [3, 4, 6, 3], num_classes, in_channels, stem, (mean, std, data_mean, data_std))
-
-
-@says_what_it_is
-def resnet50(
-    num_classes: int,
-    in_channels: int = 3,
-    stem: str = "cifar",
-    mean: Channels = None,
-    std: Channels = None,
-    data_mean: Channels = None,
-    data_std: Channels = None,
-) -> nn.Module:
-    """ResNet-50 (He et al. 2016): 23.52 M parameters with ten classes."""
-    return _resnet(tv.Bottleneck, [3, 4, 6, 3], num_classes, in_channels, stem, (mean, std, data_mean, data_std))
-
-
 class Renormalize(nn.Module):
     """Images normalised with ``data_mean`` and ``data_std`` as if with ``mean`` and ``std``, all on the scale 0 to 1,
     one value a channel. A network that begins with it sees what its weights were trained on, whatever its student sees.
@@ -140,28 +98,48 @@ class _ResNet(tv.ResNet):
 
 
 def _resnet(
-    block: type[tv.BasicBlock | tv.Bottleneck],
-    layers: list[int],
-    num_classes: int,
-    in_channels: int,
-    stem: str,
-    normalization: Normalization,
-) -> nn.Module:
-    """torchvision's ResNet. ``stem="cifar"`` keeps small images at full resolution: a 3x3 convolution with
-    stride 1 and no max-pooling, the shape in which CIFAR weights such as ``edadaltocg/resnet50_cifar10`` are
-    published; ``stem="imagenet"`` is the original 7x7 stride 2."""
-    network = _ResNet(block, layers, num_classes=num_classes)
-    network.renormalize = _renormalize(in_channels, normalization)
-    if stem == "cifar":
-        network.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
-    elif stem != "imagenet":
-        raise KdqError(f"stem={stem!r} is unknown: use 'cifar' or 'imagenet'")
-    elif in_channels != 3:
-        network.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-    if stem == "cifar" or in_channels != 3:
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return network
+    name: str, block: type[tv.BasicBlock | tv.Bottleneck], layers: list[int], says: str
+) -> Callable[..., nn.Module]:
+    """What builds one of torchvision's ResNets, called ``name``. ``stem="cifar"`` keeps small images at full
+    resolution: a 3x3 convolution with stride 1 and no max-pooling, the shape in which CIFAR weights such as
+    ``edadaltocg/resnet50_cifar10`` are published; ``stem="imagenet"`` is the original 7x7 stride 2."""
+
+    def build(
+        num_classes: int,
+        in_channels: int = 3,
+        stem: str = "cifar",
+        mean: Channels = None,
+        std: Channels = None,
+        data_mean: Channels = None,
+        data_std: Channels = None,
+    ) -> nn.Module:
+        network = _ResNet(block, layers, num_classes=num_classes)
+        network.renormalize = _renormalize(in_channels, (mean, std, data_mean, data_std))
+        if stem == "cifar":
+            network.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+            network.maxpool = nn.Identity()
+        elif stem != "imagenet":
+            raise KdqError(f"stem={stem!r} is unknown: use 'cifar' or 'imagenet'")
+        elif in_channels != 3:
+            network.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        if stem == "cifar" or in_channels != 3:
+            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        return network
+
+    build.__qualname__, build.__doc__ = name, says
+    return says_what_it_is(build)
+
+
+_RESNET = "(He et al. 2016, arXiv 1512.03385)"
+resnet18 = _resnet(
+    "resnet18", tv.BasicBlock, [2, 2, 2, 2], f"ResNet-18 {_RESNET}: 11.17 M parameters with ten classes."
+)
+resnet34 = _resnet(
+    "resnet34", tv.BasicBlock, [3, 4, 6, 3], f"ResNet-34 {_RESNET}: 21.28 M parameters with ten classes."
+)
+resnet50 = _resnet(
+    "resnet50", tv.Bottleneck, [3, 4, 6, 3], f"ResNet-50 {_RESNET}: 23.52 M parameters with ten classes."
+)
 
 
 class CifarResNet(nn.Module):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import hydra.utils
 from omegaconf import DictConfig
-from torch import nn
 
-from kdq.models.build import build
 from kdq.quant.bitsearch.bank import check_average
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
 from kdq.quant.config import OPTIONS, SOLVERS, Preset, QuantConfig, refuse_unknown
@@ -23,7 +20,7 @@ from kdq.records.rows import Row, has, whole
 from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
-from kdq.stages.train import Model
+from kdq.stages.train import Model, checked_network
 from kdq.utils.config import plain
 from kdq.utils.errors import KdqError
 
@@ -135,21 +132,33 @@ def check_quantizer(cell: Cell) -> None:
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:
         raise KdqError(f"quant.calibration_images={images} must be at least 1")
     config, search = quant_config(quant), search_config(quant)
-    network = _untrained(json.dumps(plain(cell.cfg[cell.role].net)))
+    network = checked_network(json.dumps(plain(cell.cfg[cell.role].net)), None)
     layers = quantizable_layers(network, config.keep_float)
     if search is not None:
         check_average(network, layers, search, config)
 
 
-@lru_cache(maxsize=4)
-def _untrained(net: str) -> nn.Module:
-    # With real weights: a network of one's own may look at numbers while it is built.
-    return build(json.loads(net))
+def row_axes(cell: Cell, arch: str) -> dict[str, Any]:
+    """The columns that tell the cell's rows from others, but for their bits.
 
-
-def alphabet_name(quant: Mapping[str, Any]) -> str:
-    """The ``quant`` config's alphabet as rows name it; a function's own name, nothing where nothing is quantized."""
-    if quant["solver"] is None:
-        return ""
-    asked = quant["alphabet"]
-    return asked if isinstance(asked, str) else str(asked["_target_"]).rpartition(".")[2]
+    Args:
+        arch: of the stored model; see :func:`kdq.stages.quantize.arch_of`.
+    """
+    cfg, quant, tune = cell.cfg, cell.cfg.quant, cell.cfg.tune
+    alphabet, images = "", ""
+    if quant.solver is not None:  # a function is known by its own name
+        alphabet = quant.alphabet if isinstance(quant.alphabet, str) else quant.alphabet._target_.rpartition(".")[2]
+    if tune._target_ is not None:
+        images = "" if tune.images is None else f" {tune.images} images"
+    return {
+        "data": cfg.data.name,
+        "method": cfg.method.name,
+        "arch": arch,
+        "role": cell.role,
+        "seed": cfg[cell.role].seed,
+        "quantizer": quant.name,
+        "alphabet": alphabet,
+        "search": quant.search.method if quant.get("search") else "",
+        "act_bits": quant.act_bits or 32,
+        "tune": "" if tune._target_ is None else f"{tune.name}{images}",
+    }

@@ -16,8 +16,8 @@ from kdq.records.store import key_of
 from kdq.stages.asked import complete, row_keys, row_spec
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import asked_columns, deploy
-from kdq.stages.quantize import arch_of, quantize, tracked_rows
-from kdq.stages.quantize_log import log_deployed
+from kdq.stages.quantize import arch_of, quantize
+from kdq.stages.quantize_log import log_deployed, tracked_rows
 from kdq.stages.train import Model, obtain, planned
 from kdq.stages.tune import tuned, tuned_models
 from kdq.utils.errors import KdqError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,11 +22,9 @@ from kdq.quant.packing.weights import with_float_dtype
 from kdq.records.rows import Row, write_row
 from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
-from kdq.stages.asked import alphabet_name, asked_bits, quant_config, quant_spec, search_config
+from kdq.stages.asked import asked_bits, quant_config, quant_spec, row_axes, search_config
 from kdq.stages.cell import Cell
 from kdq.stages.quantize_log import log_axes, log_layers, log_row, log_search
-from kdq.stages.train import Model, artifact
-from kdq.tracking.names import series
 from kdq.tracking.run import RunLogger
 from kdq.train.evaluate import test
 from kdq.train.trainer import evaluation_trainer, limited
@@ -44,52 +41,6 @@ log = logging.getLogger(__name__)
 def arch_of(cell: Cell, entry: Entry) -> str:
     """The architecture of the stored model; a training of several networks may have published another's."""
     return str(entry.metrics.get("arch", cell.cfg[cell.role].name))
-
-
-def tune_name(cell: Cell) -> str:
-    """How the rows of the cell are trained on after they are quantized, as they say it: nothing, ``qad``, or ``qad 1024
-    images``."""
-    tune = cell.cfg.tune
-    if tune._target_ is None:
-        return ""
-    return str(tune.name) if tune.images is None else f"{tune.name} {tune.images} images"
-
-
-def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) -> AbstractContextManager[RunLogger]:
-    """The log of the rows of ``model``.
-
-    Args:
-        asked: name to ``config_hash`` of all rows of the job, those that are there already, too: they name the log.
-    """
-    cfg, role, quant = cell.cfg, plain(cell.cfg[cell.role]), plain(cell.cfg.quant)
-    act_bits = quant["act_bits"] or 32
-    tune = tune_name(cell)
-    axes = {
-        "role": cell.role,
-        "method": cfg.method.name,
-        "arch": arch,
-        "seed": role["seed"],
-        "teacher": cfg.teacher.name,
-        "quantizer": quant["name"],
-        "alphabet": alphabet_name(quant),
-        "act_bits": act_bits,
-        "tune": tune,
-        "bits": quant["search"]["candidates"] if quant.get("search") else quant["bits"],
-        "search": quant["search"]["method"] if quant.get("search") else "",
-        "model_key": model.key,
-        "series": series(cfg.method.name, arch, quant["name"], act_bits, tune),
-    }
-    settings = {"net": role["net"], "recipe": role["recipe"], "method": plain(cfg.method), "quant": quant}
-    settings |= {"tune": plain(cfg.tune)} if tune else {}
-    return cell.tracked(
-        "quantize",
-        f"{cell.name}-b{','.join(asked)}",
-        key_of({"rows": sorted(asked.values())}),
-        axes,
-        settings,
-        inputs=[artifact(cell.store, model)],
-        tags=[f"{name}bit" for name in asked],
-    )
 
 
 class Tuned(NamedTuple):
@@ -114,8 +65,7 @@ def quantize(
         keys: name, as :func:`asked_bits` has it, to ``config_hash``.
         tuned: the networks of those rows, by the same names, where they were trained on: none is quantized then.
     """
-    network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
-    _settle_threads(cell, network)
+    network = _ready(cell, entry)
     log_axes(track)
     common = _common(cell, entry, network) | {"wandb_run": track.folder}
     rows: dict[str, Row] = {}
@@ -152,8 +102,7 @@ def quantize(
 def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, float]:
     """The model quantized for one row, named as :func:`asked_bits` has it, and its accuracy on validation images in
     percent: what tuning begins with."""
-    network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
-    _settle_threads(cell, network)
+    network = _ready(cell, entry)
     with progress(f"quantizing {cell.name}", None, "step") as bar:
         callback = _callback(cell, entry, [name], lambda line: bar.update())
         assert callback is not None
@@ -232,26 +181,17 @@ def _left_float(network: nn.Module, float_dtype: str | None) -> Quantized:
 
 def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
     """The columns that all widths of one model share."""
-    cfg, role = cell.cfg, cell.cfg[cell.role]
-    image, recipe, read = _image(cell), cell.of_role(cell.role)["recipe"], cell.role == "teacher" and role.weights
+    cfg, role, read = cell.cfg, cell.of_role(cell.role), cell.role == "teacher" and cell.cfg.teacher.weights
     images = 0 if cfg.quant.solver is None else min(cfg.quant.calibration_images, len(cell.images.split.train))
+    recipe = role["recipe"]
     return {
-        "data": cfg.data.name,
-        "method": cfg.method.name,
-        "arch": arch_of(cell, entry),
-        "role": cell.role,
-        "seed": role.seed,
-        "quantizer": cfg.quant.name,
-        "alphabet": alphabet_name(cfg.quant),
-        "search": cfg.quant.search.method if cfg.quant.get("search") else "",
+        **row_axes(cell, arch_of(cell, entry)),
         "val_top1": float(entry.metrics["val_top1"]),
         "params": sum(parameter.numel() for parameter in network.parameters()),
         "float_bytes": (entry.path / "weights.safetensors").stat().st_size,
-        "macs": multiply_adds(network, image),
+        "macs": multiply_adds(network, _image(cell)),
         "calibration_images": images,
-        "act_bits": 32 if cfg.quant.act_bits is None else cfg.quant.act_bits,
         "latency_ms_torch": of_networks({"float": network}, cell.shape, 1, 30)["float"].median_ms,
-        "tune": tune_name(cell),
         "train_seconds": float(entry.metrics["train_seconds"]),
         "device": _device_name(cell.device),
         "threads": entry.metrics.get("threads"),
@@ -301,12 +241,14 @@ def _weights(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.ndim >= 2)
 
 
-def _settle_threads(cell: Cell, network: nn.Module) -> None:
-    """Quantize and evaluate on the number of CPU threads on which a few images pass fastest."""
+def _ready(cell: Cell, entry: Entry) -> nn.Module:
+    """The stored network where it is quantized, on the number of CPU threads on which a few images pass fastest."""
+    network = cell.network(cell.role, entry).to(cell.device).to(memory_format=torch.channels_last)
     if cell.device.type == "cpu":
         images = torch.zeros(8, *cell.shape)
         with torch.inference_mode():
             settle_threads(lambda: network(images), cell.cfg.trainer.threads)
+    return network
 
 
 def _image(cell: Cell) -> Tensor:

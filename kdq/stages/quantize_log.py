@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from kdq.quant.bitsearch.mixed import MixedPrecision
 from kdq.quant.network import Report
 from kdq.records.rows import COLUMNS, Row
+from kdq.records.store import key_of
+from kdq.stages.asked import row_axes
+from kdq.stages.cell import Cell
+from kdq.stages.train import Model, artifact
+from kdq.tracking.names import series
 from kdq.tracking.run import Artifact, Chart, RunLogger
+from kdq.utils.config import plain
 
 #: Columns of a row that are curves over ``quantize/bits``.
 CURVES = ("top1", "top5", "drop", "nll", "ece", "size_bytes", "avg_bits", "bops", "latency_ms_torch")
@@ -18,6 +25,27 @@ DEPLOYED = [name for name in COLUMNS if "_onnx_" in name or name.startswith("onn
 SEARCH = ("avg_bits", "size_bytes", "loss", "top1")
 LAYERS = ("asked", "layer", "kind", "shape", "weights", "bits", "levels", "error")
 STEPS = ("step", "layer", "from_bits", "to_bits", "avg_bits", "size_bytes", "loss", "top1")
+
+
+def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) -> AbstractContextManager[RunLogger]:
+    """The log of the rows of ``model``.
+
+    Args:
+        asked: name to ``config_hash`` of all rows of the job, those that are there already, too: they name the log.
+    """
+    cfg, role, quant, axes = cell.cfg, plain(cell.cfg[cell.role]), plain(cell.cfg.quant), row_axes(cell, arch)
+    named = [axes[axis] for axis in ("method", "arch", "quantizer", "act_bits", "tune")]
+    axes |= {
+        "teacher": cfg.teacher.name,
+        "bits": quant["search"]["candidates"] if axes["search"] else quant["bits"],
+        "model_key": model.key,
+        "series": series(*named),
+    }
+    settings = {"net": role["net"], "recipe": role["recipe"], "method": plain(cfg.method), "quant": quant}
+    settings |= {"tune": plain(cfg.tune)} if axes["tune"] else {}
+    name, key = f"{cell.name}-b{','.join(asked)}", key_of({"rows": sorted(asked.values())})
+    inputs, tags = [artifact(cell.store, model)], [f"{name}bit" for name in asked]
+    return cell.tracked("quantize", name, key, axes, settings, inputs, tags)
 
 
 def log_axes(track: RunLogger) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra.utils
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdq.models.build import build
 from kdq.models.pretrained import IMAGENET
@@ -250,14 +250,17 @@ def _check_networks(roles: Iterable[Mapping[str, Any]]) -> None:
     """
     for role in roles:
         named = role["weights"] in (None, IMAGENET, BASELINE)
-        _check_network(json.dumps(role["net"]), None if named else locate(role["weights"]))
+        checked_network(json.dumps(role["net"]), None if named else locate(role["weights"]))
 
 
 @lru_cache(maxsize=16)
-def _check_network(net: str, weights: Path | None) -> None:
+def checked_network(net: str, weights: Path | None) -> nn.Module:
+    """The network that ``net`` (JSON) describes, with the weights of a file or random ones, built once a process. It is
+    no shape alone: a network of the user's own may look at numbers while it is built."""
     network = build(json.loads(net))
     if weights is not None:
         load_weights(network, weights)
+    return network
 
 
 def artifact(store: Store, model: Model) -> str:

@@ -2,15 +2,14 @@
 
 parent (holds the store's lock)          worker 0..n-1: python -m kdq.stages.worker JOB.json
 writes work/job.json, starts n workers   read it, train under DDP
-waits                                    worker 0 logs, checkpoints, writes work/result/
-reads work/result/
+waits                                    worker 0 logs, checkpoints, writes work/result.pt
+reads work/result.pt
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
 
 from kdq.stages.cell import Cell
 from kdq.stages.training import TrainingSpec, train
@@ -51,9 +50,8 @@ def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> Iterator[tuple[d
         raise KdqError(f"recipe.batch_size={batch} must be a multiple of {count} devices x {accumulate} portions")
     job = {"cfg": OmegaConf.to_container(cell.cfg, resolve=True), "spec": asdict(spec), "work": str(work.absolute())}
     (work / "job.json").write_text(json.dumps(job))
-    shutil.rmtree(work / "result", ignore_errors=True)
-    for old in work.glob("error-*.txt"):
-        old.unlink()
+    for old in (work / "result.pt", *work.glob("error-*.txt")):
+        old.unlink(missing_ok=True)
     codes = processes.run("kdq.stages.worker", work / "job.json", count)
     # A worker whose peer died fails, too; the one with a message for people is the cause.
     messages = [file.read_text() for file in sorted(work.glob("error-*.txt"))]
@@ -61,24 +59,8 @@ def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> Iterator[tuple[d
         raise KdqError(messages[0])
     if any(codes):
         raise KdqError(f"a process of the training died (exit codes {codes}): its error is above")
-    yield _read_result(work / "result")
-
-
-def _write_result(folder: Path, best: dict[str, Best], metrics: dict[str, Any]) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, one in best.items():
-        save_file({key: tensor.contiguous() for key, tensor in one.weights.items()}, folder / f"{name}.safetensors")
-    scores = {name: [one.top1, one.epoch] for name, one in best.items()}
-    (folder / "result.json").write_text(json.dumps({"best": scores, "metrics": metrics}))
-
-
-def _read_result(folder: Path) -> tuple[dict[str, Best], dict[str, Any]]:
-    result = json.loads((folder / "result.json").read_text())
-    best = {
-        name: Best(top1, epoch, load_file(folder / f"{name}.safetensors"))
-        for name, (top1, epoch) in result["best"].items()
-    }
-    return best, result["metrics"]
+    found = torch.load(work / "result.pt", map_location="cpu", weights_only=True)
+    yield {name: Best(**best) for name, best in found["best"].items()}, found["metrics"]
 
 
 def _worker(job_file: Path) -> None:
@@ -89,7 +71,8 @@ def _worker(job_file: Path) -> None:
     try:
         with train(cell, spec, work, rank, world_size) as (best, metrics):
             if rank == 0:
-                _write_result(work / "result", best, metrics)
+                found = {"best": {name: vars(one) for name, one in best.items()}, "metrics": metrics}
+                torch.save(found, work / "result.pt")
     except KdqError as error:
         (work / f"error-{rank}.txt").write_text(str(error))
         sys.exit(1)

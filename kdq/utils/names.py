@@ -17,16 +17,20 @@ def _paths(name: str, *paths: str) -> dict[str, str]:
 #: Every dotted path that kdq's objects have or had, to the name that never changes. Names hold no dot, so that nothing
 #: that can be imported has one.
 STABLE: dict[str, str] = {
-    **_paths("cifar_resnet", "kdq.models.CifarResNet", "kdq.models.networks.CifarResNet"),
-    **_paths("wide_resnet", "kdq.models.WideResNet", "kdq.models.cifar.WideResNet"),
-    **_paths("cifar_vgg", "kdq.models.CifarVGG", "kdq.models.cifar.CifarVGG"),
-    **_paths("cifar_mobilenet_v2", "kdq.models.CifarMobileNetV2", "kdq.models.cifar.CifarMobileNetV2"),
-    **_paths("cifar_shufflenet_v1", "kdq.models.CifarShuffleNetV1", "kdq.models.cifar.CifarShuffleNetV1"),
-    **_paths("cifar_shufflenet_v2", "kdq.models.CifarShuffleNetV2", "kdq.models.cifar.CifarShuffleNetV2"),
-    **_paths("whitened_net", "kdq.models.WhitenedNet", "kdq.models.networks.WhitenedNet"),
-    **_paths("resnet18", "kdq.models.resnet18", "kdq.models.networks.resnet18"),
-    **_paths("resnet34", "kdq.models.resnet34", "kdq.models.networks.resnet34"),
-    **_paths("resnet50", "kdq.models.resnet50", "kdq.models.networks.resnet50"),
+    **{
+        path: name
+        for name, title, module in (
+            ("cifar_resnet", "CifarResNet", "networks"),
+            ("whitened_net", "WhitenedNet", "networks"),
+            ("wide_resnet", "WideResNet", "cifar"),
+            ("cifar_vgg", "CifarVGG", "cifar"),
+            ("cifar_mobilenet_v2", "CifarMobileNetV2", "cifar"),
+            ("cifar_shufflenet_v1", "CifarShuffleNetV1", "cifar"),
+            ("cifar_shufflenet_v2", "CifarShuffleNetV2", "cifar"),
+            *((name, name, "networks") for name in ("resnet18", "resnet34", "resnet50")),
+        )
+        for path in (f"kdq.models.{title}", f"kdq.models.{module}.{title}")
+    },
     **_paths(
         "cross_entropy",
         "kdq.distill.Baseline",
@@ -35,27 +39,11 @@ STABLE: dict[str, str] = {
         "kdq.distill.module.CrossEntropy",
         "kdq.distill.cross_entropy.CrossEntropy",
     ),
-    **_paths("vkd", "kdq.distill.VKD", "kdq.distill.vkd.VKD"),
-    **_paths("mixup", "kdq.distill.Mixup", "kdq.distill.mixup.Mixup"),
-    **_paths("dkd", "kdq.distill.DKD", "kdq.distill.dkd.DKD"),
-    **_paths("dml", "kdq.distill.DML", "kdq.distill.dml.DML"),
     **{
         path: title.lower()
         for title in (
-            "FitNets",
-            "AT",
-            "SP",
-            "RKD",
-            "PKT",
-            "NST",
-            "VID",
-            "ReviewKD",
-            "CTKD",
-            "DIST",
-            "NKD",
-            "TTM",
-            "RLD",
-            "TfKD",
+            *("VKD", "Mixup", "DKD", "DML", "FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "ReviewKD", "CTKD"),
+            *("DIST", "NKD", "TTM", "RLD", "TfKD"),
         )
         for path in (f"kdq.distill.{title}", f"kdq.distill.{title.lower()}.{title}")
     },

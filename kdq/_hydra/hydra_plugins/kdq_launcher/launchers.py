@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from hydra.core.singleton import Singleton
@@ -13,58 +14,47 @@ from omegaconf import DictConfig
 
 
 class _TaskLauncher(Launcher):
-    """A launcher whose jobs run, and print, elsewhere."""
+    """A launcher whose jobs run, and print, elsewhere: ``launch(tasks, **options)`` of a module of :mod:`kdq.sweep`."""
 
     #: For the status of a sweep: the terminal is free for it.
     jobs_write_elsewhere = True
+    module = ""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
-    def tasks(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
         from kdq.sweep.task import Task
 
         setup_globals()
-        state = Singleton.get_state()
-        return [
-            Task(self.hydra_context, self.task_function, self.config, list(overrides), number, state)
-            for number, overrides in enumerate(job_overrides, first)
+        shared = (self.hydra_context, self.task_function, self.config)
+        tasks = [
+            Task(*shared, list(overrides), number, Singleton.get_state())
+            for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
+        return import_module(f"kdq.sweep.{self.module}").launch(tasks, **self.options)
 
 
 class LocalLauncher(_TaskLauncher):
     """``hydra/launcher=local``; see :func:`kdq.sweep.local.launch`."""
 
-    def __init__(self, jobs: int | None = None, jobs_per_gpu: int = 1) -> None:
-        super().__init__()
-        self.jobs, self.jobs_per_gpu = jobs, jobs_per_gpu
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
-        from kdq.sweep.local import launch
-
-        return launch(self.tasks(job_overrides, initial_job_idx), self.jobs, self.jobs_per_gpu)
+    module = "local"
 
 
 class SlurmLauncher(_TaskLauncher):
     """``hydra/launcher=slurm``; see :func:`kdq.sweep.slurm.launch`. Every job reads its own config's parameters."""
 
+    module = "slurm"
+
     def __init__(self, **params: Any) -> None:
         super().__init__()
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
-        from kdq.sweep.slurm import launch
-
-        return launch(self.tasks(job_overrides, initial_job_idx))
 
 
 class RayLauncher(_TaskLauncher):
     """``hydra/launcher=ray``; see :func:`kdq.sweep.ray.launch`."""
 
-    def __init__(self, address: str | None = None, num_cpus: float = 1, num_gpus: float = 1) -> None:
-        super().__init__()
-        self.address, self.num_cpus, self.num_gpus = address, num_cpus, num_gpus
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
-        from kdq.sweep.ray import launch
-
-        return launch(self.tasks(job_overrides, initial_job_idx), self.address, self.num_cpus, self.num_gpus)
+    module = "ray"
