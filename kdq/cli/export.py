@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
+import kdq.cli.app  # noqa: F401  the resolvers of configs
 from kdq.deploy.graph import torch_program
 from kdq.deploy.onnx_files import onnx_models
 from kdq.deploy.runtime import session, top1
@@ -21,7 +21,7 @@ from kdq.quant.packing.file import load_packed
 from kdq.records.rows import Row, find_row, read_rows
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import calibration, compare, packed_network
-from kdq.utils.config import CONFIG_PATH, compose
+from kdq.utils.config import choices, compose
 from kdq.utils.errors import KdqError
 from kdq.utils.files import replacing
 from kdq.utils.messages import describe
@@ -60,15 +60,10 @@ def find(cell: str, output: Path) -> Source:
         root = path.resolve().parents[2] if path.resolve().parent.name == "quantized" else None
         rows = read_rows(root / "rows", {path.stem.rpartition("-")[2]}) if root else []
         return Source(path, rows[0], root) if rows else Source(path)
-    root = path.resolve().parent.parent if path.suffix == ".json" else output
-    return _of_row(find_row(cell, output), root)
-
-
-def _of_row(row: Row, output: Path) -> Source:
-    packed = output / row.artifact
-    if not packed.is_file():
+    root, row = path.resolve().parent.parent if path.suffix == ".json" else output, find_row(cell, output)
+    if not (packed := root / row.artifact).is_file():
         raise KdqError(f"the packed file {packed} of this row is gone: run its command again")
-    return Source(packed, row, output)
+    return Source(packed, row, root)
 
 
 def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = ()) -> str:
@@ -82,19 +77,16 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
     Raises:
         KdqError: the network cannot be exported, or INT8 lacks images.
     """
-    if kind == "packed":
-        with replacing(target) as temporary:
-            shutil.copyfile(source.packed, temporary)
-        return ""
     row, name = source.row, kind.removeprefix("onnx-")
-    measured = source.packed.with_suffix(f".{name}.onnx")
-    if row and not overrides and getattr(row, f"top1_onnx_{name}", None) is not None and measured.is_file():
+    accuracy, file = getattr(row, f"top1_onnx_{name}", None), source.packed.with_suffix(f".{name}.onnx")
+    measured = row is not None and not overrides and accuracy is not None and file.is_file()
+    if kind == "packed" or measured:
         with replacing(target) as temporary:
-            shutil.copyfile(measured, temporary)
-        return (
-            f"top-1 {getattr(row, f'top1_onnx_{name}'):.2f} on the test set, {row.top1:.2f} as evaluated; "
-            f"{getattr(row, f'latency_ms_onnx_{name}'):.2f} ms an image on {row.latency_threads} threads"
-        )
+            shutil.copyfile(file if measured else source.packed, temporary)
+        if row is None or not measured:
+            return ""
+        latency = f"{getattr(row, f'latency_ms_onnx_{name}'):.2f} ms an image on {row.latency_threads} threads"
+        return f"top-1 {accuracy:.2f} on the test set, {row.top1:.2f} as evaluated; {latency}"
     network = _network(source, overrides)
     if kind == "torch":
         program = torch_program(network, _shape(network, None))
@@ -102,13 +94,10 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
             torch.export.save(program, temporary)
         return ""
     cell, missing = _cell(source, network, overrides)
-    shape = _shape(network, cell)
-    if cell is None:
-        if name == "int8":
-            raise KdqError(f"INT8 needs calibration images: {missing}")
-        model = onnx_models(network, shape, [name])[name]
-    else:
-        model = onnx_models(network, shape, [name], calibration(cell), cell.cfg.deploy.act_range)[name]
+    if cell is None and name == "int8":
+        raise KdqError(f"INT8 needs calibration images: {missing}")
+    images = (calibration(cell), cell.cfg.deploy.act_range) if cell else ()
+    model = onnx_models(network, _shape(network, cell), [name], *images)[name]
     with replacing(target) as temporary:
         temporary.write_bytes(model)
     if cell is None:
@@ -143,7 +132,7 @@ def _own(source: Source, overrides: Sequence[str]) -> list[str]:
     if row is not None:
         own += [f"seed={row.seed}"] + ["method=teacher"] * (row.role == "teacher")
         given = any(override.startswith("data=") for override in overrides)
-        own += [f"data={row.data}"] if not given and _known_data(row.data) else []
+        own += [f"data={row.data}"] if not given and row.data in choices("data") else []
     return own
 
 
@@ -163,13 +152,6 @@ def _cell(source: Source, network: nn.Module, overrides: Sequence[str]) -> tuple
         taken, name = len(card["mean"]), cell.cfg.data.name
         raise KdqError(f"the network takes images of {taken} channels, those of {name} have {channels}")
     return cell, ""
-
-
-def _known_data(name: str) -> bool:
-    from importlib.resources import files
-
-    folder = files("kdq") / "conf" / "data" if CONFIG_PATH.startswith("pkg://") else Path(CONFIG_PATH) / "data"
-    return (folder / f"{name}.yaml").is_file()
 
 
 def _shape(network: nn.Module, cell: Cell | None) -> tuple[int, int, int]:
@@ -197,7 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="of kdq's config, for ONNX: the images, such as data=cifar10")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="kdq-export: %(message)s")
-    OmegaConf.register_new_resolver("class_folders", _class_folders, replace=True)
     try:
         source = find(options.cell, options.output_dir)
         target = options.to
@@ -209,12 +190,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(f"kdq-export: {describe(error)}")
     print(f"{target}  {target.stat().st_size:,} bytes" + (f"; {said}" if said else ""))
-
-
-def _class_folders(root: str) -> int:
-    from kdq.cli.app import class_folders
-
-    return class_folders(root)
 
 
 if __name__ == "__main__":

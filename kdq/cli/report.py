@@ -25,12 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--compare, there are differences. 2: a mistake in the command.",
     )
     parser.add_argument("dir", nargs="?", default="outputs", type=Path, help="paths.output_dir of the run")
-    parser.add_argument(
-        "--publish",
-        type=Path,
-        metavar="FOLDER",
-        help="also put rows, table, figures and report.md there",
-    )
+    parser.add_argument("--publish", type=Path, metavar="FOLDER", help="also put rows, figures and report.md there")
     parser.add_argument(
         "--style",
         default="screen",
@@ -39,20 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two paths.output_dir")
     asked = parser.parse_args(arguments)
     logging.basicConfig(format="kdq-report: %(message)s")
-    for folder in asked.compare or [asked.dir]:
-        if not folder.is_dir():
-            print(f"kdq-report: no folder {folder}: give the paths.output_dir of a run", file=sys.stderr)
-            sys.exit(2)
-    if asked.publish is not None and (asked.compare or asked.publish.resolve() == asked.dir.resolve()):
-        print("kdq-report: --publish FOLDER takes one run, and a folder of its own", file=sys.stderr)
-        sys.exit(2)
     try:
+        for folder in asked.compare or [asked.dir]:
+            if not folder.is_dir():
+                raise KdqError(f"no folder {folder}: give the paths.output_dir of a run")
+        if asked.publish is not None and (asked.compare or asked.publish.resolve() == asked.dir.resolve()):
+            raise KdqError("--publish FOLDER takes one run, and a folder of its own")
         with styled(asked.style):
             pass
+        code = _compare(*asked.compare) if asked.compare else _write(asked.dir, asked.publish, asked.style)
     except KdqError as error:
         print(f"kdq-report: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(_compare(*asked.compare) if asked.compare else _write(asked.dir, asked.publish, asked.style))
+        code = 2
+    sys.exit(code)
 
 
 def _write(output: Path, public: Path | None, style: str) -> int:
@@ -61,15 +55,10 @@ def _write(output: Path, public: Path | None, style: str) -> int:
     from kdq.report.write import write_report
 
     written = write_report(output, style)
-    logging.disable(logging.WARNING)  # the damaged rows were named while the report was written
-    try:
-        rows = read_rows(output / "rows")
-    finally:
-        logging.disable(logging.NOTSET)
-    print_results(Console(), output, rows, written, output / "runs")
+    print_results(Console(), output, written.rows, written, output / "runs")
     if public is not None:
         try:
-            publish(output, written.files, public)
+            publish(output, written, public)
         except OSError as error:
             print(f"kdq-report: nothing could be published to {public}: {error.strerror or error}", file=sys.stderr)
             return 1
@@ -94,6 +83,5 @@ def _compare(a: Path, b: Path) -> int:
 def _rows(output: Path) -> list[Row]:
     rows = read_rows(output / "rows")
     if not rows:
-        print(f"kdq-report: there is no row in {output / 'rows'}: nothing to compare", file=sys.stderr)
-        sys.exit(2)
+        raise KdqError(f"there is no row in {output / 'rows'}: nothing to compare")
     return rows

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 import kdq.cli.app  # noqa: F401  the resolvers of configs
 from kdq.records.rows import Row, find_row
@@ -112,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep_freed_memory()
         use_cores(cfg.trainer.threads)
         (made,) = pipeline.run(cfg)
-    except (Exception, OmegaConfBaseException) as error:
+    except Exception as error:
         print(f"kdq-reproduce: {describe(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(tell(row, made))

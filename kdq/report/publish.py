@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdq.records.rows import read_rows, write_csv
+from kdq.records.rows import write_csv
+from kdq.report.write import Written
 from kdq.utils.files import write_text
 
 _FIGURES = (".png", ".svg", ".pdf")
 
 
-def publish(output: Path, written: Sequence[Path], folder: Path) -> None:
+def publish(output: Path, written: Written, folder: Path) -> None:
     """Copy the report of ``output`` to ``folder``, its rows as one file, ``rows/rows.jsonl``; ``kdq-report`` reads the
-    folder as it reads ``output``.
-
-    Args:
-        written: the report's files; the page is left out, for ``kdq-report FOLDER`` makes it again.
+    folder as it reads ``output``. The page is left out, for ``kdq-report FOLDER`` makes it again.
     """
     # Where logs and images lay on this machine is nobody's business; their names find them again.
     rows = [
         dataclasses.replace(row, wandb_run=Path(row.wandb_run).name, config=_without_places(row.config))
-        for row in read_rows(output / "rows")
+        for row in written.rows
     ]
     lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
     write_text(folder / "rows" / "rows.jsonl", "".join(lines))
@@ -33,7 +30,7 @@ def publish(output: Path, written: Sequence[Path], folder: Path) -> None:
     for old in (folder / "report").glob("*.*"):  # of an earlier publication
         if old.suffix in _FIGURES:
             old.unlink()
-    for path in written:
+    for path in written.files:
         if path.suffix in (".md", *_FIGURES):
             target = folder / path.relative_to(output)
             target.parent.mkdir(parents=True, exist_ok=True)

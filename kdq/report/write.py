@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdq.records.rows import table, write_csv
+from kdq.records.rows import Row, table, write_csv
 from kdq.report.markdown import markdown
 from kdq.report.material import Material
 from kdq.report.words import Answer
@@ -18,8 +18,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Written:
-    """The files written, what could not be, the answers, and the packed files that rows lack; lines of text."""
+    """What was reported: the rows, the files, what could not be written, the answers, what to know before them, and the
+    packed files that rows lack."""
 
+    rows: list[Row]
     files: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
@@ -37,7 +39,7 @@ def write_report(output: Path, style: str = "screen") -> Written:
         style: of the figures, see :func:`kdq.report.style.styled`.
     """
     material, folder = Material(output), output / "report"
-    written = Written(lacking=material.lacking)
+    written = Written(material.rows, lacking=material.lacking)
 
     def csv(path: Path) -> list[Path]:
         write_csv(path, material.rows)

@@ -19,7 +19,7 @@ import cloudpickle
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
-from kdq.sweep.task import OUTPUT, Task, failed, folder, perform
+from kdq.sweep.task import OUTPUT, Task, failed, folder, perform, thread_limits
 from kdq.utils.cpu import usable_cores
 from kdq.utils.errors import KdqError
 from kdq.utils.signals import kill_children
@@ -74,9 +74,7 @@ class Share:
     threads: int
 
     def environment(self) -> dict[str, str]:
-        # A limit that the user set for every process stays.
-        own = {name: os.environ.get(name, str(self.threads)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        return own | ({"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {})
+        return thread_limits(self.threads) | ({"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {})
 
 
 def shares(gpus: Sequence[str], cpus: int, jobs: int | None, jobs_per_gpu: int, devices: int) -> list[Share]:

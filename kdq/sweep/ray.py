@@ -12,7 +12,7 @@ import cloudpickle
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
-from kdq.sweep.task import Task, failed, folder, perform
+from kdq.sweep.task import Task, failed, folder, perform, thread_limits
 from kdq.utils.cpu import usable_cores
 from kdq.utils.errors import KdqError
 from kdq.utils.messages import describe
@@ -49,7 +49,7 @@ def launch(tasks: Sequence[Task], address: str | None, num_cpus: float, num_gpus
         job = ray.remote(max_calls=1, max_retries=0)(_job)
         results = [
             job.options(name=cfg.hydra.job.name, **own).remote(
-                cloudpickle.dumps(task), os.getcwd(), folder(cfg), _threads(own["num_cpus"], cfg.trainer.devices)
+                cloudpickle.dumps(task), os.getcwd(), folder(cfg), thread_limits(int(num_cpus))
             )
             for task, cfg, own in zip(tasks, configs, asked, strict=True)
         ]
@@ -91,12 +91,6 @@ def _check(present: dict[str, float], asked: Sequence[dict[str, float]]) -> None
                 f"a job asks Ray for {most:g} {kind}s and there are {present.get(kind, 0):g}: lower trainer.devices or "
                 f"hydra.launcher.{name}"
             )
-
-
-def _threads(cpus: float, processes: int) -> dict[str, str]:
-    """A limit that the user set for every process stays."""
-    own = str(max(1, int(cpus / processes)))
-    return {name: os.environ.get(name, own) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 def _job(pickled: bytes, shared: str, own: Path, environment: dict[str, str]) -> bytes:

@@ -78,6 +78,11 @@ def folder(cfg: DictConfig) -> Path:
     return Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
 
 
+def thread_limits(threads: int) -> dict[str, str]:
+    """The environment of a process with so many CPU threads; a limit that the user set for every process stays."""
+    return {name: os.environ.get(name, str(max(1, threads))) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
 def perform(pickled: bytes, folder: Path, environment: Mapping[str, str]) -> bytes:
     """Run a pickled :class:`Task` in this process, which must be its own, and pickle how it ended.
 

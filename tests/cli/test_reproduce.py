@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from kdq.cli.reproduce import config_of, differences, main
 from kdq.records.rows import Row, find_row, read_rows, write_row
 from kdq.report.publish import publish
+from kdq.report.write import Written
 from kdq.stages import pipeline
 from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
@@ -40,7 +41,7 @@ def _run(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) -> tup
 
 def test_the_same_comes_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = next(row for row in read_rows(folder / "rows") if row.bits == 4)
-    publish(folder, [], tmp_path / "public")
+    publish(folder, Written(read_rows(folder / "rows")), tmp_path / "public")
     asked = [row.config_hash[:6], "--output-dir", tmp_path / "public", "--to", tmp_path / "again"]
     code, said = _run(asked, capsys)
     assert (code, "The same: all of top1_float, top1, " in said) == (0, True), said
@@ -102,7 +103,7 @@ def test_a_stranger_s_code_is_not_run(folder: Path, tmp_path: Path) -> None:
 def test_published_configs_name_no_places(tmp_path: Path) -> None:
     config = {"data": {"root": "/home/me/pets", "name": "pets"}, "all": ["/a/b", 1, None]}
     write_row(tmp_path / "rows", dataclasses.replace(ROW, config=config))
-    publish(tmp_path, [], tmp_path / "public")
+    publish(tmp_path, Written(read_rows(tmp_path / "rows")), tmp_path / "public")
     (row,) = read_rows(tmp_path / "public" / "rows")
     assert row.config == {"data": {"root": "pets", "name": "pets"}, "all": ["b", 1, None]}
     assert find_row("aa", tmp_path / "public") == row
