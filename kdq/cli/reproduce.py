@@ -6,14 +6,14 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 import kdq.cli.app  # noqa: F401  the resolvers of configs
-from kdq.records.rows import Row, find_row
+from kdq.records.rows import Row, differences, find_row
 from kdq.stages import pipeline
 from kdq.stages.cell import UNRECORDED
 from kdq.utils.calls import called, parts
@@ -63,12 +63,6 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
         cfg.merge_with(OmegaConf.from_dotlist([override]))
     OmegaConf.set_struct(cfg, True)
     return cfg
-
-
-def differences(row: Row, made: Row, columns: Iterable[str]) -> list[str]:
-    """``top1 97.21 -> 97.49`` for each column that is another."""
-    pairs = ((name, getattr(row, name), getattr(made, name)) for name in columns)
-    return [f"{name} {before or 'not recorded'} -> {after}" for name, before, after in pairs if before != after]
 
 
 def _strange(config: Any) -> set[str]:

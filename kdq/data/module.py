@@ -62,6 +62,5 @@ class ImageDataModule(L.LightningDataModule):
         return trainer.strategy.root_device, trainer.global_rank, trainer.world_size
 
     def _trainer(self) -> L.Trainer:
-        if self.trainer is None:
-            raise RuntimeError("ImageDataModule serves a Trainer: pass it to trainer.fit")
+        assert self.trainer is not None, "ImageDataModule serves a Trainer: pass it to trainer.fit"
         return self.trainer

@@ -56,6 +56,7 @@ def codes_graph(
             build.nodes.setdefault("", []).append(made)
         node.input[1] = f"{name}_mul"
         stored[layer] = bits
-        own = next(one for one in build.model.opset_import if one.domain == "")
-        own.version, build.model.ir_version = max(own.version, opset), max(build.model.ir_version, version)
+        standard = next(opsets for opsets in build.model.opset_import if opsets.domain == "")
+        standard.version = max(standard.version, opset)
+        build.model.ir_version = max(build.model.ir_version, version)
     return build.finish(), stored

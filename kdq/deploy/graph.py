@@ -112,7 +112,7 @@ def _fold(program: torch.export.ExportedProgram, network: nn.Module) -> dict[str
         norm, weight = next(iter(node.users)), node.args[1]
         if norm.target != _aten.batch_norm.default or norm.args[0] is not node or not _own(norm.args[2], weight):
             continue
-        layer, module = (held.get(one.name, "").rpartition(".")[0] for one in (weight, norm.args[2]))
+        layer, module = (held.get(each.name, "").rpartition(".")[0] for each in (weight, norm.args[2]))
         bias_of_layer = node.args[2] if len(node.args) > 2 else None
         taken = {"weight": weight} | ({} if bias_of_layer is None else {"bias": bias_of_layer})
         affine = dict(zip(("weight", "bias", "running_mean", "running_var"), norm.args[1:5], strict=True))
@@ -153,7 +153,7 @@ def _pool(graph: Any) -> None:
 def _held(held: Mapping[str, str], module: str, taken: Mapping[str, Node | None]) -> bool:
     """Every one of the inputs taken is the module's own of that name."""
     own = {name: f"{module}.{name}".removeprefix(".") for name in taken}
-    return all(one is not None and held.get(one.name) == own[name] for name, one in taken.items())
+    return all(node is not None and held.get(node.name) == own[name] for name, node in taken.items())
 
 
 def _own(*parameters: Node | None) -> bool:

@@ -16,6 +16,7 @@ from kdq.deploy.extra import needs
 from kdq.deploy.graph import FloatGraph, float_graph
 from kdq.deploy.qdq import ACT_BITS, int8_graph, unmeasured
 from kdq.quant.activations import RANGES
+from kdq.utils.checks import one_of
 from kdq.utils.errors import KdqError
 from kdq.utils.version import __version__
 
@@ -51,8 +52,7 @@ def onnx_models(
     """
     needs("onnx", "onnxruntime", "onnxscript")
     for name in formats:
-        if name not in FORMATS:
-            raise KdqError(f"ONNX format {name!r} is unknown: use one of {', '.join(FORMATS)}")
+        one_of("formats", name, FORMATS)
     source, found = float_graph(network, shape), {}
     card = _card(network, shape)
     if "fp32" in formats:

@@ -149,6 +149,12 @@ def has(row: Row, columns: Mapping[str, Any]) -> bool:
     return all(value is not None and columns[column] in (None, value) for column, value in found.items())
 
 
+def differences(row: Row, made: Row, columns: Iterable[str]) -> list[str]:
+    """``top1 97.21 -> 97.49`` for each column that is another."""
+    pairs = ((name, getattr(row, name), getattr(made, name)) for name in columns)
+    return [f"{name} {before or 'not recorded'} -> {after}" for name, before, after in pairs if before != after]
+
+
 def write_row(folder: Path, row: Row) -> Path:
     """Write ``row`` atomically to its own file below ``folder``."""
     path = folder / row.file_name

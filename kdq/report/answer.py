@@ -135,9 +135,10 @@ def contests(frame: pd.DataFrame) -> list[Contest]:
 def table(compared: Iterable[Comparison]) -> pd.DataFrame:
     """The comparisons as a data frame with a line for each place, for going on from here."""
     lines: list[tuple[object, ...]] = []
-    for one in compared:
-        names = (one.data, one.quantizer, one.kind, one.a.method, one.a.arch, one.b.method, one.b.arch)
-        lines += [(*names, place.at, place.a, place.b, *vars(place.difference).values()) for place in one.places]
+    for comparison in compared:
+        a, b = comparison.a, comparison.b
+        names = (comparison.data, comparison.quantizer, comparison.kind, a.method, a.arch, b.method, b.arch)
+        lines += [(*names, x.at, x.a, x.b, *vars(x.difference).values()) for x in comparison.places]
     models = ["method_a", "arch_a", "method_b", "arch_b"]
     numbers = ["a", "b", "difference", "low", "high", "p", "n_a", "n_b"]
     return pd.DataFrame(lines, columns=["data", "quantizer", "kind", *models, "at", *numbers])

@@ -67,8 +67,9 @@ def answers(named: pd.DataFrame) -> list[Answer]:
         rows = named[named["data"] == data]
         name = _namer(rows)
         order = [contest.quantizer for contest in here]
-        mine = sorted((one for one in compared if one.data == data), key=lambda one: order.index(one.quantizer))
-        lines = tuple(_line(one, name, len(order) > 1) for one in mine)
+        mine = [comparison for comparison in compared if comparison.data == data]
+        mine.sort(key=lambda comparison: order.index(comparison.quantizer))
+        lines = tuple(_line(comparison, name, len(order) > 1) for comparison in mine)
         found.append(Answer(data, _headline(here[0], mine, _named(name)), (_made(rows), *_speed(rows, name)), lines))
     return found
 
@@ -112,13 +113,14 @@ def _headline(contest: Contest, compared: Sequence[Comparison], name: Callable[[
 def _adds(contest: Contest, compared: Sequence[Comparison], name: Callable[[Model], str]) -> list[str]:
     """What the distillation of the headline's student adds at the narrowest width."""
     student = contest.roads.get("student")
-    controls = [one for one in compared if (one.kind, one.quantizer, one.a) == ("control", contest.quantizer, student)]
     said = []
-    for one in controls:
-        first = one.places[0]
+    for comparison in compared:
+        if (comparison.kind, comparison.quantizer, comparison.a) != ("control", contest.quantizer, student):
+            continue
+        first = comparison.places[0]
         sure = _sure(first.difference)
         sure += ": undecided" if first.difference.tested and not first.difference.beyond_noise else ""
-        over = f"over {name(one.b)} at {_at(one.kind, first)}"
+        over = f"over {name(comparison.b)} at {_at(comparison.kind, first)}"
         said.append(f"distillation itself is worth {_signed(first.difference.value, 1)} points {over} ({sure})")
     return said
 
@@ -223,21 +225,22 @@ def _speed(rows: pd.DataFrame, name: Callable[[Model], str]) -> list[str]:
 # The table.
 
 
-def _line(one: Comparison, name: Callable[[Model], str], several: bool) -> Line:
-    at = f", {one.quantizer}" if several else ""
+def _line(comparison: Comparison, name: Callable[[Model], str], several: bool) -> Line:
     verdicts: dict[str, list[str]] = {"higher": [], "undecided": [], "lower": []}
-    for verdict, group in groupby(one.places, key=lambda place: _verdict(place.difference)):
-        verdicts[verdict].append(_where(one.kind, list(group)))
-    cells = [f"{name(one.a)} vs {name(one.b)}{at}", *("; ".join(found) or "–" for found in verdicts.values())]
-    if one.places:
-        first = one.places[0]
-        untested = "" if any(place.difference.tested for place in one.places) else ", untested"
+    for verdict, group in groupby(comparison.places, key=lambda place: _verdict(place.difference)):
+        verdicts[verdict].append(_where(comparison.kind, list(group)))
+    named = f"{name(comparison.a)} vs {name(comparison.b)}" + (f", {comparison.quantizer}" if several else "")
+    cells = [named, *("; ".join(places) or "–" for places in verdicts.values())]
+    if comparison.places:
+        first = comparison.places[0]
+        untested = "" if any(place.difference.tested for place in comparison.places) else ", untested"
         seeds = f"{first.difference.n_a} + {first.difference.n_b}{untested}"
-        cells += [f"{_difference(first.difference)} at {_at(one.kind, first)}", seeds]
+        cells += [f"{_difference(first.difference)} at {_at(comparison.kind, first)}", seeds]
     else:
         cells += ["nothing in common", "–"]
-    places = tuple(_place(one.kind, place) for place in one.places)
-    return Line(one.quantizer, KINDS[one.kind], (one.a.method, one.b.method), tuple(cells), places)
+    places = tuple(_place(comparison.kind, place) for place in comparison.places)
+    methods = comparison.a.method, comparison.b.method
+    return Line(comparison.quantizer, KINDS[comparison.kind], methods, tuple(cells), places)
 
 
 def _place(kind: str, place: Place) -> tuple[str, ...]:

@@ -22,9 +22,9 @@ from kdq.records.rows import ROW_FORMAT, Row, write_row
 from kdq.records.store import key_of
 from kdq.stages.cell import Cell
 from kdq.utils import latency
+from kdq.utils.checks import one_of
 from kdq.utils.config import plain
 from kdq.utils.cpu import usable_cores
-from kdq.utils.errors import KdqError
 from kdq.utils.files import replacing
 from kdq.utils.progress import progress
 
@@ -45,11 +45,9 @@ def asked_columns(cell: Cell) -> dict[str, Any]:
     if not config["formats"]:
         return {}
     needs("onnx", "onnxruntime", "onnxscript")
-    if unknown := [name for name in config["formats"] if name not in FORMATS]:
-        raise KdqError(f"deploy.formats={unknown} is unknown: use one of {', '.join(FORMATS)}")
-    if config["act_range"] not in (*RANGES, CLOSEST):
-        choices = ", ".join((*RANGES, CLOSEST))
-        raise KdqError(f"deploy.act_range={config['act_range']!r} is unknown: use one of {choices}")
+    for name in config["formats"]:
+        one_of("deploy.formats", name, FORMATS)
+    one_of("deploy.act_range", config["act_range"], (*RANGES, CLOSEST))
     return {**_measured(config["formats"]), "deploy_hash": _settings(cell)}
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from kdq.records.failures import Job, recorded
 from kdq.records.lock import locked
-from kdq.records.rows import Row, has, read_rows, whole, write_row
+from kdq.records.rows import Row, differences, has, read_rows, whole, write_row
 from kdq.records.store import key_of
 from kdq.stages.asked import complete, row_keys, row_spec
 from kdq.stages.cell import Cell
@@ -87,7 +87,7 @@ def _completed(
     arch = arch_of(cell, entry) if entry else next(iter(rows.values())).arch
     track = log_of_rows.enter_context(tracked_rows(cell, model, arch, keys))
     if entry:
-        networks = {name: tuned(cell, entry, one) for name, one in made_on.items()}
+        networks = {name: tuned(cell, entry, made) for name, made in made_on.items()}
         made = quantize(cell, entry, missing, track, networks)
         rows |= {missing[name]: _again(cell, known.get(missing[name]), row) for name, row in made.items()}
     for key, row in rows.items():
@@ -102,10 +102,7 @@ def _again(cell: Cell, before: Row | None, made: Row) -> Row:
     they found the same, else the new one."""
     if before is None:
         return made
-    differ = [
-        f"{x} {getattr(before, x)} -> {getattr(made, x)}" for x in FOUND if getattr(before, x) != getattr(made, x)
-    ]
-    if differ:
+    if differ := differences(before, made, FOUND):
         log.warning("made again, %s differs: %s", made.artifact, ", ".join(differ))
         return made
     write_row(cell.output / "rows", before)

@@ -191,9 +191,9 @@ def _trained(
     # A teacher is a baseline, too: the store has one entry for both.
     slug, name = (f"{cell.cfg.data.name}-{how}-{role['name']}-s{role['seed']}" for how in (method_name, label))
     starts = {"student": start, **others}
-    networks = {name: one.network for name, one in starts.items()}
+    networks = {name: start.network for name, start in starts.items()}
     training = TrainingSpec(label, job_type, method, role["recipe"], networks, slug, name, key_of(spec))
-    needs = tuple(one.model for one in starts.values() if one.model is not None)
+    needs = tuple(start.model for start in starts.values() if start.model is not None)
     return Model(spec, slug, name, role_name, needs, _train(cell, training, starts, spec), training)
 
 
@@ -202,13 +202,13 @@ def _train(cell: Cell, plan: TrainingSpec, starts: Mapping[str, _Start], spec: M
 
     @contextmanager
     def make(work: Path) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Any]]]:
-        networks = {name: one.stored(cell.store) for name, one in starts.items()}
-        inputs = [artifact(cell.store, one.model) for one in starts.values() if one.model is not None]
+        networks = {name: start.stored(cell.store) for name, start in starts.items()}
+        inputs = [artifact(cell.store, start.model) for start in starts.values() if start.model is not None]
         training = replace(plan, networks=networks, inputs=inputs)
         with run_training(cell, training, work) as (best, metrics):
             results = {
-                name: {"val_top1": 100 * one.top1, "best_epoch": one.epoch, "learner": name} | metrics
-                for name, one in best.items()
+                name: {"val_top1": 100 * learner.top1, "best_epoch": learner.epoch, "learner": name} | metrics
+                for name, learner in best.items()
             }
             for name in set(best) - {"student"}:  # whose architecture is not the one that the config names
                 results[name] |= {"arch": training.networks[name].name, "net": training.networks[name].net}

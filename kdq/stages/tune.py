@@ -116,8 +116,8 @@ def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str
         inputs = [artifact(cell.store, model) for model in models.values()]
         training = replace(plan, networks=networks, inputs=inputs)
         with run_training(cell, training, work) as (best, metrics):
-            one = best["student"]
-            weights, found = one.weights, {"val_top1": 100 * one.top1, "best_epoch": one.epoch}
+            student = best["student"]
+            weights, found = student.weights, {"val_top1": 100 * student.top1, "best_epoch": student.epoch}
             if facts["val_top1_start"] > found["val_top1"]:
                 log.warning("%s was more accurate on validation images before it was tuned: it is kept", plan.name)
                 weights = training.networks["student"].build().state_dict()

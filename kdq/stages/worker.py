@@ -71,7 +71,7 @@ def _worker(job_file: Path) -> None:
     try:
         with train(cell, spec, work, rank, world_size) as (best, metrics):
             if rank == 0:
-                found = {"best": {name: vars(one) for name, one in best.items()}, "metrics": metrics}
+                found = {"best": {name: vars(learner) for name, learner in best.items()}, "metrics": metrics}
                 torch.save(found, work / "result.pt")
     except KdqError as error:
         (work / f"error-{rank}.txt").write_text(str(error))

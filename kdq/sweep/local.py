@@ -20,6 +20,7 @@ from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
 from kdq.sweep.task import OUTPUT, Task, failed, folder, perform, thread_limits
+from kdq.utils.checks import within
 from kdq.utils.cpu import usable_cores
 from kdq.utils.errors import KdqError
 from kdq.utils.signals import kill_children
@@ -36,8 +37,8 @@ def launch(tasks: Sequence[Task], jobs: int | None, jobs_per_gpu: int) -> list[J
         jobs_per_gpu: so many jobs share one GPU.
     """
     for name, value in (("jobs", jobs), ("jobs_per_gpu", jobs_per_gpu)):
-        if value is not None and value < 1:
-            raise KdqError(f"hydra.launcher.{name}={value} must be 1 or more")
+        if value is not None:
+            within(f"hydra.launcher.{name}", value, 1)
     configs = [task.job_config() for task in tasks]
     gpus = usable_gpus() if any(cfg.trainer.accelerator != "cpu" for cfg in configs) else []
     devices = max(_devices(cfg.trainer.devices, len(gpus)) for cfg in configs)

@@ -112,7 +112,7 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
                 continue
             try:
                 wanted = [tuned[name] for name in missing] if tuned else [model]
-                needs = frozenset().union(*(models.missing(cell, one, overrides) for one in wanted))
+                needs = frozenset().union(*(models.missing(cell, each, overrides) for each in wanted))
             except KdqError as error:  # a damaged model takes only its own rows with it
                 plan.impossible.append((overrides, describe(error)))
                 plan.rows = {key: name for key, name in plan.rows.items() if key not in missing.values()}

@@ -82,8 +82,8 @@ def failure_lines(plan: Plan, failures: Sequence[Failure]) -> list[str]:
         if failed and job.needs & by_key.keys():
             lost.append(job.name)
             continue
-        users = [one for one in rows if one is job or job.makes.keys() & one.needs]
-        which = [o for o in job.overrides if o not in common and all(o in one.overrides for one in users)]
+        users = [user for user in rows if user is job or job.makes.keys() & user.needs]
+        which = [o for o in job.overrides if o not in common and all(o in user.overrides for user in users)]
         for cause, log in dict.fromkeys((failure.cause, failure.log) for failure in failed):
             lines.append(f"failed: {' '.join([job.name, *which])}: {cause}" + (f"; log: {log}" if log else ""))
     for overrides, cause in plan.impossible:

@@ -88,25 +88,25 @@ class Status:
         there = {path.stem.rpartition("-")[2] for path in (output / "rows").glob("[!.]*.json")}
         there |= {path.name.rpartition("-")[2] for path in (output / "store").glob("[!.]*-*")}
         failures = read_failures(output)
-        for one in self._watched:
-            if one.state in ENDED:
+        for watched in self._watched:
+            if watched.state in ENDED:
                 continue
             # A launcher may make the folder when it puts the job into a queue.
-            if one.state == "waiting" and (one.folder / ".hydra").is_dir():
-                one.state, one.since = "running", now
-            took = duration(now - one.since)
-            made = there.issuperset(one.job.makes)
-            if made and one.job.columns:  # of rows that were there before
-                made = present(output, one.job.makes, one.job.columns).issuperset(one.job.makes)
+            if watched.state == "waiting" and (watched.folder / ".hydra").is_dir():
+                watched.state, watched.since = "running", now
+            took = duration(now - watched.since)
+            made = there.issuperset(watched.job.makes)
+            if made and watched.job.columns:  # of rows that were there before
+                made = present(output, watched.job.makes, watched.job.columns).issuperset(watched.job.makes)
             if made:
-                one.state = "done"
-                self._say(f"{self._count()} {one.job.name}: {one.job.kind} done in {took}{self._left()}")
-            elif causes := [failures[key].cause for key in one.job.makes if key in failures]:
-                one.state = "failed"
-                self._say(f"{self._count()} {one.job.name}: failed after {took}: {causes[0]}")
+                watched.state = "done"
+                self._say(f"{self._count()} {watched.job.name}: {watched.job.kind} done in {took}{self._left()}")
+            elif causes := [failures[key].cause for key in watched.job.makes if key in failures]:
+                watched.state = "failed"
+                self._say(f"{self._count()} {watched.job.name}: failed after {took}: {causes[0]}")
 
     def _ended(self) -> list[_Watched]:
-        return [one for one in self._before + self._watched if one.state in ENDED]
+        return [watched for watched in self._before + self._watched if watched.state in ENDED]
 
     def _count(self) -> str:
         total = len(self.plan.jobs)
@@ -115,7 +115,7 @@ class Status:
     def _left(self) -> str:
         """The time that is left if the rest goes as what is done went, by its rough work."""
         ended = self._ended()
-        done, rest = sum(one.job.work for one in ended), len(self.plan.jobs) - len(ended)
+        done, rest = sum(watched.job.work for watched in ended), len(self.plan.jobs) - len(ended)
         if not done or not rest:
             return ""
         seconds = (time.monotonic() - self._start) * (self.plan.work - done) / done
@@ -128,15 +128,15 @@ class Status:
             tqdm.write(line, file=self._stderr)  # beside the bar of a job of this process
 
     def _screen(self) -> RenderableType:
-        states = [one.state for one in self._watched]
+        states = [watched.state for watched in self._watched]
         counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "running", "failed", "waiting"))
         bar = ProgressBar(total=max(1, len(self.plan.jobs)), completed=len(self._ended()), width=30)
         line = Table.grid(padding=(0, 2))
         took = duration(time.monotonic() - self._start)
         line.add_row(f"wave {self._wave} of {len(self.plan.waves)}", bar, counts, f"{took}{self._left()}")
         running = Table.grid(padding=(0, 2))
-        for one in [one for one in self._watched if one.state == "running"][:SHOWN]:
-            running.add_row("", one.job.name, one.job.what, duration(time.monotonic() - one.since))
+        for watched in [watched for watched in self._watched if watched.state == "running"][:SHOWN]:
+            running.add_row("", watched.job.name, watched.job.what, duration(time.monotonic() - watched.since))
         return Group(line, running)
 
 

@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
-from wandb import Artifact
-
-
-class Api(Protocol):
-    """What is used of ``wandb.Api``."""
-
-    def runs(self, path: str, filters: dict[str, Any]) -> Any: ...
-    def artifact_exists(self, name: str) -> bool: ...
-    def artifact(self, name: str) -> Artifact: ...
+from wandb import Api
 
 
 def link(api: Api, path: str, sweep: str | None, tell: Callable[[str], None]) -> int:

@@ -46,7 +46,7 @@ def test_with_gpus_every_job_has_its_own_unless_they_are_to_be_shared() -> None:
 
 @pytest.mark.parametrize(("jobs", "per_gpu"), [(0, 1), (-1, 1), (None, 0)])
 def test_impossible_numbers_are_refused(jobs: int | None, per_gpu: int) -> None:
-    with pytest.raises(KdqError, match="must be 1 or more"):
+    with pytest.raises(KdqError, match="must be a number of at least 1"):
         launch([], jobs, per_gpu)
 
 
