@@ -1,13 +1,12 @@
 """A cell's model in every format: accuracy, bytes, latency, and memory of the packed module.
 
-    python -m kdq.bench deploy [kdq overrides] [bench.threads=1,2] [bench.repeats=3] [bench.spin=true]
+    python -m kdq.bench deploy [kdq overrides] [bench.threads=1,2] [bench.repeats=3]
 
 The overrides name the cell as ``kdq`` takes them; what is missing of it is made. On the CPU, in ONNX Runtime, take
 turns: the float graph, ours in INT8, and ``static``, what ONNX Runtime's own ``quantize_static`` makes of the float
 graph; in torch, on the device of ``trainer.accelerator``: the float network, and the packed file decoded once and
 decoded layer by layer. Given are the ratios of their medians and of their fastest runs, one for each repeat. Memory is
-that of a fresh process which loads the packed file and classifies one image. ``bench.spin`` leaves ONNX Runtime its
-default, in which idle threads keep their cores from the other sessions.
+that of a fresh process which loads the packed file and classifies one image.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--memory"]:  # what the memory part runs in processes of its own
         print(json.dumps(memory(Path(arguments[1]), arguments[2], json.loads(arguments[3]))))
         return
-    own, overrides = split_options(arguments, threads=f"1,{usable_cores()}", repeats="3", spin="false")
+    own, overrides = split_options(arguments, threads=f"1,{usable_cores()}", repeats="3")
     threads = [int(value) for value in own["threads"].split(",")]
-    repeats, spin = int(own["repeats"]), own["spin"] == "true"
+    repeats = int(own["repeats"])
     cell, found = Cell(compose(overrides, "deploy=onnx")), []
     for row in run(cell.cfg):
         bench = Bench(cell, row, repeats)
-        found.append(bench.about() | bench.onnx(sorted(set(threads)), spin) | bench.torch() | bench.memory())
+        found.append(bench.about() | bench.onnx(sorted(set(threads))) | bench.torch() | bench.memory())
         numbers = [{"what": name, "value": value} for name, value in found[-1].items()]
         show(f"{row.arch}, {row.bits} bits, {row.method}, {row.data}", ("what", "value"), numbers, ".6g")
     write_text(cell.output / "report" / "bench_deploy.json", json.dumps(found, indent=1))
@@ -75,15 +74,15 @@ class Bench:
         names += ["float_bytes", "size_bytes", "onnx_fp32_bytes", "onnx_int8_bytes", "macs", "bops"]
         return {name: getattr(self.row, name) for name in names}
 
-    def onnx(self, threads: Sequence[int], spin: bool) -> dict[str, str]:
+    def onnx(self, threads: Sequence[int]) -> dict[str, str]:
         """Of the ONNX models in ONNX Runtime."""
         found: dict[str, str] = {}
         with TemporaryDirectory() as folder:
             models = {kind: self.packed.with_suffix(f".{kind}.onnx") for kind in ("fp32", "int8")}
             models["static"] = static(models["fp32"], calibration(self.cell), Path(folder) / "static.onnx")
             for count in threads:
-                sessions = {kind: session(model, count, spin) for kind, model in models.items()}
-                name = f"ONNX Runtime, {count} threads" + (", spinning" if spin else "")
+                sessions = {kind: session(model, count) for kind, model in models.items()}
+                name = f"ONNX Runtime, {count} threads"
                 found |= self.compared(
                     name, lambda *many, each=sessions: latency.of_sessions(each, self.cell.shape, *many)
                 )

@@ -25,15 +25,15 @@ from kdq.distill.mixup import mix
 STRETCH = 10
 
 
-def random_images(count: int, size: int = 32, classes: int = 10) -> ImageSet:
-    """``count`` training and 64 test images of noise, the same every time: a ``data.source._target_``."""
+def random_images(count: int) -> ImageSet:
+    """``count`` training and 64 test images of noise, the same every time: a ``data.source`` of ten classes."""
     generator = torch.Generator().manual_seed(0)
 
     def part(images: int) -> tuple[Tensor, Tensor]:
-        pixels = torch.randint(256, (images, size, size, 3), dtype=torch.uint8, generator=generator)
-        return pixels, torch.randint(classes, (images,), generator=generator)
+        pixels = torch.randint(256, (images, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        return pixels, torch.randint(10, (images,), generator=generator)
 
-    return ImageSet(*part(count), *part(64), classes=tuple(str(index) for index in range(classes)))
+    return ImageSet(*part(count), *part(64), classes=tuple("0123456789"))
 
 
 class Step:

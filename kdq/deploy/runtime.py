@@ -14,13 +14,11 @@ from kdq.utils.cpu import usable_cores
 from kdq.utils.errors import KdqError
 
 
-def session(model: bytes | Path, threads: int | None = None, spin: bool = False) -> Any:
+def session(model: bytes | Path, threads: int | None = None) -> Any:
     """An ``onnxruntime.InferenceSession`` on the CPU with ``threads`` threads, by default one per core.
 
-    Args:
-        spin: ONNX Runtime's default: after a call, idle threads wait for the next one without giving up their core. A
-            second session, which has threads of its own, then runs beside them: two that take turns on all cores slow
-            each other down. Without, threads wait like this during calls only.
+    By ONNX Runtime's default, idle threads wait for the next call without giving up their core, so that two sessions
+    that take turns slow each other down. Here threads wait like this during calls only.
 
     Raises:
         KdqError: onnxruntime is not installed.
@@ -30,8 +28,7 @@ def session(model: bytes | Path, threads: int | None = None, spin: bool = False)
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads or usable_cores(), 1
-    if not spin:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # its warnings are about its own optimiser
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -188,13 +188,13 @@ class CifarShuffleNetV1(nn.Module):
 
 
 class _ShuffleV1(nn.Module):
-    def __init__(self, in_planes: int, planes: int, stride: int, groups: int = 3) -> None:
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         own = planes - in_planes if stride == 2 else planes  # beside the averaged input
-        middle, self.stride, self.groups = own // 4, stride, 1 if in_planes == 24 else groups
+        middle, self.stride, self.groups = own // 4, stride, 1 if in_planes == 24 else 3
         self.conv1, self.bn1 = _conv(in_planes, middle, 1, groups=self.groups), nn.BatchNorm2d(middle)
         self.conv2, self.bn2 = _conv(middle, middle, stride=stride, groups=middle), nn.BatchNorm2d(middle)
-        self.conv3, self.bn3 = _conv(middle, own, 1, groups=groups), nn.BatchNorm2d(own)
+        self.conv3, self.bn3 = _conv(middle, own, 1, groups=3), nn.BatchNorm2d(own)
 
     def forward(self, x: Tensor) -> Tensor:
         out = channel_shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)

@@ -188,7 +188,7 @@ def _mean(pair: tuple[Model, np.ndarray]) -> float:
     return float(pair[1].mean())
 
 
-def distinct(sizes: Iterable[float], same: float = SAME_SIZE) -> list[float]:
+def distinct(sizes: Iterable[float]) -> list[float]:
     """The sizes in order, without those that are the same as the one before.
 
     >>> distinct([400, 100, 403])
@@ -196,7 +196,7 @@ def distinct(sizes: Iterable[float], same: float = SAME_SIZE) -> list[float]:
     """
     kept: list[float] = []
     for size in sorted(map(float, sizes)):
-        if not kept or size > (1 + same) * kept[-1]:
+        if not kept or size > (1 + SAME_SIZE) * kept[-1]:
             kept.append(size)
     return kept
 

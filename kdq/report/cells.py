@@ -119,11 +119,11 @@ def near_chance(frame: pd.DataFrame) -> pd.DataFrame:
     return means[means["top1"] < chance + 0.1 * (100 - chance)]
 
 
-def telling(found: pd.DataFrame, same: float = 0.2) -> pd.DataFrame:
-    """The cells without the widths above 8 at which no model of the data set and quantizer is ``same`` points from its
+def telling(found: pd.DataFrame) -> pd.DataFrame:
+    """The cells without the widths above 8 at which no model of the data set and quantizer is 0.2 points from its
     float model: they would fill half an axis with one line."""
     wide = found["width"].gt(8) & ~found["searched"]
-    far = found["drop"].abs().gt(same) & wide
+    far = found["drop"].abs().gt(0.2) & wide
     moved = far.groupby([found["data"], found["quantizer"]]).transform("any")
     narrow = (~wide).groupby([found["data"], found["quantizer"]]).transform("any")
     return found[~wide | moved | ~narrow]

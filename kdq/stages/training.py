@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
-from kdq.data.images import Images
 from kdq.distill.module import DistillationModule
 from kdq.models.build import build
 from kdq.models.pretrained import IMAGENET, load_imagenet
@@ -106,7 +105,8 @@ def train(
         check_fit(cell, network, spec.networks[name].name)
         see = getattr(network, "see", None)
         if spec.networks[name].weights is None and callable(see):
-            see(_first_images(cell.images))
+            images = cell.images  # 5000 of those that it trains on, for a network that begins with a look at them
+            see(images.preprocess(images.set.train_images[images.split.train[:5000]]))
     student, others = spec.networks["student"], {n: net for n, net in networks.items() if n != "student"}
     recipe = Recipe(**spec.recipe)
     target, options = spec.method["_target_"], {key: v for key, v in spec.method.items() if key != "_target_"}
@@ -154,11 +154,6 @@ def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:
             callback.dirpath = str(cell.output / "checkpoints" / f"{spec.slug}-{spec.key}")
         found.append(callback)
     return found
-
-
-def _first_images(images: Images, count: int = 5000) -> Tensor:
-    """Training images, normalised, for networks that begin with a look at the data."""
-    return images.preprocess(images.set.train_images[images.split.train[:count]])
 
 
 def _tracked(cell: Cell, spec: TrainingSpec) -> AbstractContextManager[RunLogger]:

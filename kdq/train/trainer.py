@@ -19,7 +19,6 @@ from typing import Any
 import hydra.utils
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from kdq.train.slurm import environment
@@ -122,16 +121,14 @@ def training_trainer(config: Mapping[str, Any], epochs: int, **ours: Any) -> L.T
     return _trainer(config, ours)
 
 
-def evaluation_trainer(
-    config: Mapping[str, Any], loggers: Iterable[Logger] = (), callbacks: Iterable[L.Callback] = ()
-) -> L.Trainer:
+def evaluation_trainer(config: Mapping[str, Any], callbacks: Iterable[L.Callback] = ()) -> L.Trainer:
     """A Trainer that measures in float32, on one device: for ``trainer.test`` and ``trainer.validate``."""
     ours = {
         "strategy": "auto",
         "devices": 1,
         "num_nodes": 1,
         "precision": "32-true",
-        "logger": list(loggers) or False,
+        "logger": False,
         "callbacks": list(callbacks),
         "plugins": [environment()],
         "deterministic": "warn",
