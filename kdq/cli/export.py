@@ -102,11 +102,11 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
         temporary.write_bytes(model)
     if cell is None:
         return f"not measured: {missing}"
-    found = top1(session(model, cell.cfg.deploy.threads), cell.images.evaluation("test", torch.device("cpu")))
+    accuracy = top1(session(model, cell.cfg.deploy.threads), cell.images.evaluation("test", torch.device("cpu")))
     if row is None:
-        return f"top-1 {found:.2f} on the test set"
-    compare(row, name, found, source.packed)
-    return f"top-1 {found:.2f} on the test set, {row.top1:.2f} as evaluated"
+        return f"top-1 {accuracy:.2f} on the test set"
+    compare(row, name, accuracy, source.packed)
+    return f"top-1 {accuracy:.2f} on the test set, {row.top1:.2f} as evaluated"
 
 
 def _network(source: Source, overrides: Sequence[str]) -> nn.Module:
@@ -163,9 +163,9 @@ def _shape(network: nn.Module, cell: Cell | None) -> tuple[int, int, int]:
             raise KdqError("the packed file does not say the size of its images: pack it again with a newer kdq")
         return own
     if own not in (None, cell.shape):
-        wanted, found = ("x".join(map(str, shape)) for shape in (own, cell.shape))
+        wanted, given = ("x".join(map(str, shape)) for shape in (own, cell.shape))
         name = cell.cfg.data.name
-        raise KdqError(f"the network takes images of {wanted} (channels, height, width), those of {name} have {found}")
+        raise KdqError(f"the network takes images of {wanted} (channels, height, width), those of {name} have {given}")
     return cell.shape
 
 

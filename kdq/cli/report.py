@@ -70,14 +70,14 @@ def _compare(a: Path, b: Path) -> int:
     from kdq.report.compare import compare, comparison_table, summary
     from kdq.report.tables import unbound
 
-    found = compare(_rows(a), _rows(b))
+    comparison = compare(_rows(a), _rows(b))
     console = Console()
-    if not found.same:
-        text = comparison_table(found, str(a), str(b))
+    if not comparison.same:
+        text = comparison_table(comparison, str(a), str(b))
         console = unbound(console, text)
         console.print(text)
-    console.print(summary(found, str(a), str(b)), markup=False, highlight=False, soft_wrap=True)
-    return 0 if found.same else 1
+    console.print(summary(comparison, str(a), str(b)), markup=False, highlight=False, soft_wrap=True)
+    return 0 if comparison.same else 1
 
 
 def _rows(output: Path) -> list[Row]:

@@ -70,14 +70,14 @@ def _strange(config: Any) -> set[str]:
     known = set(STABLE)
     for file in Path(CONFIG_PATH).rglob("*.yaml"):
         known |= set(re.findall(r"_target_: *([\w.]+)", file.read_text("utf-8")))
-    found = {target for target in called(config) if target not in known}
+    strange = {target for target in called(config) if target not in known}
     for node in parts(config):
         if isinstance(node, dict) and "_args_" in node:  # what is called could be one of them
-            found.add(f"{node.get('_target_')} with _args_")
+            strange.add(f"{node.get('_target_')} with _args_")
     for place in parts(config.get("callbacks")):
         if isinstance(place, str) and (Path(place).is_absolute() or ".." in Path(place).parts):
-            found.add(f"a callback in {place}")
-    return found
+            strange.add(f"a callback in {place}")
+    return strange
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,12 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def tell(row: Row, made: Row) -> int:
     """Say whether ``made`` is ``row``; the exit code."""
-    found, causes = (differences(row, made, columns) for columns in (pipeline.FOUND, CAUSES))
+    changed, causes = (differences(row, made, columns) for columns in (pipeline.FOUND, CAUSES))
     print(f"{made.file_name}: top-1 {made.top1:.2f} %, {made.size_bytes:,} bytes")
-    print(f"NOT the same: {'; '.join(found)}." if found else f"The same: all of {', '.join(pipeline.FOUND)}.")
+    print(f"NOT the same: {'; '.join(changed)}." if changed else f"The same: all of {', '.join(pipeline.FOUND)}.")
     if causes:
         print(f"Of another {'cell' if made.config_hash != row.config_hash else 'making'}: {'; '.join(causes)}.")
-    return bool(found)
+    return bool(changed)
 
 
 if __name__ == "__main__":

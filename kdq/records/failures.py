@@ -77,12 +77,12 @@ def forget(output: Path, keys: Container[str]) -> None:
 
 def read_failures(output: Path) -> dict[str, Failure]:
     """What is recorded below ``output``, by key; a file that cannot be read counts as none."""
-    found = {}
+    failures = {}
     for path in sorted((output / "failed").glob("*.json")):
         try:
             failure = Failure(**parse_json(regular(path).read_bytes()))
         except (OSError, ValueError, TypeError):
             continue
         if all(isinstance(value, list if name == "overrides" else str) for name, value in asdict(failure).items()):
-            found[failure.key] = failure
-    return found
+            failures[failure.key] = failure
+    return failures

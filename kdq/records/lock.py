@@ -47,15 +47,15 @@ def _wait(lease: SoftFileLease, path: Path) -> None:
         with suppress(Timeout):
             lease.acquire(timeout=NAMELESS_SECONDS, poll_interval=0.5)
             return
-        found = None
+        file = None
         with suppress(OSError):  # released just now
-            found = path.stat()
-        if found is None or found.st_size:
+            file = path.stat()
+        if file is None or file.st_size:
             nameless = None
-        elif nameless is not None and os.path.samestat(found, nameless):
+        elif nameless is not None and os.path.samestat(file, nameless):
             _mark(path)
         else:
-            nameless = found
+            nameless = file
 
 
 def _mark(path: Path) -> None:

@@ -145,8 +145,8 @@ AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "act_bits", "
 
 def has(row: Row, columns: Mapping[str, Any]) -> bool:
     """Whether all of the optional ``columns`` were measured, and say what is asked of them where that is not None."""
-    found = {column: getattr(row, column) for column in columns}
-    return all(value is not None and columns[column] in (None, value) for column, value in found.items())
+    values = {column: getattr(row, column) for column in columns}
+    return all(value is not None and columns[column] in (None, value) for column, value in values.items())
 
 
 def differences(row: Row, made: Row, columns: Iterable[str]) -> list[str]:
@@ -224,16 +224,16 @@ def find_row(name: str, output: Path) -> Row:
     rows = read_rows(output / "rows")
     if not rows:
         raise KdqError(f"no rows below {output}: give --output-dir, the paths.output_dir of a run")
-    found = [row for row in rows if row.config_hash.startswith(name)] if name else []
-    if len(found) == 1:
-        return found[0]
+    matching = [row for row in rows if row.config_hash.startswith(name)] if name else []
+    if len(matching) == 1:
+        return matching[0]
     hashes = [row.config_hash for row in rows]
-    near = [row.config_hash for row in found] or difflib.get_close_matches(name, hashes, 4, 0.3) or hashes
+    near = [row.config_hash for row in matching] or difflib.get_close_matches(name, hashes, 4, 0.3) or hashes
     listed = ", ".join(
         f"{row.config_hash} ({row.file_name.rpartition('-')[0]})" for row in rows if row.config_hash in near[:4]
     )
-    problem = f"{len(found)} cells start with {name!r}" if found else f"no cell {name!r} below {output}"
-    raise KdqError(f"{problem}: {'choose one of' if found else 'there are for example'} {listed}")
+    problem = f"{len(matching)} cells start with {name!r}" if matching else f"no cell {name!r} below {output}"
+    raise KdqError(f"{problem}: {'choose one of' if matching else 'there are for example'} {listed}")
 
 
 def _row(values: Any) -> Row:

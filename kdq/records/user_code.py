@@ -20,12 +20,12 @@ def user_code(*configs: Any) -> dict[str, Any]:
 
     What the file imports is not looked at.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for name in called(configs):
         module, file = _module(name)
         if file is not None and not any(file.is_relative_to(folder) for folder in _INSTALLED):
-            found[module] = file_digest(file)
-    return {"code": found} if found else {}
+            digests[module] = file_digest(file)
+    return {"code": digests} if digests else {}
 
 
 def _module(name: str) -> tuple[str, Path | None]:

@@ -89,10 +89,10 @@ class Cell:
         accelerator = self.cfg.trainer.accelerator
         if accelerator == "cpu":
             return torch.device("cpu")
-        found = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator != "auto" and found is None:
+        present = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator != "auto" and present is None:
             raise KdqError(f"trainer.accelerator={accelerator} but torch finds no device: use accelerator=cpu or auto")
-        return found or torch.device("cpu")
+        return present or torch.device("cpu")
 
     @property
     def role(self) -> str:

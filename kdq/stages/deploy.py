@@ -113,13 +113,13 @@ def calibration(cell: Cell) -> Iterator[Tensor]:
     return (images for images, _ in batches)
 
 
-def compare(row: Row, name: str, found: float, path: Path) -> None:
-    """Warn if the top-1 ``found`` of the exported model is not the row's."""
+def compare(row: Row, name: str, accuracy: float, path: Path) -> None:
+    """Warn if the top-1 ``accuracy`` of the exported model is not the row's."""
     # Graphs of float arithmetic leave activations float, so with rounded ones only INT8 computes what was evaluated.
     if name != "int8" and row.act_bits < 32:
         return
-    if abs(found - row.top1) > TOLERANCE:
+    if abs(accuracy - row.top1) > TOLERANCE:
         log.warning(
             "THE EXPORTED MODEL DIFFERS: %s has a top-1 of %.2f in ONNX %s, %.2f as evaluated",
-            path.stem, found, name, row.top1,
+            path.stem, accuracy, name, row.top1,
         )  # fmt: skip

@@ -119,8 +119,8 @@ def train(cfg: DictConfig, key: str, job: Job = Job()) -> None:  # noqa: B008
     _ = cell.device
     model = planned(cell)
     lasts = tuned_models(cell, model).values() or [model]
-    found = {needed.key: needed for last in lasts for needed in last.lineage()}
-    if key not in found:
-        raise KdqError(f"kdq.train={key} is not one of this cell's models: {', '.join(found)}")
-    with recorded(cell.output, {key: found[key].name}, job):
-        obtain(cell.store, found[key])
+    models = {needed.key: needed for last in lasts for needed in last.lineage()}
+    if key not in models:
+        raise KdqError(f"kdq.train={key} is not one of this cell's models: {', '.join(models)}")
+    with recorded(cell.output, {key: models[key].name}, job):
+        obtain(cell.store, models[key])

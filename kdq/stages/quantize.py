@@ -81,19 +81,19 @@ def quantize(
         for name, key in keys.items():
             if tuned:
                 result = tuned[name].result
-                found = measured(result.network)
+                scores = measured(result.network)
             elif callback is None:
                 result = _left_float(network, cell.cfg.quant.float_dtype)
-                found = reference if result.network is network else measured(result.network)
+                scores = reference if result.network is network else measured(result.network)
             else:
                 width = callback.names[0] if len(callback.names) == 1 else int(name)
-                found = measured(network, width)
+                scores = measured(network, width)
                 result = callback.results[width]
                 if not rows:
                     _log_quantized(cell, callback, keys, track)
             of_tune = {"tune_seconds": tuned[name].seconds, "tune_epochs": tuned[name].epochs} if tuned else {}
             bits = asked_bits(cell)[name] or math.ceil(result.report.avg_bits)
-            rows[name] = _row(cell, bits, key, result.network, result.report, reference, found, common | of_tune)
+            rows[name] = _row(cell, bits, key, result.network, result.report, reference, scores, common | of_tune)
             write_row(cell.output / "rows", rows[name])
             log_row(track, rows[name], cell.output / rows[name].artifact)
     return rows
@@ -212,21 +212,21 @@ def _row(
     network: nn.Module,
     report: Report,
     reference: Mapping[str, float],
-    found: Mapping[str, float],
+    scores: Mapping[str, float],
     common: Mapping[str, Any],
 ) -> Row:
     label = "-".join(str(common[column]) for column in ("data", "method", "arch", "quantizer"))
     label += f"-{cell.cfg.tune.name}" if common["tune"] else ""
     artifact = Path("store") / "quantized" / f"{label}-s{common['seed']}-b{bits}-{key}.kdq"
     size = save_packed(network, cell.output / artifact, cell.images.card(), cell.images.set.classes)
-    values: dict[str, Any] = dict(common) | dict(found)
+    values: dict[str, Any] = dict(common) | dict(scores)
     config = cell.recorded()
     values |= {
         "bits": bits,
         "config": config | {"quant": config["quant"] | {"bits": None if common["search"] else bits}},
         "avg_bits": report.avg_bits if report.layers else float(report.float_bits),
         "top1_float": reference["top1"],
-        "drop": round(reference["top1"] - found["top1"], 4),
+        "drop": round(reference["top1"] - scores["top1"], 4),
         "weight_bits_total": report.weight_bits_total if report.layers else report.float_bits * _weights(network),
         "size_bytes": size,
         "quantize_seconds": report.seconds,

@@ -99,5 +99,5 @@ def log_row(track: RunLogger, row: Row, file: Path) -> None:
 def log_deployed(track: RunLogger, row: Row) -> None:
     """One width's exported models: their accuracy, bytes, latency and throughput."""
     log_axes(track)
-    found = {f"quantize/{name}": getattr(row, name) for name in DEPLOYED if getattr(row, name) is not None}
-    track.metrics({"quantize/bits": row.bits} | found)
+    measured = {f"quantize/{name}": getattr(row, name) for name in DEPLOYED if getattr(row, name) is not None}
+    track.metrics({"quantize/bits": row.bits} | measured)

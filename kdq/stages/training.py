@@ -147,13 +147,13 @@ def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:
     Raises:
         KdqError: one cannot be made.
     """
-    found = []
+    callbacks = []
     for name, config in plain(cell.cfg.callbacks).items():
         callback = made(f"callbacks.{name}", config, Callback)
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(cell.output / "checkpoints" / f"{spec.slug}-{spec.key}")
-        found.append(callback)
-    return found
+        callbacks.append(callback)
+    return callbacks
 
 
 def _tracked(cell: Cell, spec: TrainingSpec) -> AbstractContextManager[RunLogger]:

@@ -117,12 +117,12 @@ def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str
         training = replace(plan, networks=networks, inputs=inputs)
         with run_training(cell, training, work) as (best, metrics):
             student = best["student"]
-            weights, found = student.weights, {"val_top1": 100 * student.top1, "best_epoch": student.epoch}
-            if facts["val_top1_start"] > found["val_top1"]:
+            weights, scores = student.weights, {"val_top1": 100 * student.top1, "best_epoch": student.epoch}
+            if facts["val_top1_start"] > scores["val_top1"]:
                 log.warning("%s was more accurate on validation images before it was tuned: it is kept", plan.name)
                 weights = training.networks["student"].build().state_dict()
-                found = {"val_top1": facts["val_top1_start"], "best_epoch": -1}
-            yield weights, found | facts | metrics
+                scores = {"val_top1": facts["val_top1_start"], "best_epoch": -1}
+            yield weights, scores | facts | metrics
 
     return make
 

@@ -59,8 +59,8 @@ def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> Iterator[tuple[d
         raise KdqError(messages[0])
     if any(codes):
         raise KdqError(f"a process of the training died (exit codes {codes}): its error is above")
-    found = torch.load(work / "result.pt", map_location="cpu", weights_only=True)
-    yield {name: Best(**best) for name, best in found["best"].items()}, found["metrics"]
+    result = torch.load(work / "result.pt", map_location="cpu", weights_only=True)
+    yield {name: Best(**best) for name, best in result["best"].items()}, result["metrics"]
 
 
 def _worker(job_file: Path) -> None:
@@ -71,8 +71,8 @@ def _worker(job_file: Path) -> None:
     try:
         with train(cell, spec, work, rank, world_size) as (best, metrics):
             if rank == 0:
-                found = {"best": {name: vars(learner) for name, learner in best.items()}, "metrics": metrics}
-                torch.save(found, work / "result.pt")
+                result = {"best": {name: vars(learner) for name, learner in best.items()}, "metrics": metrics}
+                torch.save(result, work / "result.pt")
     except KdqError as error:
         (work / f"error-{rank}.txt").write_text(str(error))
         sys.exit(1)

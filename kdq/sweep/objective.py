@@ -9,17 +9,9 @@ from kdq.utils.checks import nearest
 from kdq.utils.errors import KdqError
 
 #: Columns of rows that may be searched for, and the better direction of each.
-OBJECTIVES = {
-    "val_top1": "maximize",
-    "avg_bits": "minimize",
-    "size_bytes": "minimize",
-    "params": "minimize",
-    "macs": "minimize",
-    "bops": "minimize",
-    "latency_ms_torch": "minimize",
-    "latency_ms_onnx_fp32": "minimize",
-    "latency_ms_onnx_int8": "minimize",
-}
+OBJECTIVES = {"val_top1": "maximize", "avg_bits": "minimize", "size_bytes": "minimize", "params": "minimize"}
+OBJECTIVES |= dict.fromkeys(("macs", "bops", "latency_ms_torch"), "minimize")
+OBJECTIVES |= dict.fromkeys(("latency_ms_onnx_fp32", "latency_ms_onnx_int8"), "minimize")
 
 
 def directions(objective: str | Sequence[str] | None) -> str | list[str]:
@@ -33,8 +25,8 @@ def directions(objective: str | Sequence[str] | None) -> str | list[str]:
     """
     if objective is None:
         raise KdqError("a search needs to know what for: give kdq.objective=val_top1")
-    found = [OBJECTIVES[name] for name in names(objective)]
-    return found[0] if isinstance(objective, str) else found
+    chosen = [OBJECTIVES[name] for name in names(objective)]
+    return chosen[0] if isinstance(objective, str) else chosen
 
 
 def names(objective: str | Sequence[str]) -> list[str]:
@@ -61,9 +53,9 @@ def value(objective: str | Sequence[str], rows: Sequence[Row]) -> float | list[f
     """
     if len(rows) != 1:
         raise KdqError(f"kdq.objective needs one row a cell, not {len(rows)}: give one width in quant.bits")
-    found = []
+    values = []
     for name in names(objective):
         if (measured := getattr(rows[0], name)) is None:
             raise KdqError(f"kdq.objective={name} was not measured: add deploy=onnx")
-        found.append(float(measured))
-    return found[0] if isinstance(objective, str) else found
+        values.append(float(measured))
+    return values[0] if isinstance(objective, str) else values

@@ -105,8 +105,8 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
             new = {name: key for name, key in keys.items() if key not in plan.rows}  # cells may mean the same row
             plan.rows |= dict.fromkeys(new.values(), cell.name)
             columns = asked_columns(cell)
-            found = read_rows(output / "rows", set(new.values()))
-            there = {row.config_hash for row in found if complete(output, row, columns)}
+            rows = read_rows(output / "rows", set(new.values()))
+            there = {row.config_hash for row in rows if complete(output, row, columns)}
             missing = {name: key for name, key in new.items() if key not in there}
             if not missing:
                 continue

@@ -40,7 +40,7 @@ def tracked(loggers: Mapping[str, Any], runs: Path, about: RunInfo) -> Iterator[
         KdqError: a logger cannot be made.
     """
     check_loggers(loggers)
-    found = RunLogger()
+    track = RunLogger()
     with ExitStack() as stack:
         for name, config in loggers.items():
             if _is_wandb(name, config):
@@ -49,8 +49,8 @@ def tracked(loggers: Mapping[str, Any], runs: Path, about: RunInfo) -> Iterator[
                 opened: Any = wandb_run(WandbConfig(**config), runs, about)
             else:
                 opened = _lightning(name, config, runs, about)
-            found.logs.append(stack.enter_context(opened))
-        yield found
+            track.logs.append(stack.enter_context(opened))
+        yield track
 
 
 def check_loggers(loggers: Any) -> None:

@@ -39,6 +39,6 @@ def _last_step(folder: Path) -> int:
     """The last step in an offline run's folder, read by W&B's own tool; -1 where it finds none."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(folder)]
     with suppress(OSError, subprocess.SubprocessError, ValueError, AttributeError):
-        found = json.loads(subprocess.run(command, capture_output=True, timeout=120, check=True).stdout)
-        return int(found["step"]) if "_step" in found.get("summary", {}) else -1
+        segment = json.loads(subprocess.run(command, capture_output=True, timeout=120, check=True).stdout)
+        return int(segment["step"]) if "_step" in segment.get("summary", {}) else -1
     return -1

@@ -134,10 +134,10 @@ class RunLogger(Log):
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config as one level: ``{"recipe": {"lr": 1}}`` becomes ``{"recipe/lr": 1}``."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}/")
+            leaves |= flat(value, f"{prefix}{name}/")
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            leaves[f"{prefix}{name}"] = value
+    return leaves

@@ -17,9 +17,9 @@ def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], num_cl
     """:func:`test` of a network where it is, on the batches of a loader."""
     device = next(network.parameters()).device
     trainer = evaluation_trainer({"accelerator": device.type})
-    found = test(trainer, CrossEntropy(network, num_classes=num_classes), loader)
+    scores = test(trainer, CrossEntropy(network, num_classes=num_classes), loader)
     network.to(device)
-    return found
+    return scores
 
 
 def test(trainer: L.Trainer, module: L.LightningModule, data: Any) -> dict[str, float]:
