@@ -93,7 +93,7 @@ def quantize(
                     _log_quantized(cell, callback, keys, track)
             of_tune = {"tune_seconds": tuned[name].seconds, "tune_epochs": tuned[name].epochs} if tuned else {}
             bits = asked_bits(cell)[name] or math.ceil(result.report.avg_bits)
-            rows[name] = _row(cell, bits, key, result.network, result.report, reference, scores, common | of_tune)
+            rows[name] = _row(cell, bits, key, result, reference, scores, common | of_tune)
             write_row(cell.output / "rows", rows[name])
             log_row(track, rows[name], cell.output / rows[name].artifact)
     return rows
@@ -209,12 +209,12 @@ def _row(
     cell: Cell,
     bits: int,
     key: str,
-    network: nn.Module,
-    report: Report,
+    result: Quantized,
     reference: Mapping[str, float],
     scores: Mapping[str, float],
     common: Mapping[str, Any],
 ) -> Row:
+    network, report = result
     label = "-".join(str(common[column]) for column in ("data", "method", "arch", "quantizer"))
     label += f"-{cell.cfg.tune.name}" if common["tune"] else ""
     artifact = Path("store") / "quantized" / f"{label}-s{common['seed']}-b{bits}-{key}.kdq"
