@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -84,7 +85,7 @@ def _lightning(name: str, config: Mapping[str, Any], runs: Path, about: RunInfo)
     """A logger that writes below ``runs``, under the stage's name, unless its config says otherwise."""
     stage = f"{about.job_type}-{about.name}"
     places = {"save_dir": str(runs / name), "name": stage, "run_name": stage}
-    taken = parameters(imported(f"logger.{name}", config["_target_"])) or ()
+    taken = inspect.signature(imported(f"logger.{name}", config["_target_"])).parameters
     ours = {key: value for key, value in places.items() if key in taken and config.get(key) is None}
     logger = made(f"logger.{name}", {**config, **ours}, Logger)  # type: ignore[type-abstract]
     log = LightningLog(logger, name)
