@@ -19,12 +19,11 @@ from kdq.quant.config import OPTIONS
 from kdq.stages.schema import Config, Deploy, NoDeploy, Peer
 from kdq.train.recipe import Recipe
 from kdq.utils.calls import imported, parameters
-from kdq.utils.checks import check_type
+from kdq.utils.checks import LARGEST, check_type
 from kdq.utils.errors import KdqError
 from kdq.utils.messages import unknown_option
 
-#: Seeds are multiplied and added before they reach torch and NumPy.
-LARGEST_SEED = 2**31 - 1
+#: Seeds are multiplied and added before they reach torch and NumPy: the largest one is LARGEST.
 SEEDS = ("seed", "split_seed")
 #: What chooses a node that is not a value.
 CHOICES = {"teacher": "a network", "student": "a network", "teacher.recipe": "a recipe", "student.recipe": "a recipe"}
@@ -41,10 +40,10 @@ def check_config(cfg: DictConfig) -> None:
     names = [str(name) for name in cfg if name != "hydra"]
     check = _Check({name: _values(cfg[name]) for name in names}, _referred(cfg))
     check.node("", check.config, Config)
-    deploy, method, quant = (check.config[name] for name in ("deploy", "method", "quant"))
+    deploy, quant = check.config["deploy"], check.config["quant"]
     check.node("deploy", deploy, Deploy if deploy.get("formats") else NoDeploy)
-    check.method(method)
-    check.tune(check.config["tune"])
+    check.module("method", check.config["method"])
+    check.module("tune", check.config["tune"])
     check.names("quant", quant, (*QUANT, *OPTIONS))
     check.names("quant.search", quant.get("search") or {}, SEARCH_OPTIONS)
     check.seed("quant.seed", quant["seed"])
@@ -101,32 +100,29 @@ class _Check:
                 raise KdqError(unknown_option(option, self.config, known))
 
     def seed(self, option: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST_SEED:
-            raise KdqError(f"{option}={value!r} must be a whole number from 0 to {LARGEST_SEED}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+            raise KdqError(f"{option}={value!r} must be a whole number from 0 to {LARGEST}")
 
-    def method(self, method: Mapping[str, Any]) -> None:
-        """A method's node has the options of its module, and ``name``; of one with a peer, the peer too."""
-        target = method["_target_"]
+    def module(self, where: str, node: Mapping[str, Any]) -> None:
+        """``method`` and ``tune`` have the options of their module, ``name``, and what their stage takes itself."""
+        target = node["_target_"]
         if target is None:
-            return self.names("method", method, ("name", "_target_"))
-        options = {name: value for name, value in method.items() if name not in ("name", "weights")}
-        if "peer" in getattr(imported("method", target), "takes", ()):
-            self.node("method.peer", options.pop("peer", {}), Peer)
-            self.calls("method.peer", method["peer"])
-        return self.calls("method", options)
-
-    def tune(self, tune: Mapping[str, Any]) -> None:
-        """The options of a module as :meth:`method` has them, and those of the stage."""
-        target = tune["_target_"]
-        own = ("teacher",) if target and "teacher" in getattr(imported("tune", target), "takes", ()) else ()
-        if target is None:
-            return self.names("tune", tune, ("name", "_target_"))
-        for name in ("images", "recipe", *own):
-            if name not in tune:
-                raise KdqError(f"tune.{name} is missing in this config: give +tune.{name}=...")
-        check_type("tune.images", tune["images"], int | None)
-        self.node("tune.recipe", tune["recipe"], Recipe)
-        return self.calls("tune", {k: v for k, v in tune.items() if k not in ("name", "images", "recipe", *own)})
+            return self.names(where, node, ("name", "_target_"))
+        takes = getattr(imported(where, target), "takes", ())
+        options = {name: value for name, value in node.items() if name != "name"}
+        if where == "method":
+            options.pop("weights", None)
+            if "peer" in takes:
+                self.node("method.peer", options.pop("peer", {}), Peer)
+                self.calls("method.peer", node["peer"])
+        else:
+            for name in ("images", "recipe", *(("teacher",) if "teacher" in takes else ())):
+                if name not in options:
+                    raise KdqError(f"tune.{name} is missing in this config: give +tune.{name}=...")
+                del options[name]
+            check_type("tune.images", node["images"], int | None)
+            self.node("tune.recipe", node["recipe"], Recipe)
+        return self.calls(where, options)
 
     def calls(self, where: str, node: Any) -> None:
         """Whatever has a ``_target_`` takes the options beside it."""
