@@ -214,7 +214,7 @@ def _row(
     scores: Mapping[str, float],
     common: Mapping[str, Any],
 ) -> Row:
-    network, report = result
+    network, report = result.network, result.report
     label = "-".join(str(common[column]) for column in ("data", "method", "arch", "quantizer"))
     label += f"-{cell.cfg.tune.name}" if common["tune"] else ""
     artifact = Path("store") / "quantized" / f"{label}-s{common['seed']}-b{bits}-{key}.kdq"

@@ -202,7 +202,7 @@ def fit(
         "precision": str(lightning.precision),
         "processes": lightning.world_size,  # of which each has BatchNorm statistics of its own images
         "threads": probe.threads,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     return best.best, metrics
 

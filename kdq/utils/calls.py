@@ -57,7 +57,7 @@ def made(option: str, config: Mapping[str, Any], kind: type[T]) -> T:
     except Exception as error:
         raise KdqError(f"{option}: {' '.join(str(error.__cause__ or error).split())}") from error
     if not isinstance(found, kind):
-        raise KdqError(f"{option} is no Lightning {kind.__name__}: give it a _target_ that makes one")
+        raise KdqError(f"{option} is no Lightning {kind.__name__.lower()}: give it a _target_ that makes one")
     return found
 
 
