@@ -35,7 +35,7 @@ def run_plan(plan: Plan, launch: Launch, folder: Path, status: Status) -> list[F
         ready = [job for job in wave if not job.needs & failed.keys()]
         for job in wave:
             forget(plan.output, job.makes)
-            for lost in [failed[key] for key in failed if key in job.needs][:1]:
+            if lost := next((failed[key] for key in failed if key in job.needs), None):
                 failed |= _record(plan.output, job, f"needs {lost.name}, which failed: {lost.cause}", lost.log)
         if not ready:
             continue

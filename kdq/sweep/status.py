@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Status:
         """Follow one wave while the block launches it."""
         self._wave += 1
         self._watched = [_Watched(job, folder) for job, folder in zip(jobs, folders, strict=True)]
-        kinds = ", ".join(f"{sum(job.kind == kind for job in jobs)} {kind}" for kind in _kinds(jobs))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(job.kind for job in jobs).items())
         self._say(f"wave {self._wave} of {len(self.plan.waves)}: {len(jobs)} jobs ({kinds})")
         over = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(over,), daemon=True)
@@ -146,7 +147,3 @@ def present(output: Path, keys: Iterable[str], columns: Mapping[str, Any] = Mapp
     models = {path.name.rpartition("-")[2] for path in (output / "store").glob("[!.]*-*")}
     rows = {row.config_hash for row in read_rows(output / "rows", asked) if has(row, columns)}
     return rows | (models & asked)
-
-
-def _kinds(jobs: list[Job]) -> list[str]:
-    return list(dict.fromkeys(job.kind for job in jobs))

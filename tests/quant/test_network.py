@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import kdq
 from kdq import KdqError
-from kdq.bench import literal
 from kdq.quant.calibrate.chunks import in_chunks
 from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize, quantize_widths
+from tests.quant import literal
 
 Conv = Callable[..., nn.Module]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kdq
-from kdq.bench import literal
 from kdq.quant.calibrate.moments import Moments
+from tests.quant import literal
 
 
 def unfolded(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:

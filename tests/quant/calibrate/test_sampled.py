@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from kdq.bench import literal
 from kdq.quant.calibrate.moments import Moments
 from kdq.quant.calibrate.sampled import SampledMoments
+from tests.quant import literal
 
 
 def test_all_patches_where_the_layer_meets_them_are_the_exact_moments() -> None:

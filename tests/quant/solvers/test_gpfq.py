@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdq.bench import literal
 from kdq.quant.solvers.alphabet import Alphabet
 from kdq.quant.solvers.alphabets import symmetric as uniform
 from kdq.quant.solvers.gpfq import gpfq
+from tests.quant import literal
 
 
 def problem(columns: int, rows: int = 6, images: int = 200) -> tuple[Tensor, Tensor, Tensor]:
