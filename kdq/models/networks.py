@@ -83,18 +83,18 @@ class Renormalize(nn.Module):
         return torch.stack(planes, -1).permute(0, 3, 1, 2)  # channels-last, as images come
 
 
-def _renormalize(in_channels: int, given: Normalization) -> nn.Module:
-    """Nothing where the network takes the images as the data normalises them."""
-    return Renormalize(*given, in_channels) if any(values is not None for values in given) else nn.Identity()
+def _renormalize(in_channels: int, given: Normalization) -> Renormalize | None:
+    """None where the network takes the images as the data normalises them."""
+    return Renormalize(*given, in_channels) if any(values is not None for values in given) else None
 
 
 class _ResNet(tv.ResNet):
     """torchvision's ResNet, with its own normalisation before it where it has one."""
 
-    renormalize: nn.Module
+    renormalize: Renormalize | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.renormalize(x))
+        return super().forward(x if self.renormalize is None else self.renormalize(x))
 
 
 def _resnet(
@@ -193,7 +193,9 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(self.renormalize(x))))
+        if self.renormalize is not None:
+            x = self.renormalize(x)
+        x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
