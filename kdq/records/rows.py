@@ -132,9 +132,8 @@ class Row:
 
     @property
     def file_name(self) -> str:
-        return (
-            f"{self.data}-{self.method}-{self.arch}-s{self.seed}-{self.quantizer}-b{self.bits}-{self.config_hash}.json"
-        )
+        series = f"{self.data}-{self.method}-{self.arch}-s{self.seed}-{self.quantizer}"
+        return f"{series}-b{self.bits}-{self.config_hash}.json"
 
 
 #: Columns of tables: everything but the config, which is no single value.
@@ -145,8 +144,8 @@ AXES = ["data", "method", "arch", "seed", "quantizer", "alphabet", "act_bits", "
 
 def has(row: Row, columns: Mapping[str, Any]) -> bool:
     """Whether all of the optional ``columns`` were measured, and say what is asked of them where that is not None."""
-    values = {column: getattr(row, column) for column in columns}
-    return all(value is not None and columns[column] in (None, value) for column, value in values.items())
+    values = [(getattr(row, column), asked) for column, asked in columns.items()]
+    return all(value is not None and asked in (None, value) for value, asked in values)
 
 
 def differences(row: Row, made: Row, columns: Iterable[str]) -> list[str]:
@@ -229,9 +228,8 @@ def find_row(name: str, output: Path) -> Row:
         return matching[0]
     hashes = [row.config_hash for row in rows]
     near = [row.config_hash for row in matching] or difflib.get_close_matches(name, hashes, 4, 0.3) or hashes
-    listed = ", ".join(
-        f"{row.config_hash} ({row.file_name.rpartition('-')[0]})" for row in rows if row.config_hash in near[:4]
-    )
+    named = [row for row in rows if row.config_hash in near[:4]]
+    listed = ", ".join(f"{row.config_hash} ({row.file_name.rpartition('-')[0]})" for row in named)
     problem = f"{len(matching)} cells start with {name!r}" if matching else f"no cell {name!r} below {output}"
     raise KdqError(f"{problem}: {'choose one of' if matching else 'there are for example'} {listed}")
 
