@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import reprlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -136,6 +137,8 @@ class Row:
         return f"{series}-b{self.bits}-{self.config_hash}.json"
 
 
+#: Bytes of a row's file name: file systems take 255, and a file that is being written has some more.
+LONGEST_NAME = 240
 #: Columns of tables: everything but the config, which is no single value.
 COLUMNS = [field.name for field in dataclasses.fields(Row) if field.name != "config"]
 #: Columns that tell cells apart, in the order tables are sorted by.
@@ -238,11 +241,14 @@ def _row(values: Any) -> Row:
     if isinstance(values, dict) and isinstance(version := values.get("row_format"), int) and version > ROW_FORMAT:
         raise ValueError(f"row format {version} is newer than this kdq: update kdq")
     try:
-        return _schema().validate_python(values)
+        row = _schema().validate_python(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "the row"
         raise ValueError(f"{where} is {reprlib.repr(first['input'])}: {first['msg']}") from None
+    if len(os.fsencode(row.file_name)) > LONGEST_NAME:
+        raise ValueError(f"its names are too long for a file: {reprlib.repr(row.file_name)}")
+    return row
 
 
 @cache
