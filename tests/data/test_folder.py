@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image
 
-from kdq.data.folder import class_names, image_folder
+from kdq.data.folder import _decode, class_names, image_folder
 from kdq.data.sets import cifar10
 from kdq.data.split import split
 from kdq.utils.errors import KdqError
@@ -188,6 +188,33 @@ def test_no_program_is_run_for_what_a_file_holds(root: Path, tmp_path: Path, mon
     with pytest.raises(KdqError, match=f"cannot read the image {bad}"):
         image_folder(str(root), 6, 3, str(tmp_path / "cache"))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tif", ".webp", ".ppm"])
+def test_damaged_images_are_named_or_have_the_right_shape(suffix: str, tmp_path: Path) -> None:
+    random, file = np.random.default_rng(0), tmp_path / f"image{suffix}"
+    Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)).save(file)
+    whole, refused = file.read_bytes(), list[str]()
+    for turn in range(100):
+        content = bytearray(whole)
+        at, to = sorted(int(i) for i in random.integers(0, 80 if turn % 2 else len(whole), 2))
+        match turn % 4:
+            case 0:
+                content[at] = int(random.integers(256))
+            case 1:
+                content[at : at + 4] = b"\xff\xff\xff\x7f"  # where a size may be
+            case 2:
+                del content[at:]
+            case _:
+                content[at:at] = content[at:to]
+        file.write_bytes(content)
+        try:
+            assert _decode(file, 16, 3).shape == (16, 16, 3)
+        except KdqError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all(str(file) in line and "\n" not in line for line in refused)
 
 
 def test_one_class_is_refused(root: Path) -> None:
