@@ -17,6 +17,7 @@ from kdq.quant.solvers.alphabet import Alphabet, check_bits
 from kdq.quant.solvers.alphabets import ALPHABETS, AlphabetChoice, per_layer, rescale
 from kdq.quant.solvers.gpfq import gpfq
 from kdq.quant.solvers.gptq import gptq
+from kdq.quant.solvers.held_out import FEW, RIDGES, HeldOut, output_error, trusted
 from kdq.quant.solvers.qronos import qronos
 from kdq.quant.solvers.refine import refine
 from kdq.quant.solvers.rtn import rtn
@@ -42,7 +43,7 @@ class Preset:
 
     Attributes:
         solver: the function.
-        order, scale, refine, ridge: as of :class:`QuantConfig`.
+        order, scale, refine, ridge, held_out: as of :class:`QuantConfig`.
     """
 
     solver: Solver
@@ -50,10 +51,11 @@ class Preset:
     scale: str = "weight"
     refine: int = 0
     ridge: float = 0.0
+    held_out: float = 0.0
 
 
 #: ``best``, what is most accurate at low widths, and the published solvers as their papers have them.
-PRESETS = {"best": Preset(qronos, order="gram", scale="gram", refine=3, ridge=0.1)}
+PRESETS = {"best": Preset(qronos, order="gram", scale="gram", refine=3, ridge=0.1, held_out=0.25)}
 PRESETS |= {name: Preset(solver) for name, solver in SOLVERS.items()}
 
 
@@ -75,6 +77,8 @@ class QuantConfig:
         refine: sweeps of :func:`kdq.quant.solvers.refine.refine` after the solver; None: as the preset has it.
         ridge: how much a layer's weights are held to their float values, see :func:`held`, as a share of its inputs'
             mean energy; None: as the preset has it.
+        held_out: share of the calibration images on which a layer's solution is judged, see
+            :mod:`kdq.quant.solvers.held_out`; None: as the preset has it.
         first_last_bits: width of the first and the last layer that run, whatever the others have.
         keep_float: names of layers, parameters and modules (for all that is inside them) whose weights stay float, and
             patterns of such names: ``["fc", "*.in_proj"]``.
@@ -96,6 +100,7 @@ class QuantConfig:
     order: str | None = None
     refine: int | None = None
     ridge: float | None = None
+    held_out: float | None = None
     first_last_bits: int | None = None
     keep_float: tuple[str, ...] = ()
     float_dtype: str | None = None
@@ -116,6 +121,7 @@ class QuantConfig:
         one_of("correct", self.correct, CORRECTIONS)
         within("refine", self.refine or 0, 0)
         within("ridge", self.ridge or 0, 0)
+        within("held_out", self.held_out or 0, 0, 0.5)
         if self.refine and not self.per_channel:
             raise KdqError("refine fits a scale to every output channel: use per_channel=true, or refine=0")
         if self.scale == "gram" and not self.per_channel:
@@ -144,20 +150,48 @@ class QuantConfig:
         preset = named if isinstance(named, Preset) else Preset(named)
         if not self.per_channel:  # the two that fit a scale to every channel were not asked for
             preset = replace(preset, scale="weight", refine=0)
-        given = {name: getattr(self, name) for name in ("order", "scale", "refine", "ridge")}
+        given = {name: getattr(self, name) for name in ("order", "scale", "refine", "ridge", "held_out")}
         return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
-    def solve(self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int) -> tuple[Tensor, Alphabet]:
+    def solve(
+        self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int, held_out: HeldOut | None = None
+    ) -> tuple[Tensor, Alphabet]:
         """Quantize ``weight`` ``(groups, N, d)`` given ``gram`` and ``cross`` ``(groups, d, d)``.
+
+        Args:
+            held_out: of the images on which the solution is judged, which ``gram`` and ``cross`` hold, too: layers
+                with few patches are rounded where the solver does worse on those.
 
         Returns:
             Values ``(groups, N, d)`` and the alphabet they are of.
         """
-        preset, choice = self.preset, _named(ALPHABETS, self.alphabet, "alphabet")
+        ridge = self.preset.ridge
+        if held_out is None:
+            return self._solve(weight, gram, cross, bits, ridge)
+        seen = gram - held_out.gram, cross - held_out.cross
+        share = trusted(weight, *held(*seen, ridge), held_out)
+        if held_out.patches < FEW * weight.shape[-1]:
+            alphabet = self._alphabet(weight, bits)
+            rounded = alphabet.nearest(weight)
+            errors = {
+                tried: output_error(weight, self._solve(weight, *_shrunk(*seen, share), bits, tried)[0], held_out)
+                for tried in (ridge * factor for factor in RIDGES)
+            }
+            ridge = min(errors, key=lambda tried: float(errors[tried]))
+            if output_error(weight, rounded, held_out) < errors[ridge]:
+                return rounded, alphabet
+        return self._solve(weight, *_shrunk(gram, cross, share), bits, ridge)
+
+    def _alphabet(self, weight: Tensor, bits: int) -> Alphabet:
+        choice = _named(ALPHABETS, self.alphabet, "alphabet")
         alphabet: Alphabet = (choice if self.per_channel else per_layer(choice))(weight, bits)
+        return alphabet
+
+    def _solve(self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int, ridge: float) -> tuple[Tensor, Alphabet]:
+        preset, alphabet = self.preset, self._alphabet(weight, bits)
         fine = alphabet.levels >= 2**8  # the scale is exact to the last code already
-        if preset.ridge:
-            gram, cross = held(gram, cross, preset.ridge)
+        if ridge:
+            gram, cross = held(gram, cross, ridge)
         if preset.scale == "gram" and not fine:
             alphabet = rescale(weight, gram, alphabet)
         order = torch.arange(weight.shape[-1], device=weight.device)
@@ -168,6 +202,11 @@ class QuantConfig:
         if preset.refine and not fine:
             values, alphabet = refine(weight, gram, cross, values, alphabet, preset.refine)
         return values[..., torch.argsort(order)], alphabet
+
+
+def _shrunk(gram: Tensor, cross: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments of inputs that differ by a ``share`` of what they do."""
+    return gram, gram + share * (cross - gram)
 
 
 def held(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -37,11 +37,12 @@ def quant_config(quant: DictConfig) -> QuantConfig:
 
 
 def quant_spec(quant: DictConfig) -> dict[str, Any]:
-    """The ``quant`` config as keys have it: with the options that its preset stands for; no ridge where there is
-    none, as before there was one."""
+    """The ``quant`` config as keys have it: with the options that its preset stands for; younger ones only where they
+    do something, so that older keys stay."""
     preset = Preset(SOLVERS["rtn"]) if quant.solver is None else quant_config(quant).preset
     values = plain(quant) | {"order": preset.order, "scale": preset.scale, "refine": preset.refine}
-    return {k: v for k, v in values.items() if k != "ridge"} | ({"ridge": preset.ridge} if preset.ridge else {})
+    younger = {"ridge": preset.ridge, "held_out": preset.held_out}
+    return {k: v for k, v in values.items() if k not in younger} | {k: v for k, v in younger.items() if v}
 
 
 def search_config(quant: DictConfig) -> SearchConfig | None:

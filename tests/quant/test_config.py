@@ -51,7 +51,8 @@ def test_every_choice_of_the_config_is_a_quantizer() -> None:
 def test_options_replace_what_the_preset_stands_for() -> None:
     best = QuantConfig().preset
     assert QuantConfig(order="natural", ridge=0).preset == replace(best, order="natural", ridge=0)
-    assert QuantConfig(solver="qronos", order="gram", scale="gram", refine=3, ridge=best.ridge).preset == best
+    options = {"order": "gram", "scale": "gram", "refine": 3, "ridge": best.ridge, "held_out": best.held_out}
+    assert QuantConfig(solver="qronos", **options).preset == best
     assert QuantConfig(solver=rtn).preset == QuantConfig(solver="rtn").preset
     layer = QuantConfig(per_channel=False).preset
     assert (layer.scale, layer.refine, layer.order) == ("weight", 0, best.order)

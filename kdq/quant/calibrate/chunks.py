@@ -70,24 +70,29 @@ class Chunks:
             self._folder.cleanup()
 
 
-def in_chunks(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, int]]:
+def in_chunks(batches: Iterable[Any], device: torch.device, parts: int = 1) -> Iterator[tuple[Tensor, int]]:
     """The inputs in chunks of one size, and how many of each chunk's images are real: the last chunk is filled up with
-    copies of its last image."""
+    copies of its last image.
+
+    Args:
+        parts: with fewer images than so many chunks hold, chunks are smaller, so that there are as many.
+    """
     waiting: list[Tensor] = []
-    size = None
+    size, enough = 0, CHUNK * max(1, parts)
     for batch in batches:
         waiting.append(images_of(batch).to(device))
-        if sum(map(len, waiting)) < CHUNK:
+        if sum(map(len, waiting)) < enough:
             continue
-        together, size = torch.cat(waiting), CHUNK
+        together, size, enough = torch.cat(waiting), CHUNK, CHUNK
         whole = len(together) // CHUNK * CHUNK
         waiting = [together[whole:].clone()]
         for start in range(0, whole, CHUNK):
             yield together[start : start + CHUNK].clone(), CHUNK
     if rest := sum(map(len, waiting)):
-        images = torch.cat(waiting)
-        padding = 0 if size is None else size - rest
-        yield torch.cat([images, images[-1:].expand(padding, *images.shape[1:])]), rest
+        size = size or max(1, rest // max(1, parts))
+        for images in torch.cat(waiting).split(size):
+            copies = images[-1:].expand(size - len(images), *images.shape[1:])
+            yield torch.cat([images, copies]), len(images)
 
 
 def images_axis(value: Tensor, size: int, count: int) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ calls it: an ``nn.Linear``, the attention that reads the weights of its ``nn.Lin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -106,6 +107,21 @@ def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
     inputs = inputs.movedim(1, 1 + spatial)
     grouped = inputs.unflatten(1 + spatial, (layer.groups, -1)).movedim(1 + spatial, 0)
     return grouped.flatten(2 + spatial).flatten(1, 1 + spatial)
+
+
+def patch_count(layer: nn.Module, inputs: Tensor) -> int:
+    """How many patches :func:`patches` takes.
+
+    >>> patch_count(nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.ones(2, 3, 8, 8))
+    32
+    """
+    if isinstance(layer, nn.Linear):
+        return inputs.numel() // inputs.shape[-1]
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    padding = layer._reversed_padding_repeated_twice[::-1]
+    sizes = (size + sum(padding[2 * axis : 2 * axis + 2]) for axis, size in enumerate(inputs.shape[2:]))
+    geometry = zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    return math.prod(((size - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, d in geometry), start=len(inputs))
 
 
 def channel_axis(layer: nn.Module) -> int:

@@ -21,7 +21,7 @@ Complexity for m patches and a K x K kernel: O(m C^2 (2K - 1)^2) instead of O(m 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdq.quant.calibrate.layer import patch_count
 from kdq.quant.distributed import summed
 
 #: At most this many output positions per image: one matrix product per lag is faster than a weight gradient.
@@ -125,6 +126,37 @@ class Moments:
                         blocks[row, column] = blocks[column, row].mT
         # (taps, taps, groups, channels, channels) -> (groups, channels x taps, channels x taps)
         return blocks.permute(2, 3, 0, 4, 1).reshape(g.groups, channels * len(taps), -1)
+
+
+class PartedMoments:
+    """Moments of all images, and apart those of the images that are held out.
+
+    Args:
+        moments: makes :class:`Moments`, or what sums in their place.
+        layer, symmetric: what it is called with.
+        parted: whether any image is held out, in any process.
+    """
+
+    def __init__(
+        self, moments: Callable[[nn.Module, bool], Any], layer: nn.Module, symmetric: bool, parted: bool
+    ) -> None:
+        self.layer, self._patches = layer, 0
+        self._parts = [moments(layer, symmetric) for _ in range(1 + parted)]
+
+    def add(self, left: Tensor, right: Tensor, held_out: bool) -> None:
+        """As :meth:`Moments.add`, of images that are held out or not."""
+        self._parts[held_out].add(left, right)
+        self._patches += patch_count(self.layer, left) if held_out else 0
+
+    def patches(self) -> int:
+        """Held-out patches, over all processes."""
+        device = next(self.layer.parameters()).device
+        return int(summed(torch.tensor(float(self._patches), device=device)))
+
+    def total(self) -> tuple[Tensor, Tensor | None]:
+        """The sum, and the part of it that is held out."""
+        first, *others = (part.total() for part in self._parts)
+        return (first + others[0], others[0]) if others else (first, None)
 
 
 def _geometry(layer: nn.Module) -> tuple[_Geometry | None, str, list[int]]:

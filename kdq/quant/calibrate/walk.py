@@ -25,13 +25,14 @@ from kdq.quant.calibrate.chunks import Chunks, images_axis, in_chunks
 from kdq.quant.calibrate.correction import ChannelSums, Norm, corrected_norm
 from kdq.quant.calibrate.lanes import Lanes, Tape
 from kdq.quant.calibrate.layer import LayerCall, channel_axis, layer_call, weight_matrix
-from kdq.quant.calibrate.moments import Moments
+from kdq.quant.calibrate.moments import Moments, PartedMoments
 from kdq.quant.calibrate.order import eager
 from kdq.quant.config import QuantConfig
 from kdq.quant.distributed import summed
 from kdq.quant.layers import weight_of
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.quant.report import LayerReport, Report
+from kdq.quant.solvers.held_out import HeldOut
 from kdq.utils.errors import KdqError
 from kdq.utils.kernels import exact_kernels
 
@@ -83,6 +84,8 @@ class Walk:
         self.parameters = {id(value): name for name, value in model.named_parameters()}
         self.chunks = Chunks(next(model.parameters()).device)
         self.images: list[int] = []
+        #: One chunk of how many is held out; 0: none.
+        self.parts = 0
         self.current = 0
         self.errors: dict[str, Tensor] = {}
         self.norms: dict[str, dict[int, dict[str, Tensor]]] = {}
@@ -91,7 +94,8 @@ class Walk:
         """Quantize every layer; the results are in ``versions``."""
         device = self.chunks.device
         first: Tensor | None = None
-        for images, count in in_chunks(batches, device):
+        parts = round(1 / self.config.preset.held_out) if self.config.preset.held_out else 0
+        for images, count in in_chunks(batches, device, parts):
             if first is None:
                 first = images
             else:
@@ -99,6 +103,8 @@ class Walk:
             self.images.append(count)
         if first is None:
             raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")
+        # With few images a process may have no chunk to hold out; then nobody does.
+        self.parts = 0 if summed(torch.tensor(float(len(self.images) < parts), device=device)) else parts
         try:
             with torch.no_grad(), eager(), exact_kernels(device), _rerouted(self._visitors()):
                 self.model(self.tape.watch(Lanes([first] * self.lanes)))
@@ -248,11 +254,11 @@ class Walk:
 
     def _solve(self, name: str, layer: nn.Module, inputs: Lanes) -> None:
         weight = weight_matrix(layer)
-        for version, gram, cross in self._moments(name, layer, inputs):
+        for version, gram, cross, held_out in self._moments(name, layer, inputs):
             if not (gram.isfinite().all() and cross.isfinite().all()):
                 raise KdqError(f"the inputs of {name} are not finite: look at the calibration images and the network")
             try:
-                values, alphabet = self.config.solve(weight, gram, cross, version.bits[name])
+                values, alphabet = self.config.solve(weight, gram, cross, version.bits[name], held_out)
             except KdqError as refused:
                 raise KdqError(f"{name}: {refused}") from refused
             assert isinstance(layer.weight, Tensor)
@@ -268,8 +274,11 @@ class Walk:
             weights = version.weights[name]
             version.report.layers.append(LayerReport(name, kind, shape, weights.bits, weights.levels, error))
 
-    def _moments(self, name: str, layer: nn.Module, inputs: Lanes) -> Iterator[tuple[Version, Tensor, Tensor]]:
-        """``G = X~'X~`` and ``C = X~'X`` for every version, each ``(groups, d, d)``.
+    def _moments(
+        self, name: str, layer: nn.Module, inputs: Lanes
+    ) -> Iterator[tuple[Version, Tensor, Tensor, HeldOut | None]]:
+        """``G = X~'X~`` and ``C = X~'X`` for every version, each ``(groups, d, d)``, and what they hold of held-out
+        images.
 
         Lanes that still agree with the float lane share one matrix, which then is both.
         """
@@ -278,25 +287,28 @@ class Walk:
             for version in self.versions
             if inputs.lanes[version.lane] is not inputs.lanes[0] or name in version.activations
         }
-        moments = self.config.moments or Moments
-        grams = {lane: moments(layer, True) for lane in own}
-        crosses = {lane: moments(layer, False) for lane in own}
+        new = partial(PartedMoments, self.config.moments or Moments, layer, parted=self.parts > 0)
+        grams = {lane: new(True) for lane in own}
+        crosses = {lane: new(False) for lane in own}
         if shared := len(own) < len({version.lane for version in self.versions}):
-            grams[0] = moments(layer, True)
+            grams[0] = new(True)
         for chunk in self._each_chunk(inputs):
-            x = chunk.lanes[0]
+            x, held_out = chunk.lanes[0], self.parts > 0 and self.current % self.parts == self.parts - 1
             if shared:
-                grams[0].add(x, x)
+                grams[0].add(x, x, held_out)
             for lane, quantizer in own.items():
                 x_tilde = chunk.lanes[lane] if quantizer is None else quantizer.nearest(chunk.lanes[lane])
-                grams[lane].add(x_tilde, x_tilde)
-                crosses[lane].add(x_tilde, x)
-        totals: dict[int, tuple[Tensor, Tensor]] = {}
+                grams[lane].add(x_tilde, x_tilde, held_out)
+                crosses[lane].add(x_tilde, x, held_out)
+        totals: dict[int, tuple[Tensor, Tensor, HeldOut | None]] = {}
         for version in self.versions:
             lane = version.lane if version.lane in own else 0
             if lane not in totals:
-                gram = grams.pop(lane).total()
-                totals[lane] = (gram, crosses.pop(lane).total() if lane in own else gram)
+                patches = grams[lane].patches()
+                gram, part = grams.pop(lane).total()
+                cross, cross_part = crosses.pop(lane).total() if lane in own else (gram, part)
+                judged = None if part is None or cross_part is None else HeldOut(part, cross_part, patches)
+                totals[lane] = gram, cross, judged
             yield (version, *totals[lane])
             if lane:
                 del totals[lane]
