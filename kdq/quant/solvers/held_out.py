@@ -10,8 +10,8 @@ patches, D fits their noise. With the moments of held-out images the error of a 
 cut to 0 and 1: as much of the correction as holds elsewhere (a closed-form shrinkage as in CoreQ, arXiv 2602.05902). A
 share gamma of D is what moments with ``G + gamma (C - G)`` in place of C lead to, whatever the solver.
 
-Where there are fewer held-out patches than columns, nothing but the weights themselves says what the layer does
-elsewhere: several ridges are tried, and plain rounding, and the one of least held-out error is taken.
+Where there are fewer patches than columns, nothing but the weights themselves says what the layer does elsewhere:
+several ridges are tried, and plain rounding, and the one of least held-out error is taken.
 
 Measured on a ResNet-32 (CIFAR-10, 2 bits, 48 images, divergence from the float network on held-out training images,
 three draws): .0306, without held-out images .0382. Layers of the first stage get a gamma of 1, those of the last 0.3 to
@@ -28,8 +28,9 @@ from torch import Tensor
 
 from kdq.quant.solvers.qronos import project
 
-#: With fewer held-out patches than this for each column, ridges are compared with one another and with rounding.
-FEW = 1
+#: With fewer held-out patches than this for each column (a quarter of them all: fewer patches than columns), ridges are
+#: compared with one another and with rounding.
+FEW = 0.25
 #: Ridges tried there, as multiples of the preset's.
 RIDGES = (1, 10, 100)
 

@@ -65,12 +65,12 @@ def test_a_layer_with_few_patches_is_rounded_where_that_is_better() -> None:
 
     W, (X, Xq) = torch.randn(1, 6, 20), inputs(100, 0.1)
     G, C = moments(X, Xq)
-    few = HeldOut(*moments(X[90:], Xq[90:]), 10)
+    few = HeldOut(*moments(X[96:], Xq[96:]), 4)
     config = QuantConfig(solver=zeros)
     values, alphabet = config.solve(W, G, C, 4, few)
     assert torch.equal(values, uniform(W, 4).nearest(W))
     assert torch.equal(alphabet.nearest(values), values)
-    many = few._replace(patches=FEW * 20)
+    many = few._replace(patches=round(FEW * 20))
     assert torch.equal(config.solve(W, G, C, 4, many)[0], config.solve(W, G, C, 4)[0])
 
 
