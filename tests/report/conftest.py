@@ -24,7 +24,7 @@ HOSTILE = [
     "[bold]x[/] | y\n# z",
     "$\\frac{$ _x",
     "a\u2028b\x00c\x1b[2J",
-    "x" * 500,
+    "x" * 50,
 ]
 
 
