@@ -7,6 +7,7 @@ import torch
 
 from kdq.data.images import Images
 from kdq.data.loader import EvalLoader, TrainLoader
+from kdq.utils.errors import KdqError
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -62,5 +63,6 @@ class ImageDataModule(L.LightningDataModule):
         return trainer.strategy.root_device, trainer.global_rank, trainer.world_size
 
     def _trainer(self) -> L.Trainer:
-        assert self.trainer is not None, "ImageDataModule serves a Trainer: pass it to trainer.fit"
+        if self.trainer is None:
+            raise KdqError("ImageDataModule serves a Trainer: pass it to trainer.fit")
         return self.trainer

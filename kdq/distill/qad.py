@@ -8,6 +8,7 @@ training on labels is its control. See :mod:`kdq.quant.fake` for the rounding an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ class IntoQuantized(DistillationModule):
         student: what :func:`kdq.quantize` or :func:`kdq.load` gave; it is not modified.
         args, kwargs: of :class:`~kdq.distill.module.DistillationModule`, or of the method's other base.
         batchnorm: ``train``, or ``frozen``.
-        config: of the training, :data:`TUNING` by default; its optimizer is Adam, with ``momentum`` as its first beta.
+        config: of the training; what a mapping does not say is as in :data:`TUNING`. Its optimizer is Adam, with
+            ``momentum`` as the first beta.
         learn_scales: the scales of the alphabets are trained, too, without weight decay.
     """
 
@@ -53,7 +55,8 @@ class IntoQuantized(DistillationModule):
         config: TrainConfig | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(_trainable(student), *args, config=config or TUNING, **kwargs)
+        config = replace(TUNING, **config) if isinstance(config, Mapping) else config or TUNING
+        super().__init__(_trainable(student), *args, config=config, **kwargs)
         self.batchnorm = one_of("tune.batchnorm", batchnorm, BATCHNORM)
         for rounding in roundings(self.student.network):
             rounding.scale.requires_grad_(learn_scales)

@@ -17,7 +17,7 @@ from kdq.quant.solvers.alphabet import Alphabet, check_bits
 from kdq.quant.solvers.alphabets import ALPHABETS, AlphabetChoice, per_layer, rescale
 from kdq.quant.solvers.gpfq import gpfq
 from kdq.quant.solvers.gptq import gptq
-from kdq.quant.solvers.held_out import FEW, RIDGES, HeldOut, output_error, trusted
+from kdq.quant.solvers.held_out import RIDGES, HeldOut, output_error, trusted
 from kdq.quant.solvers.qronos import qronos
 from kdq.quant.solvers.refine import refine
 from kdq.quant.solvers.rtn import rtn
@@ -51,11 +51,11 @@ class Preset:
     scale: str = "weight"
     refine: int = 0
     ridge: float = 0.0
-    held_out: float = 0.0
+    held_out: bool = False
 
 
 #: ``best``, what is most accurate at low widths, and the published solvers as their papers have them.
-PRESETS = {"best": Preset(qronos, order="gram", scale="gram", refine=3, ridge=0.1, held_out=0.25)}
+PRESETS = {"best": Preset(qronos, order="gram", scale="gram", refine=3, ridge=0.1, held_out=True)}
 PRESETS |= {name: Preset(solver) for name, solver in SOLVERS.items()}
 
 
@@ -77,7 +77,7 @@ class QuantConfig:
         refine: sweeps of :func:`kdq.quant.solvers.refine.refine` after the solver; None: as the preset has it.
         ridge: how much a layer's weights are held to their float values, see :func:`held`, as a share of its inputs'
             mean energy; None: as the preset has it.
-        held_out: share of the calibration images on which a layer's solution is judged, see
+        held_out: a layer's solution is judged on about a quarter of the calibration images, which are held out, see
             :mod:`kdq.quant.solvers.held_out`; None: as the preset has it.
         first_last_bits: width of the first and the last layer that run, whatever the others have.
         keep_float: names of layers, parameters and modules (for all that is inside them) whose weights stay float, and
@@ -100,7 +100,7 @@ class QuantConfig:
     order: str | None = None
     refine: int | None = None
     ridge: float | None = None
-    held_out: float | None = None
+    held_out: bool | None = None
     first_last_bits: int | None = None
     keep_float: tuple[str, ...] = ()
     float_dtype: str | None = None
@@ -121,7 +121,6 @@ class QuantConfig:
         one_of("correct", self.correct, CORRECTIONS)
         within("refine", self.refine or 0, 0)
         within("ridge", self.ridge or 0, 0)
-        within("held_out", self.held_out or 0, 0, 0.5)
         if self.refine and not self.per_channel:
             raise KdqError("refine fits a scale to every output channel: use per_channel=true, or refine=0")
         if self.scale == "gram" and not self.per_channel:
@@ -165,30 +164,31 @@ class QuantConfig:
         Returns:
             Values ``(groups, N, d)`` and the alphabet they are of.
         """
-        ridge = self.preset.ridge
+        ridge, alphabet = self.preset.ridge, self._alphabet(weight, bits)
         if held_out is None or bits >= 8:
-            return self._solve(weight, gram, cross, bits, ridge)
+            return self._solve(weight, gram, cross, alphabet, ridge)
         seen = gram - held_out.gram, cross - held_out.cross
         share = trusted(weight, *held(*seen, ridge), held_out)
-        if held_out.patches < FEW * weight.shape[-1]:
-            alphabet = self._alphabet(weight, bits)
-            rounded = alphabet.nearest(weight)
+        if held_out.few:
             errors = {
-                tried: output_error(weight, self._solve(weight, *_shrunk(*seen, share), bits, tried)[0], held_out)
+                tried: output_error(weight, self._solve(weight, *_shrunk(*seen, share), alphabet, tried)[0], held_out)
                 for tried in (ridge * factor for factor in RIDGES)
             }
             ridge = min(errors, key=lambda tried: float(errors[tried]))
+            rounded = alphabet.nearest(weight)
             if output_error(weight, rounded, held_out) < errors[ridge]:
                 return rounded, alphabet
-        return self._solve(weight, *_shrunk(gram, cross, share), bits, ridge)
+        return self._solve(weight, *_shrunk(gram, cross, share), alphabet, ridge)
 
     def _alphabet(self, weight: Tensor, bits: int) -> Alphabet:
         choice = _named(ALPHABETS, self.alphabet, "alphabet")
         alphabet: Alphabet = (choice if self.per_channel else per_layer(choice))(weight, bits)
         return alphabet
 
-    def _solve(self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int, ridge: float) -> tuple[Tensor, Alphabet]:
-        preset, alphabet = self.preset, self._alphabet(weight, bits)
+    def _solve(
+        self, weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, ridge: float
+    ) -> tuple[Tensor, Alphabet]:
+        preset = self.preset
         fine = alphabet.levels >= 2**8  # the scale is exact to the last code already
         if ridge:
             gram, cross = held(gram, cross, ridge)

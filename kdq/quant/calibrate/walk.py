@@ -32,7 +32,7 @@ from kdq.quant.distributed import summed
 from kdq.quant.layers import weight_of
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.quant.report import LayerReport, Report
-from kdq.quant.solvers.held_out import HeldOut
+from kdq.quant.solvers.held_out import PARTS, HeldOut
 from kdq.utils.errors import KdqError
 from kdq.utils.kernels import exact_kernels
 
@@ -94,7 +94,7 @@ class Walk:
         """Quantize every layer; the results are in ``versions``."""
         device = self.chunks.device
         first: Tensor | None = None
-        parts = round(1 / self.config.preset.held_out) if self.config.preset.held_out else 0
+        parts = PARTS if self.config.preset.held_out else 0
         for images, count in in_chunks(batches, device, parts):
             if first is None:
                 first = images
