@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     """Run the parts asked for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m kdq.bench train", add_help=False)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
-    known = [name for name in choices("method") if name != "teacher"]
+    known = [name for name in choices("method") if name not in ("teacher", "terms")]
     parser.add_argument("--methods", choices=[*known, "all"], nargs="+", default=METHODS)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--json", type=Path)

@@ -23,6 +23,7 @@ from kdq.distill.rkd import RKD
 from kdq.distill.rld import RLD
 from kdq.distill.sp import SP
 from kdq.distill.teacher_student import TeacherStudent
+from kdq.distill.terms import Terms
 from kdq.distill.tfkd import TfKD
 from kdq.distill.ttm import TTM
 from kdq.distill.vid import VID
@@ -52,6 +53,7 @@ __all__ = [
     "Mixup",
     "ReviewKD",
     "TeacherStudent",
+    "Terms",
     "TfKD",
     "TrainConfig",
 ]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.layers import check_names, found_layers, looked_at, watched
+from kdq.distill.layers import check_names, found_layers, looked_at
 from kdq.distill.learner import Learner
-from kdq.distill.losses import distillation_kl, soft_cross_entropy
+from kdq.distill.losses import distillation_kl
 from kdq.distill.progress import TrainingProgress
-from kdq.distill.teacher_student import TeacherStudent
+from kdq.distill.teacher_student import Outputs, TeacherStudent
 from kdq.utils.checks import within
 from kdq.utils.errors import KdqError
 
@@ -91,19 +91,22 @@ class FeatureMethod(TeacherStudent):
         """What makes the student's features comparable, given both shapes without the batch."""
         return nn.Identity()
 
-    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms ``ce``, ``features`` and, if it has a weight, ``kl``."""
-        networks = {"student": self.student.network, "teacher": self.teacher.network}
-        with watched(networks["student"], self.layers["student"]) as mine:
-            logits = self.student(images)
-        with watched(networks["teacher"], self.layers["teacher"]) as theirs:
-            teacher_logits = self.teacher(images)
-        terms = {"ce": soft_cross_entropy(logits, labels, self.config.label_smoothing)}
+    def watches(self, role: str) -> Iterable[str]:
+        return self.layers[role]
+
+    def added(
+        self, student: Outputs, teacher: Outputs, labels: Tensor, progress: TrainingProgress
+    ) -> dict[str, Tensor]:
+        """The terms ``features`` and, if it has a weight, ``kl``."""
+        terms = {}
         if self.kd:
-            kl = distillation_kl(*self.comparable(logits, teacher_logits), self.temperature)
+            kl = distillation_kl(*self.comparable(student.logits, teacher.logits), self.temperature)
             terms["kl"] = self.kd * kl
-        features = ([mine[name] for name in self.layers["student"]], [theirs[name] for name in self.layers["teacher"]])
-        return {**terms, "features": self.weight_at(progress) * self.between(*features)}, logits
+        mine, theirs = (
+            [outputs.features[name] for name in self.watches(role)]
+            for role, outputs in (("student", student), ("teacher", teacher))
+        )
+        return {**terms, "features": self.weight_at(progress) * self.between(mine, theirs)}
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

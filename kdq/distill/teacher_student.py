@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kdq.distill.layers import watched
 from kdq.distill.learner import compiled_in_place
 from kdq.distill.losses import soft_cross_entropy, standardized
 from kdq.distill.module import DistillationModule
@@ -37,6 +38,13 @@ class FrozenTeacher:
             return self.network(images)
 
 
+class Outputs(NamedTuple):
+    """What a network made of a batch: logits ``(batch, classes)``, and the features of the layers that are compared."""
+
+    logits: Tensor
+    features: Mapping[str, Tensor]
+
+
 class TeacherStudent(DistillationModule):
     """A student that learns from a frozen teacher: what such methods share.
 
@@ -56,6 +64,8 @@ class TeacherStudent(DistillationModule):
     """
 
     takes = ("teacher",)
+    #: The weight of the cross-entropy.
+    ce_weight = 1.0
 
     def __init__(
         self,
@@ -86,14 +96,27 @@ class TeacherStudent(DistillationModule):
         return self._teacher
 
     def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
-        """The cross-entropy and the method's terms."""
-        logits = self.student(images)
-        ce = soft_cross_entropy(logits, labels, self.config.label_smoothing)
-        terms = self.terms(*self.comparable(logits, self.teacher(images)), labels, progress)
-        return {"ce": ce, **terms}, logits
+        """The cross-entropy and what the method adds to it; ``labels`` are indices ``(batch,)``, or probabilities
+        ``(batch, classes)`` where the method's terms take them."""
+        with watched(self.student.network, self.watches("student")) as features:
+            student = Outputs(self.student(images), features)
+        with watched(self.teacher.network, self.watches("teacher")) as features:
+            teacher = Outputs(self.teacher(images), features)
+        ce = soft_cross_entropy(student.logits, labels, self.config.label_smoothing)
+        return {"ce": self.ce_weight * ce, **self.added(student, teacher, labels, progress)}, student.logits
+
+    def watches(self, role: str) -> Iterable[str]:
+        """The layers of ``student`` or ``teacher`` whose features :meth:`added` compares."""
+        return ()
+
+    def added(
+        self, student: Outputs, teacher: Outputs, labels: Tensor, progress: TrainingProgress
+    ) -> dict[str, Tensor]:
+        """The named terms that are minimised beside the cross-entropy."""
+        return self.terms(*self.comparable(student.logits, teacher.logits), labels, progress)
 
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
-        """What is minimised beside the cross-entropy, of logits ``(batch, classes)``; z-scores if ``standardize``."""
+        """The same, of logits ``(batch, classes)`` alone; z-scores if ``standardize``."""
         raise NotImplementedError(f"{type(self).__name__} must define terms(student, teacher, labels, progress)")
 
     def setup(self, stage: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdq.distill.losses import distillation_kl, soft_cross_entropy
+from kdq.distill.losses import distillation_kl
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
 from kdq.utils.checks import within
@@ -36,13 +36,10 @@ class VKD(TeacherStudent):
     ) -> None:
         super().__init__(student, teacher, **kwargs)
         self.alpha = within("method.alpha", alpha, 0, 1)
+        self.ce_weight = 1 - self.alpha
 
-    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
-        """``labels`` are indices ``(batch,)`` or probabilities ``(batch, classes)``."""
-        logits = self.student(images)
-        ce = soft_cross_entropy(logits, labels, self.config.label_smoothing)
-        kl = distillation_kl(*self.comparable(logits, self.teacher(images)), self.tempered(progress))
-        return {"ce": (1 - self.alpha) * ce, "kl": self.alpha * kl}, logits
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
+        return {"kl": self.alpha * distillation_kl(student, teacher, self.tempered(progress))}
 
     def tempered(self, progress: TrainingProgress) -> float | Tensor:
         """The temperature of a batch."""

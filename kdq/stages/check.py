@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from kdq.distill.terms import Terms, method_of
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS
 from kdq.quant.config import OPTIONS
 from kdq.stages.schema import Config, Deploy, NoDeploy, Peer
@@ -108,13 +109,16 @@ class _Check:
         target = node["_target_"]
         if target is None:
             return self.names(where, node, ("name", "_target_"))
-        takes = getattr(imported(where, target), "takes", ())
+        kind = imported(where, target)
+        takes = getattr(kind, "takes", ())
         options = {name: value for name, value in node.items() if name != "name"}
         if where == "method":
             options.pop("weights", None)
             if "peer" in takes:
                 self.node("method.peer", options.pop("peer", {}), Peer)
                 self.calls("method.peer", node["peer"])
+            if kind is Terms:
+                self.terms(f"{where}.terms", options.pop("terms", {}))
         else:
             for name in ("images", "recipe", *(("teacher",) if "teacher" in takes else ())):
                 if name not in options:
@@ -123,6 +127,19 @@ class _Check:
             check_type("tune.images", node["images"], int | None)
             self.node("tune.recipe", node["recipe"], Recipe)
         return self.calls(where, options)
+
+    def terms(self, where: str, node: Any) -> None:
+        """``method.terms`` has methods by name, each with its options, ``name``, and ``weight``."""
+        if not isinstance(node, Mapping):
+            raise KdqError(f"{where}={node} must be methods by name: +method@{where}.at=at")
+        for name, options in node.items():
+            if not isinstance(options, Mapping):
+                raise KdqError(f"{where}.{name}={options} has options of its own: +{where}.{name}.weight=...")
+            if "_target_" in options:
+                imported(f"{where}.{name}", options["_target_"])
+            kind, options = method_of(name, options)
+            known = parameters(kind)
+            self.names(f"{where}.{name}", options, options if known is None else ("name", "weight", *known))
 
     def calls(self, where: str, node: Any) -> None:
         """Whatever has a ``_target_`` takes the options beside it."""

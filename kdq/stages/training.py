@@ -25,7 +25,7 @@ from kdq.tracking.run import Artifact, RunLogger
 from kdq.train.fit import Best, fit, ranked
 from kdq.train.recipe import Recipe
 from kdq.train.trainer import ALL_DEVICES
-from kdq.utils.calls import made
+from kdq.utils.calls import called, imported, made
 from kdq.utils.config import plain
 from kdq.utils.errors import KdqError
 
@@ -111,6 +111,8 @@ def train(
     recipe = Recipe(**spec.recipe)
     target, options = spec.method["_target_"], {key: v for key, v in spec.method.items() if key != "_target_"}
     kind = hydra.utils.get_class(target)
+    for path in called(options):
+        imported("method", path)  # classes of one's own, which a method finds among those that there are
     if not issubclass(kind, DistillationModule):
         raise KdqError(f"{target} is not a kdq.distill.DistillationModule: derive your method from it")
     shared: dict[str, Any] = {
