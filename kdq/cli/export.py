@@ -1,14 +1,17 @@
-"""``kdq-export CELL``: a cell of a grid, or any packed file, in the format that another runtime loads."""
+"""``kdq-export CELL``: a cell of a grid, or any packed file, as another runtime loads it, or on the hub."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -17,14 +20,19 @@ import kdq.cli.app  # noqa: F401  the resolvers of configs
 from kdq.deploy.graph import torch_program
 from kdq.deploy.onnx_files import onnx_models
 from kdq.deploy.runtime import session, top1
-from kdq.quant.packing.file import load_packed
+from kdq.quant.packing.file import load_packed, read_header
 from kdq.records.rows import Row, find_row, read_rows
+from kdq.report.card import card
+from kdq.report.material import Material
+from kdq.report.publish import public
 from kdq.stages.cell import Cell
 from kdq.stages.deploy import calibration, compare, packed_network
 from kdq.utils.config import choices, compose
 from kdq.utils.errors import KdqError
-from kdq.utils.files import replacing
+from kdq.utils.files import replacing, write_text
+from kdq.utils.hub import CARD, HUB, PACKED, ROW, upload
 from kdq.utils.messages import describe
+from kdq.utils.version import __version__
 
 SUFFIXES = {
     "packed": ".kdq",
@@ -33,6 +41,8 @@ SUFFIXES = {
     "onnx-int8": ".int8.onnx",
     "onnx-codes": ".codes.onnx",
 }
+#: The figure of a report that a shared model's card shows.
+FIGURE = "accuracy_vs_bytes.png"
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,38 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
     return f"top-1 {accuracy:.2f} on the test set, {row.top1:.2f} as evaluated"
 
 
+def share(source: Source, kind: str, target: str, licence: str = "unknown", overrides: Sequence[str] = ()) -> str:
+    """Upload ``source`` to ``target``, ``hf:owner/name``: its packed file, the file of ``kind`` where that is another,
+    its row, the figure of its report and a card. Returns the address.
+
+    Args:
+        licence: an identifier that the hub knows, such as ``mit``.
+        overrides: as of :func:`export`.
+
+    Raises:
+        KdqError: as :func:`export` and :func:`kdq.utils.hub.upload`.
+    """
+    header, files = read_header(source.packed), {PACKED: "the packed network"}
+    with TemporaryDirectory() as name:
+        folder, answer = Path(name), None
+        shutil.copyfile(source.packed, folder / PACKED)
+        if kind != "packed":
+            file = f"model{SUFFIXES[kind]}"
+            said = export(source, kind, folder / file, overrides)
+            files[file] = f"{kind}, {(folder / file).stat().st_size:,} bytes" + (f"; {said}" if said else "")
+        if source.row is not None:
+            write_text(folder / ROW, json.dumps(dataclasses.asdict(public(source.row)), indent=1) + "\n")
+            files[ROW] = "everything that was measured, and the config that makes it again"
+        if source.row is not None and source.output is not None:
+            answer = next((x for x in Material(source.output).answers if x.data == source.row.data and x.lines), None)
+            if answer and (figure := source.output / "report" / FIGURE).is_file():
+                shutil.copyfile(figure, folder / FIGURE)
+                files[FIGURE] = ""
+        size, repository = source.packed.stat().st_size, target.removeprefix(HUB)
+        write_text(folder / CARD, card(repository, header, size, source.row, answer, files, licence))
+        return upload(folder, target, f"{source.packed.stem}, kdq {__version__}")
+
+
 def _network(source: Source, overrides: Sequence[str]) -> nn.Module:
     """The packed network, built as the overrides say where they name a model."""
     if any(override.lstrip("+").startswith(("model@", "teacher.net", "student.net")) for override in overrides):
@@ -170,18 +212,26 @@ def _shape(network: nn.Module, cell: Cell | None) -> tuple[int, int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """``kdq-export CELL [--format F] [--output-dir DIR] [--to PATH] [OVERRIDE ...]``."""
+    """``kdq-export CELL [--format F] [--output-dir DIR] [--to PATH | --to hf:owner/name] [OVERRIDE ...]``."""
     parser = argparse.ArgumentParser(prog="kdq-export", description="Write a cell's model for another runtime.")
     parser.add_argument("cell", help="a row's config_hash or its start, a row's .json file, or a packed .kdq file")
     parser.add_argument("--format", choices=SUFFIXES, default="packed", help="default: packed")
     parser.add_argument("--output-dir", type=Path, default="outputs", help="paths.output_dir of the run")
-    parser.add_argument("--to", type=Path, default=".", help="a file, or a folder for one named after the cell")
+    parser.add_argument(
+        "--to",
+        default=".",
+        help="a file, a folder for one named after the cell, or hf:owner/name: the Hugging Face hub",
+    )
+    parser.add_argument("--license", default="unknown", help="of a model on the hub, by its name there, such as mit")
     parser.add_argument("overrides", nargs="*", help="of kdq's config, for ONNX: the images, such as data=cifar10")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="kdq-export: %(message)s")
     try:
         source = find(options.cell, options.output_dir)
-        target = options.to
+        if options.to.startswith(HUB):
+            print(share(source, options.format, options.to, options.license, options.overrides))
+            return
+        target = Path(options.to)
         if target.is_dir() or not target.suffix:
             target = target / f"{source.packed.stem}{SUFFIXES[options.format]}"
         said = export(source, options.format, target, options.overrides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdq.utils.errors import KdqError, one_line
+from kdq.utils.hub import HUB, fetch
 
 #: File names tried in a hub repository that names none, the safe format first.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -25,36 +25,12 @@ def locate(source: str) -> Path:
     Raises:
         KdqError: there is no such file, or the hub cannot be reached and holds no cached copy.
     """
-    if source.startswith("hf:"):
-        return _from_hub(source)
+    if source.startswith(HUB):
+        return fetch(source, HUB_FILES)
     path = Path(source).expanduser()
     if not path.is_file():
         raise KdqError(f"no weights file at {path}: give an existing .safetensors/.pt/.pth/.bin file or hf:owner/name")
     return path
-
-
-def _from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told in our one line
-
-    repo, _, filename = source.removeprefix("hf:").partition(":")
-    if repo.count("/") != 1:
-        raise KdqError(f"weights={source!r} is not hf:owner/name or hf:owner/name:file")
-    tried = (filename,) if filename else HUB_FILES
-    for name in tried:
-        try:
-            return Path(hf_hub_download(repo, name))
-        except LocalEntryNotFoundError as error:
-            raise KdqError(
-                f"cannot fetch {name} of {repo} (no network?): download it elsewhere and set weights=/path/to/{name}"
-            ) from error
-        except EntryNotFoundError:
-            continue
-        except Exception as error:  # the hub raises many kinds: unknown repository, gated, proxy, ...
-            raise KdqError(f"cannot fetch {name} of {repo}: {' '.join(str(error).split())}") from error
-    raise KdqError(f"{repo} holds none of {', '.join(tried)}: name its file, weights=hf:{repo}:FILE")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

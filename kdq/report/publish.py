@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kdq.records.rows import write_csv
+from kdq.records.rows import Row, write_csv
 from kdq.report.write import Written
 from kdq.utils.files import write_text
 
@@ -19,11 +19,7 @@ def publish(output: Path, written: Written, folder: Path) -> None:
     """Copy the report of ``output`` to ``folder``, its rows as one file, ``rows/rows.jsonl``; ``kdq-report`` reads the
     folder as it reads ``output``. The page is left out, for ``kdq-report FOLDER`` makes it again.
     """
-    # Where logs and images lay on this machine is nobody's business; their names find them again.
-    rows = [
-        dataclasses.replace(row, wandb_run=Path(row.wandb_run).name, config=_without_places(row.config))
-        for row in written.rows
-    ]
+    rows = [public(row) for row in written.rows]
     lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
     write_text(folder / "rows" / "rows.jsonl", "".join(lines))
     write_csv(folder / "results.csv", rows)
@@ -35,6 +31,11 @@ def publish(output: Path, written: Written, folder: Path) -> None:
             target = folder / path.relative_to(output)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def public(row: Row) -> Row:
+    """``row`` for others: where logs and images lay on this machine is nobody's business; their names find them."""
+    return dataclasses.replace(row, wandb_run=Path(row.wandb_run).name, config=_without_places(row.config))
 
 
 def _without_places(value: Any) -> Any:

@@ -98,7 +98,7 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         locate("hf:justname")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(KdqError, match=r"cannot fetch model.safetensors of someone/net .*set weights=/path/to"):
+    with pytest.raises(KdqError, match=r"cannot fetch model.safetensors of someone/net .*give its path"):
         locate("hf:someone/net")
 
 

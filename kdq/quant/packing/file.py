@@ -29,6 +29,7 @@ from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight, float_entri
 from kdq.quant.solvers.alphabet import MAX_BITS
 from kdq.utils.errors import KdqError, one_line
 from kdq.utils.files import parse_json, regular, replacing
+from kdq.utils.hub import HUB, PACKED, fetch
 
 #: Files whose layers all are modules' ``weight`` are of version 2, which older readers know.
 FORMAT = 3
@@ -117,7 +118,8 @@ def _floats(network: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]
 
 
 def load_packed(path: str | Path, network: nn.Module | None = None, decode: str = "once") -> nn.Module:
-    """The network in ``path``, in eval mode, with outputs equal bit for bit to the saved one's.
+    """The network in ``path``, a file or ``hf:owner/name[:file]``, in eval mode, with outputs equal bit for bit to the
+    saved one's.
 
     Its ``kdq_preprocess`` and ``kdq_classes`` say what the file says about its inputs and outputs.
 
@@ -133,7 +135,7 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     """
     if decode not in DECODE:
         raise KdqError(f"decode={decode!r} is unknown: use one of {', '.join(DECODE)}")
-    path = Path(path)
+    path = fetch(str(path), (PACKED,)) if str(path).startswith(HUB) else Path(path)
     header, tensors = _read(path)
     try:
         tensors = _with_zeros(header, tensors)
@@ -155,6 +157,15 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise KdqError(f"{path} does not fit the network: {one_line(error)}") from error
     return network.eval()
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a packed file (FORMAT.md), whose checksum matches.
+
+    Raises:
+        KdqError: it is not a complete, undamaged packed network.
+    """
+    return _read(path)[0]
 
 
 def _architecture(
