@@ -95,6 +95,8 @@ def quantize_widths(
     start = time.perf_counter()
     if not widths:
         raise KdqError("there is no width to quantize to")
+    if not isinstance(batches, Iterable):
+        raise KdqError(f"the batches are a {type(batches).__name__}: pass batches of inputs, such as a DataLoader")
     model, iterator = unwrapped(model), iter(batches)
     if (head := next((batch for batch in iterator if len(images_of(batch))), None)) is None:
         raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")

@@ -170,6 +170,7 @@ def test_errors_say_what_to_do(relu_net: nn.Module) -> None:
     cases: list[tuple[nn.Module, list[Tensor], dict, str]] = [
         (relu_net, [], {}, "no calibration image"),
         (relu_net, [image[:0]], {}, "no calibration image"),
+        (relu_net, None, {}, "the batches are a NoneType"),
         (relu_net, [image], {"bits": 1}, "2 to 32"),
         (relu_net, [image], {"bits": {"stem": 4}}, "no width for the layer"),
         (relu_net, [image], {"solver": "magic"}, "gpfq"),

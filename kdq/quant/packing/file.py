@@ -61,8 +61,11 @@ def save_packed(
         classes: names of the outputs. By default what the network was loaded with.
 
     Raises:
-        KdqError: quantized weights, or values of a network rounded by ``float_dtype``, were changed since.
+        KdqError: quantized weights, or values of a network rounded by ``float_dtype``, were changed since; or the path
+            is a folder.
     """
+    if Path(path).is_dir():
+        raise KdqError(f"{path} is a folder: give the file's name, such as {Path(path) / 'model.kdq'}")
     network = unwrapped(network)
     weights: dict[str, QuantizedWeight | PackedWeight] = getattr(network, "quantized_weights", {})
     tensors = _floats(network, weights)

@@ -241,6 +241,11 @@ def test_changed_weights_are_not_saved_as_what_they_were(tmp_path: Path, relu_ne
         kdq.save(quantized, tmp_path / "net.kdq")
 
 
+def test_a_network_is_not_saved_as_a_folder(tmp_path: Path, relu_net: nn.Module) -> None:
+    with pytest.raises(KdqError, match="is a folder: give the file's name"):
+        kdq.save(relu_net, tmp_path)
+
+
 def test_names_that_begin_like_a_weights_are_kept(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     net[1].register_buffer("weight_scale", torch.tensor(3.0))
