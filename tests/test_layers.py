@@ -152,7 +152,7 @@ SHOWN = {
         "DKD",
         "DML",
         *("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "ReviewKD", "CTKD", "DIST", "NKD", "TTM", "RLD", "TfKD"),
-        *("QAD", "QAT", "Terms"),
+        *("QAD", "QAT", "Terms", "CRD"),
         "DistillationModule",
         "TeacherStudent",
         "FeatureMethod",

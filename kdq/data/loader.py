@@ -13,7 +13,7 @@ from kdq.utils.errors import KdqError
 
 
 class TrainLoader:
-    """Shuffled, augmented, normalised batches ``(inputs, labels)``.
+    """Shuffled, augmented, normalised batches ``(inputs, labels)``, or ``(inputs, labels, places in indices)``.
 
     The order and the augmentation of an epoch depend on ``(seed, epoch)`` alone. ``batch_size`` is the *global*
     batch: with several processes each takes its slice of every global batch, so that n processes see what one
@@ -24,6 +24,7 @@ class TrainLoader:
         source: gives the raw images.
         indices: which of them to use, int64 on the CPU.
         epoch: tells the current epoch, so that a resumed training goes on with the epoch's own order.
+        indexed: whether batches say which images they hold.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class TrainLoader:
         portions: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        indexed: bool = False,
     ) -> None:
-        self.source, self.indices = source, indices
+        self.source, self.indices, self.indexed = source, indices, indexed
         self.local = max(1, min(batch_size, len(indices)) // (world_size * portions))
         self.portion, self.portions = self.local * world_size, portions
         self.preprocess, self.augment = preprocess, augment
@@ -54,13 +56,16 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.indices) // (self.portion * self.portions) * self.portions
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
-        order = self.indices[torch.randperm(len(self.indices), generator=generator)]
+        order = torch.randperm(len(self.indices), generator=generator)
         draws = self.augment.draw(len(order), *self.source.size, generator)
-        own = self._own(draws).to(self.source.device).split(self.local)
-        for (images, labels), drawn in zip(self.source.batches(self._own(order), self.local), own, strict=True):
-            yield self.preprocess(self.augment(images, drawn)), labels
+        places = self._own(order)
+        own = (values.to(self.source.device).split(self.local) for values in (self._own(draws), places))
+        batches = self.source.batches(self.indices[places], self.local)
+        for (images, labels), drawn, place in zip(batches, *own, strict=True):
+            inputs = self.preprocess(self.augment(images, drawn))
+            yield (inputs, labels, place) if self.indexed else (inputs, labels)
 
     def _own(self, values: Tensor) -> Tensor:
         """What of an epoch's ``values`` (one for each image) is this process's: a slice of every batch."""

@@ -45,6 +45,7 @@ class ImageDataModule(L.LightningDataModule):
             portions=self.portions,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            indexed=getattr(trainer.lightning_module, "indexed", False),
         )
 
     def val_dataloader(self) -> EvalLoader:

@@ -5,6 +5,7 @@ Each module stands alone in a plain script; :mod:`kdq.distill.module` opens with
 
 from kdq.distill.at import AT
 from kdq.distill.config import TrainConfig
+from kdq.distill.crd import CRD
 from kdq.distill.cross_entropy import CrossEntropy
 from kdq.distill.ctkd import CTKD
 from kdq.distill.dist import DIST
@@ -31,6 +32,7 @@ from kdq.distill.vkd import VKD
 
 __all__ = [
     "AT",
+    "CRD",
     "CTKD",
     "DIST",
     "DKD",

@@ -113,8 +113,8 @@ class DML(DistillationModule):
             logits, peer_logits = standardized(logits), standardized(peer_logits)
         return {"ce": ce, "kl": weight * distillation_kl(logits, peer_logits, self.temperature)}
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        images, labels, *_ = batch
         weight = self.weight_at(self.progress(batch_idx).share)
         mine, theirs = self.student(images), self.peer(images)
         losses = [

@@ -8,6 +8,8 @@ of the literature's code, so that its weights can be taken.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -131,6 +133,32 @@ def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
         distances.append(F.mse_loss(mine, theirs))
         weights.append(weights[-1] / 2)
     return torch.stack([weight * part for weight, part in zip(weights, distances, strict=True)]).sum() / sum(weights)
+
+
+@in_float32
+def contrast_scores(anchors: Tensor, positives: Tensor, negatives: Tensor, tau: float = 0.07) -> Tensor:
+    """``<a, b> / tau`` of anchors ``(batch, dim)`` with their own positives ``(batch, dim)``, then with all negatives
+    ``(count, dim)``: ``(batch, 1 + count)``; no gradient but to the anchors.
+
+    >>> contrast_scores(torch.eye(2), torch.eye(2), torch.ones(1, 2), tau=0.5)
+    tensor([[2., 2.],
+            [2., 2.]])
+    """
+    own = (anchors * positives.detach()).sum(1, keepdim=True)
+    return torch.cat([own, anchors @ negatives.detach().T], dim=1) / tau
+
+
+@in_float32
+def contrast_loss(scores: Tensor, log_norm: Tensor, images: int) -> Tensor:
+    """``-log h(positive) - sum_negatives log(1 - h)`` on average, with ``h = p / (p + count / images)`` and
+    ``p = exp(score - log_norm)``: noise-contrastive estimation against ``count`` of ``images``, drawn evenly (CRD: Tian
+    et al. 2020, arXiv 1910.10699). Scores are :func:`contrast_scores`.
+
+    >>> round(contrast_loss(torch.zeros(1, 2), torch.tensor(4.0).log(), images=4).item(), 4)  # two coins
+    1.3863
+    """
+    logits = scores - log_norm - math.log((scores.shape[1] - 1) / images)
+    return -(F.logsigmoid(logits[:, 0]) + F.logsigmoid(-logits[:, 1:]).sum(1)).mean()
 
 
 def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ class FeatureMethod(TeacherStudent):
         """The distance of one layer's features, a scalar; the student's are projected."""
         raise NotImplementedError(f"{type(self).__name__} must define pair(student, teacher, layer)")
 
-    def between(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    def between(self, student: Sequence[Tensor], teacher: Sequence[Tensor], progress: TrainingProgress) -> Tensor:
         """The distance of all layers: the sum over :meth:`pair`, unless a method relates layers to each other."""
         triples = zip(self.projectors, student, teacher, strict=True)
         pairs = [self.pair(project(mine), theirs, layer) for layer, (project, mine, theirs) in enumerate(triples)]
@@ -106,7 +106,7 @@ class FeatureMethod(TeacherStudent):
             [outputs.features[name] for name in self.watches(role)]
             for role, outputs in (("student", student), ("teacher", teacher))
         )
-        return {**terms, "features": self.weight_at(progress) * self.between(mine, theirs)}
+        return {**terms, "features": self.weight_at(progress) * self.between(mine, theirs, progress)}
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

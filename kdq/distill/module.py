@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 import lightning as L
@@ -37,7 +37,8 @@ class DistillationModule(L.LightningModule):
 
     It logs ``train/loss`` and ``train/<term>`` of each step, ``train/top1``, ``val/top1`` and ``val/loss`` of each
     epoch, ``test/top1``, ``test/top5``, ``test/ece`` and ``test/loss``; shares, not percent. Batches are ``(images,
-    labels)``: float images ``(batch, channels, height, width)`` and int64 labels ``(batch,)``.
+    labels)``: float images ``(batch, channels, height, width)`` and int64 labels ``(batch,)``; a third entry, int64
+    indices ``(batch,)``, reaches methods as ``progress.indices``.
 
     >>> class Plain(DistillationModule):
     ...     def losses(self, images, labels, progress):
@@ -54,6 +55,8 @@ class DistillationModule(L.LightningModule):
 
     #: The networks that the method takes beside the student, as keyword arguments: ``teacher``, ``peer``.
     takes: tuple[str, ...] = ()
+    #: Whether it needs each image's place in the training set; kdq's loader gives it where this is set.
+    indexed = False
 
     def __init__(
         self,
@@ -109,9 +112,11 @@ class DistillationModule(L.LightningModule):
                 )
             self.trainer.accumulate_grad_batches = self.config.accumulate
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        terms, logits = self.losses(*batch, self.progress(batch_idx))
-        return self.total("student", terms, logits, batch[1])
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
+        images, labels, *rest = batch
+        progress = self.progress(batch_idx)
+        terms, logits = self.losses(images, labels, replace(progress, indices=rest[0]) if rest else progress)
+        return self.total("student", terms, logits, labels)
 
     def progress(self, batch_idx: int) -> TrainingProgress:
         """Where in its training a batch is."""
@@ -164,8 +169,8 @@ class DistillationModule(L.LightningModule):
             learner.val_top1.reset()
             learner.val_loss.reset()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        images, labels, *_ = batch
         for name, learner in self.learners.items():
             logits, suffix = learner.eval_network(images), self.suffix(name)
             learner.val_top1.update(logits, labels)
@@ -177,8 +182,8 @@ class DistillationModule(L.LightningModule):
         self.test_metrics.reset()
         self.test_loss.reset()
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        images, labels, *_ = batch
         logits = self(images).float()
         self.test_metrics.update(logits.softmax(1), labels)
         self.test_loss.update(soft_cross_entropy(logits, labels), weight=len(labels))

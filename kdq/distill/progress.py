@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class TrainingProgress:
     ``world_size``.
 
     A method that takes its randomness and its schedules from here alone resumes exactly after a crash, and draws the
-    same on every process.
+    same on every process. ``indices`` are the places of the batch's images in the training set, int64 ``(batch,)``,
+    where the loader gives them.
     """
 
     epoch: int = 0
@@ -22,6 +24,7 @@ class TrainingProgress:
     steps: int = 1
     rank: int = 0
     world_size: int = 1
+    indices: Tensor | None = None
 
     @property
     def share(self) -> float:

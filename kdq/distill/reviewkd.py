@@ -72,7 +72,7 @@ class ReviewKD(FeatureMethod):
         *_, deepest = self.layers["student"].values()
         return Review(student[0], min(512, deepest[0]), teacher[0], deepest=student is deepest)
 
-    def between(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    def between(self, student: Sequence[Tensor], teacher: Sequence[Tensor], progress: TrainingProgress) -> Tensor:
         deeper, levels = None, []
         for review, mine, theirs in reversed(list(zip(self.projectors, student, teacher, strict=True))):
             mine, theirs = (x if x.ndim == 4 else x.flatten(1)[..., None, None] for x in (mine, theirs))

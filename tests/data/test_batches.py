@@ -119,6 +119,19 @@ def test_two_processes_together_see_the_batches_of_one(images: Images) -> None:
         assert torch.equal(torch.cat([part[1] for part in parts]), labels)
 
 
+def test_batches_say_which_images_they_hold(images: Images) -> None:
+    told, halves = _train_loader(images, 2), [_train_loader(images, 2, rank, 2) for rank in range(2)]
+    for loader in (told, *halves):
+        loader.indexed = True
+    labels, seen = images.set.train_labels[images.split.train], []
+    for plain, batch, *parts in zip(_train_loader(images, 2), told, *halves, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(plain, batch, strict=False))  # the same batches as without
+        assert torch.equal(torch.cat([part[2] for part in parts]), batch[2])
+        assert torch.equal(labels[batch[2]], batch[1])
+        seen += batch[2].tolist()
+    assert len(set(seen)) == len(seen) == len(images.split.train) // 64 * 64
+
+
 def test_evaluation_meets_every_image_once_on_any_number_of_processes(images: Images) -> None:
     count = len(images.set.test_images)
     assert count % 3  # an odd one out, which padding samplers count twice

@@ -26,7 +26,23 @@ from kdq.stages.pipeline import run
 from kdq.stages.train import float_model, planned
 from kdq.utils.errors import KdqError
 
-METHODS = ("fitnets", "at", "sp", "rkd", "pkt", "nst", "vid", "reviewkd", "dist", "nkd", "ttm", "rld", "tfkd", "ctkd")
+METHODS = (
+    "fitnets",
+    "at",
+    "sp",
+    "rkd",
+    "pkt",
+    "nst",
+    "vid",
+    "reviewkd",
+    "crd",
+    "dist",
+    "nkd",
+    "ttm",
+    "rld",
+    "tfkd",
+    "ctkd",
+)
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
 QUIET |= {"enable_model_summary": False}
 
@@ -131,7 +147,7 @@ def test_reviewkd_mixes_from_the_deepest_level_on(batch: tuple[Tensor, Tensor]) 
     reduced = deep.reduce(mine[1])
     both = shallow.reduce(mine[0]) + reduced.repeat_interleave(2, 2).repeat_interleave(2, 3)
     expected = hierarchical_loss(deep.expand(reduced), theirs[1]) + hierarchical_loss(shallow.expand(both), theirs[0])
-    torch.testing.assert_close(module.between(mine, theirs), expected)
+    torch.testing.assert_close(module.between(mine, theirs, TrainingProgress()), expected)
     terms = [module.losses(*batch, TrainingProgress(epoch=epoch, epochs=4))[0]["features"] for epoch in (0, 1, 2, 3)]
     torch.testing.assert_close(torch.stack(terms), terms[3] * torch.tensor([0.0, 0.5, 1.0, 1.0]))
 

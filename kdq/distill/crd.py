@@ -1,0 +1,116 @@
+"""Contrastive representation distillation (Tian, Krishnan & Isola 2020, arXiv 1910.10699)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdq.distill.feature_losses import contrast_loss, contrast_scores
+from kdq.distill.features import FeatureMethod
+from kdq.distill.progress import TrainingProgress
+from kdq.utils.checks import within
+from kdq.utils.errors import KdqError
+
+
+class CRD(FeatureMethod):
+    """``CE + weight (NCE(student, bank of the teacher) + NCE(teacher, bank of the student))`` between embeddings.
+
+    What the last linear layers take is mapped to ``dim`` numbers, of length one, by two linear layers that are trained
+    with the student. The bank holds a running embedding of each training image for both networks: an image is told
+    from ``negatives`` others, drawn for each batch and shared by its images. Batches are ``(images, labels, indices)``:
+    each image's place in the data set, from 0. Several processes have one bank: each gathers what all have seen. It
+    takes 8 dim bytes an image, lies in checkpoints, and is no part of the product.
+
+    >>> from kdq.models import CifarResNet
+    >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
+    >>> CRD(student, teacher=teacher, num_classes=10).weight
+    0.8
+
+    Args:
+        negatives: images that each image is told from; all others where there are fewer.
+        tau: the temperature of the similarities.
+        momentum: share of the old embedding in an update of the bank.
+        dim: of the embeddings.
+        kwargs: of :class:`~kdq.distill.features.FeatureMethod`.
+    """
+
+    where, maps, default_weight, indexed = "embedding", False, 0.8, True
+    #: Embeddings ``(2, images, dim)``: the student's, the teacher's.
+    bank: Tensor
+    #: The logarithms of the constants that make similarities to the student's and to the teacher's bank probabilities.
+    log_norms: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module | Mapping[str, Any],
+        teacher: nn.Module | None = None,
+        *,
+        negatives: int = 16384,
+        tau: float = 0.07,
+        momentum: float = 0.5,
+        dim: int = 128,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, **kwargs)
+        self.negatives, self.dim = int(within("method.negatives", negatives, 1)), int(within("method.dim", dim, 1))
+        self.tau, self.momentum = within("method.tau", tau, 0.001), within("method.momentum", momentum, 0, 1)
+
+    def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:
+        sizes = (torch.Size(shape).numel() for shape in (student, teacher))
+        return nn.ModuleList(nn.Linear(size, self.dim) for size in sizes)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and not hasattr(self, "bank"):
+            loader = self.trainer.fit_loop._data_source.dataloader()
+            self.remember(len(loader.dataset if hasattr(loader, "dataset") else loader.indices))
+
+    def remember(self, images: int) -> CRD:
+        """Make a bank of random embeddings of so many images."""
+        generator = torch.Generator().manual_seed(self.seed)
+        self.register_buffer("bank", F.normalize(torch.randn(2, images, self.dim, generator=generator), dim=2))
+        self.register_buffer("log_norms", torch.full((2,), torch.nan))
+        return self
+
+    def between(self, student: Sequence[Tensor], teacher: Sequence[Tensor], progress: TrainingProgress) -> Tensor:
+        if (indices := progress.indices) is None:
+            raise KdqError("CRD must know which images it sees: give a loader of batches (images, labels, indices)")
+        (embed,), images, losses = self.projectors, self.bank.shape[1], []
+        assert isinstance(embed, nn.ModuleList)
+        pairs = zip(embed, (student[0], teacher[0].detach()), strict=True)
+        mine = torch.stack([F.normalize(layer(features.flatten(1)).float()) for layer, features in pairs])
+        drawn = progress.random(self.seed).choice(images, min(self.negatives, images), replace=False)
+        others = torch.from_numpy(drawn).to(indices.device)
+        for side, bank in enumerate(self.bank.flip(0)):
+            scores = contrast_scores(mine[side], bank[indices], bank[others], self.tau)
+            estimate = scores.detach().exp().mean().log() + math.log(images)  # of the first batch
+            first = self.log_norms[side].isnan()
+            norm = torch.where(first, self._of_all(estimate[None], progress).mean(), self.log_norms[side])
+            losses.append(contrast_loss(scores, norm, images))
+            self.log_norms[side] = norm
+        seen, new = (
+            self._of_all(indices, progress),
+            self._of_all(mine.detach().transpose(0, 1), progress).transpose(0, 1),
+        )
+        self.bank[:, seen] = F.normalize(self.momentum * self.bank[:, seen] + (1 - self.momentum) * new, dim=2)
+        return torch.stack(losses).sum()
+
+    def _of_all(self, values: Tensor, progress: TrainingProgress) -> Tensor:
+        """``values (n, ...)`` of all processes, one after the other."""
+        gathered = self.all_gather(values) if progress.world_size > 1 else values[None]
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["images"] = self.bank.shape[1]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if not hasattr(self, "bank"):
+            self.remember(checkpoint["images"])
