@@ -56,6 +56,8 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.uploads: dict[str, bytes] = {}
         self.views: list[dict[str, Any]] = []
         self.unanswered: list[str] = []
+        self.command: list[str] = []  # of the one sweep
+        self.trials: list[dict[str, Any]] = []  # parameters of its runs that no agent has yet
         self.fault: Fault | None = None
         self.requests, self.closed = 0, threading.Event()
 
@@ -99,6 +101,24 @@ class WandbServer(http.server.ThreadingHTTPServer):
     def on_upsert_view2(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.views.append(json.loads(variables["spec"]) | {"name": variables["displayName"]})
         return {"upsertView": {"view": {"id": "V", "name": "nw-abc-v"}, "inserted": True}}
+
+    def on_sweep_with_runs(self, variables: dict[str, Any]) -> dict[str, Any]:
+        sweep = {"id": "S", "name": variables["sweep"], "config": json.dumps({"command": self.command})}
+        return {"project": {"sweep": sweep | {"runs": {"edges": []}}}}
+
+    def on_create_agent(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"createAgent": {"agent": {"id": "A"}}}
+
+    def on_heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """A trial for an agent that has none; its end where none is left."""
+        commands: list[dict[str, Any]] = []
+        if not json.loads(variables["runState"] or "{}"):
+            commands = [{"type": "exit"}]
+            if self.trials:
+                args = {name: {"value": value} for name, value in self.trials.pop(0).items()}
+                run = f"trial{len(self.trials)}"
+                commands = [{"type": "run", "id": run, "run_id": run, "args": args, "program": "kdq"}]
+        return {"agentHeartbeat": {"agent": {"id": "A"}, "commands": json.dumps(commands)}}
 
     def on_run_resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.get(variables["name"])

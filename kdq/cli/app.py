@@ -38,7 +38,7 @@ def job(cfg: DictConfig) -> list[Row] | float | list[float]:
 
 def _job(cfg: DictConfig) -> list[Row] | float | list[float]:
     from kdq.stages import pipeline
-    from kdq.sweep import objective
+    from kdq.sweep import objective, trial
 
     keep_freed_memory()
     alone = HydraConfig.get().mode == RunMode.RUN
@@ -51,11 +51,13 @@ def _job(cfg: DictConfig) -> list[Row] | float | list[float]:
             return []
         if (searched := plain(cfg.kdq)["objective"]) is not None:
             objective.names(searched)
+        trial.check_trial(cfg)
         rows = pipeline.run(cfg, _place())
         if alone:
             from kdq.sweep.command import finish
 
             finish(cfg, rows)
+            trial.log_trial(cfg, rows)
         return rows if searched is None else objective.value(searched, rows)
     except Exception as error:
         _keep_trace()

@@ -15,7 +15,7 @@ class RunInfo:
     """What the run of a stage is found by.
 
     Attributes:
-        job_type: ``teacher``, ``distill``, ``tune``, ``quantize`` or ``report``.
+        job_type: ``teacher``, ``distill``, ``tune``, ``quantize``, ``report`` or ``trial``.
         name: for people; names need not differ.
         group: the sweep.
         key: identifies what the stage makes. A stage that was killed and is run again has the same key and continues

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 from wandb.sdk.lib.paths import LogicalPath
 
+from kdq.tracking.agent import AGENT
 from kdq.tracking.config import WandbConfig
 from kdq.tracking.names import run_id, valid_name
 from kdq.tracking.patience import Patience
@@ -170,7 +171,9 @@ class _Logger(WandbLogger):
 
 def _start(config: WandbConfig, mode: str, runs: Path, about: RunInfo) -> tuple[wandb.Run, int | None]:
     """The run, and the step of its first row where W&B would not know it."""
-    offline, name = mode == "offline", run_id(about.job_type, about.key, folder_id(runs))
+    agent = AGENT if about.job_type == "trial" else {}
+    offline = mode == "offline"
+    name = agent.get("WANDB_RUN_ID") or run_id(about.job_type, about.key, folder_id(runs))
     first_step = next_step(runs, name) if offline else None
     settings = wandb.Settings(
         silent=True,
@@ -180,10 +183,11 @@ def _start(config: WandbConfig, mode: str, runs: Path, about: RunInfo) -> tuple[
         disable_git=True,  # the commit of kdq itself is in the config
         x_disable_stats=about.job_type not in TRAININGS,
         x_save_requirements=False,
+        sweep_id=agent.get("WANDB_SWEEP_ID"),
         x_transaction_log_flush_interval=1.0,  # what a killed run loses; `wandb leet` shows the rest while it runs
     )
     options: dict[str, Any] = {
-        "project": config.project,
+        "project": os.environ.get("WANDB_PROJECT", config.project) if agent else config.project,
         "entity": config.entity,
         "dir": str(runs),
         "id": name,
