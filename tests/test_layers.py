@@ -152,7 +152,7 @@ SHOWN = {
         "DKD",
         "DML",
         *("FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "ReviewKD", "CTKD", "DIST", "NKD", "TTM", "RLD", "TfKD"),
-        *("QAD", "QAT", "Terms", "CRD"),
+        *("QAD", "QAT", "Terms", "CRD", "MLKD"),
         "DistillationModule",
         "TeacherStudent",
         "FeatureMethod",
@@ -160,7 +160,7 @@ SHOWN = {
     ),
     "kdq.distill.losses": ("kd_loss", "dkd_loss", "mutual_loss", "soft_cross_entropy", "standardized"),
     "kdq.distill.logit_losses": (
-        *("correlation_losses", "normalized_losses", "transformed_kl", "refined_losses", "designed_kl"),
+        *("correlation_losses", "level_losses", "normalized_losses", "transformed_kl", "refined_losses", "designed_kl"),
     ),
     "kdq.distill.feature_losses": (
         *("hint_loss", "attention_loss", "similarity_loss", "relation_losses", "pkt_loss"),

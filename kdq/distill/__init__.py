@@ -14,6 +14,7 @@ from kdq.distill.dml import DML
 from kdq.distill.features import FeatureMethod
 from kdq.distill.fitnets import FitNets
 from kdq.distill.mixup import Mixup
+from kdq.distill.mlkd import MLKD
 from kdq.distill.module import DistillationModule
 from kdq.distill.nkd import NKD
 from kdq.distill.nst import NST
@@ -37,6 +38,7 @@ __all__ = [
     "DIST",
     "DKD",
     "DML",
+    "MLKD",
     "NKD",
     "NST",
     "PKT",

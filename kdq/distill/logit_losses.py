@@ -29,6 +29,21 @@ def correlation_losses(student: Tensor, teacher: Tensor, temperature: float = 4.
 
 
 @in_float32
+def level_losses(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Three levels of tempered probabilities P ``(batch, classes)`` (MLKD: Jin et al. 2023, CVPR): ``T^2 KL`` of each
+    instance, ``|P P^T - Q Q^T|^2 / batch`` of how alike instances are, ``|P^T P - Q^T Q|^2 / classes`` of how alike
+    classes are.
+
+    >>> logits = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.0, 0.0]])
+    >>> [part.item() for part in level_losses(logits, logits)]
+    [0.0, 0.0, 0.0]
+    """
+    p, q = (F.softmax(logits / temperature, dim=1) for logits in (student, teacher.detach()))
+    instances, classes = (((a @ a.T - b @ b.T).square().sum() / len(a)) for a, b in ((p, q), (p.T, q.T)))
+    return distillation_kl(student, teacher, temperature), instances, classes
+
+
+@in_float32
 def normalized_losses(
     student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:

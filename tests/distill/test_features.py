@@ -40,6 +40,7 @@ METHODS = (
     "nkd",
     "ttm",
     "rld",
+    "mlkd",
     "tfkd",
     "ctkd",
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdq.distill.logit_losses import (
     correlation_losses,
     designed_kl,
+    level_losses,
     normalized_losses,
     refined_losses,
     transformed_kl,
@@ -41,6 +42,9 @@ LOSSES: dict[str, Loss] = {
     "intra": lambda s, t, y: correlation_losses(s, t, 4.0)[1],
     "nkd_target": lambda s, t, y: normalized_losses(s, t, y)[0],
     "nkd_others": lambda s, t, y: normalized_losses(s, t, y, 2.0)[1],
+    "level_instance": lambda s, t, y: level_losses(s, t, 3.0)[0],
+    "level_batch": lambda s, t, y: level_losses(s, t, 3.0)[1],
+    "level_classes": lambda s, t, y: level_losses(s, t, 3.0)[2],
     "ttm": lambda s, t, y: transformed_kl(s, t, 5.0),
     "wttm": lambda s, t, y: transformed_kl(s, t, 5.0, weighted=True),
     "scd": lambda s, t, y: refined_losses(s, t, y, 4.0)[0],
@@ -123,6 +127,16 @@ def test_correlations_against_numpy(batch: tuple[Tensor, Tensor, Tensor]) -> Non
     inter = 16 * np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p, q, strict=True)])
     intra = 16 * np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p.T, q.T, strict=True)])
     assert [float(part) for part in correlation_losses(*batch[:2], 4.0)] == pytest.approx([inter, intra])
+
+
+def test_levels_against_loops(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    p, q = (softmax(logits, 3.0).numpy() for logits in batch[:2])
+    found = []
+    for a, b in ((p, q), (p.T, q.T)):
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(a))]
+        found.append(sum((np.dot(a[i], a[j]) - np.dot(b[i], b[j])) ** 2 for i, j in pairs) / len(a))
+    expected = [9 * float((q * np.log(q / p)).sum(1).mean()), *found]
+    assert [float(part) for part in level_losses(*batch[:2], 3.0)] == pytest.approx(expected)
 
 
 def test_nkd_against_its_definition(batch: tuple[Tensor, Tensor, Tensor]) -> None:

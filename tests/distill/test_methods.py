@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.distill import CTKD, DIST, NKD, RLD, TTM, CrossEntropy, TfKD
+from kdq.distill import CTKD, DIST, MLKD, NKD, RLD, TTM, CrossEntropy, TfKD
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
 from kdq.distill.logit_losses import (
     correlation_losses,
     designed_kl,
+    level_losses,
     normalized_losses,
     refined_losses,
     transformed_kl,
@@ -37,6 +38,7 @@ TAUGHT: dict[type[DistillationModule], dict[str, Any]] = {
     NKD: {"gamma": 1.5, "temperature": 2.0},
     TTM: {"weight": 4.0, "temperature": 5.0, "weighted": True},
     RLD: {"alpha": 2.0, "beta": 8.0, "temperature": 4.0, "warmup": 0.5},
+    MLKD: {"alpha": 0.7, "temperature": 2.0},
 }
 #: The terms of those that are no more than a loss each, from logits and labels, when their warm-up is over.
 TERMS: dict[type[DistillationModule], Callable[..., Any]] = {
@@ -44,6 +46,7 @@ TERMS: dict[type[DistillationModule], Callable[..., Any]] = {
     NKD: lambda s, t, y: sum(w * part for w, part in zip((1, 1.5), normalized_losses(s, t, y, 2.0), strict=True)),
     TTM: lambda s, t, y: 4 * transformed_kl(s, t, 5.0, weighted=True),
     RLD: lambda s, t, y: sum(w * part for w, part in zip((2, 8), refined_losses(s, t, y, 4.0), strict=True)),
+    MLKD: lambda s, t, y: 0.7 * sum(sum(level_losses(s, t, at)) for at in (1.0, 1.5, 2.0, 2.5, 3.0)),
 }
 
 
@@ -72,7 +75,7 @@ def test_methods_of_logits_are_cross_entropy_and_their_terms(
     module = make(method, standardize=standardize, **TAUGHT[method])
     student, teacher = logits(module, batch[0])
     compared = (standardized(student), standardized(teacher)) if standardize else (student, teacher)
-    expected = F.cross_entropy(student, batch[1]) + TERMS[method](*compared, batch[1])
+    expected = (0.3 if method is MLKD else 1) * F.cross_entropy(student, batch[1]) + TERMS[method](*compared, batch[1])
     torch.testing.assert_close(total(module, batch, TrainingProgress(epoch=1, epochs=2)), expected)
     if "warmup" in TAUGHT[method]:
         torch.testing.assert_close(total(module, batch), F.cross_entropy(student, batch[1]))
