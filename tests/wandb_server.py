@@ -102,6 +102,26 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.views.append(json.loads(variables["spec"]) | {"name": variables["displayName"]})
         return {"upsertView": {"view": {"id": "V", "name": "nw-abc-v"}, "inserted": True}}
 
+    def on_upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.views.append(json.loads(variables["spec"]) | {"name": variables["displayName"]})
+        view = {"id": "Vmlldzox", "spec": variables["spec"], "displayName": variables["displayName"]}
+        return {"upsertView": {"view": view, "inserted": True}}
+
+    def on_project_internal_id(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"id": "P", "internalId": "1"}}
+
+    def on_get_projects(self, _: dict[str, Any]) -> dict[str, Any]:
+        project = {
+            "__typename": "Project",
+            "id": "P",
+            "name": "kdq",
+            "entityName": "me",
+            "isBenchmark": False,
+            "user": None,
+        }
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"models": {"pageInfo": page, "edges": [{"node": project | {"createdAt": "2026-01-01T00:00:00"}}]}}
+
     def on_sweep_with_runs(self, variables: dict[str, Any]) -> dict[str, Any]:
         sweep = {"id": "S", "name": variables["sweep"], "config": json.dumps({"command": self.command})}
         return {"project": {"sweep": sweep | {"runs": {"edges": []}}}}

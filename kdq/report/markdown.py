@@ -26,7 +26,7 @@ def markdown(material: Material, figures: Sequence[Path]) -> str:
         return "\n".join([*lines, *_list(material.warnings)])
     lines += _list(material.warnings)
     for answer in material.answers:
-        lines += _answer(answer)
+        lines += answer_text(answer)
     lines += _folded("How to read this", [*_list(NOTES), markdown_text(material.summary), ""])
     lines += ["## Top-1 in percent (packed bytes)", ""]
     lines += ["Mean ± standard deviation over seeds.", "", *markdown_accuracies(found)]
@@ -42,15 +42,17 @@ def markdown(material: Material, figures: Sequence[Path]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _answer(answer: Answer) -> Iterator[str]:
+def answer_text(answer: Answer, places: bool = True) -> Iterator[str]:
+    """The lines of an answer; its every place is folded away, or with ``places=False`` left out."""
     yield from (f"## {markdown_text(answer.data)}", "", f"**{markdown_text(answer.headline)}**", "")
     for text in answer.made:
         yield from (markdown_text(text), "")
     for kind, group in groupby(answer.lines, key=lambda line: line.kind):
         lines = list(group)
         yield from markdown_table([kind, *COLUMNS[1:]], [line.cells for line in lines])
-        places = [(line.cells[0], *place) for line in lines for place in line.places]
-        yield from _folded("every place", markdown_table([kind, *PLACES], places))
+        if places:
+            every = [(line.cells[0], *place) for line in lines for place in line.places]
+            yield from _folded("every place", markdown_table([kind, *PLACES], every))
 
 
 def _folded(summary: str, lines: Sequence[str]) -> list[str]:

@@ -24,11 +24,13 @@ def workspace(entity: str, project: str, data: str, sweep: str | None = None, de
     filters = [ws.Tags().isin([data])]
     if sweep is not None:
         filters.append(ws.Metric("Group") == sweep)
+    wins = ws.Section(name="Which model wins", panels=answer_panels(data), is_open=True, pinned=True)
+    fast = ws.Section(name="Latency of the exported models", panels=deployed_panels(data), is_open=True)
     return ws.Workspace(
         entity=entity,
         project=project,
         name=f"kdq {data}" + (f" {sweep}" if sweep else ""),
-        sections=[_answer(data), *([_deployed(data)] if deployed else []), _training(), _layers()],
+        sections=[wins, *([fast] if deployed else []), _training(), _layers()],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters=filters,
@@ -38,29 +40,27 @@ def workspace(entity: str, project: str, data: str, sweep: str | None = None, de
     )
 
 
-def _answer(data: str) -> ws.Section:
+def answer_panels(data: str) -> list[Any]:
     """Accuracy over bits and over bytes: means and standard deviations over seeds, and what no other model beats."""
     front = "Top-1 over packed bytes, with the Pareto front"
-    panels: Any = [
+    return [
         _by_model("Top-1 over bits, by method", "quantize/bits", ["quantize/top1"], "bits", "top-1 (%)", log_x=True),
         _by_model(front, BYTES, ["quantize/top1", pareto_curve(data)], "bytes", "top-1 (%)", log_x=True),
         _chart(f"report/frontiers_{data}", "wandb/lineseries/v0", step="size_bytes", lineKey="curve", lineVal="top1"),
         _chart(f"report/accuracy_vs_bytes_{data}", "wandb/scatter/v0", x="size_bytes", y="top1"),
         wr.WeavePanelSummaryTable(table_name="report/rows"),
     ]
-    return ws.Section(name="Which model wins", panels=panels, is_open=True, pinned=True)
 
 
-def _deployed(data: str) -> ws.Section:
+def deployed_panels(data: str) -> list[Any]:
     """Accuracy over latency of the exported INT8 models, and how fast float ones are beside them."""
     ms, top1 = "quantize/latency_ms_onnx_int8", ["quantize/top1_onnx_int8"]
     rates = ["quantize/throughput_onnx_fp32", "quantize/throughput_onnx_int8"]
-    panels: Any = [
+    return [
         _by_model("Top-1 over latency, INT8", ms, top1, "ms an image (ONNX Runtime, CPU)", "top-1 (%)"),
         _chart(f"report/accuracy_vs_latency_{data}", "wandb/scatter/v0", x="latency_ms", y="top1"),
         _by_model("Images per second, float and INT8", "quantize/bits", rates, "bits", "images/s", log_x=True),
     ]
-    return ws.Section(name="Latency of the exported models", panels=panels, is_open=True)
 
 
 def _training() -> ws.Section:

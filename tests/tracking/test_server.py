@@ -202,6 +202,31 @@ def test_a_workspace_is_saved(server: WandbServer, tmp_path: Path, capsys: pytes
     assert [title.strip() for title in titles] == [title.strip() for title in saved]
 
 
+def test_a_report_is_made(server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each data set's answer, as kdq's own report says it, over the panels of its runs."""
+    from kdq.report.material import Material
+    from kdq.report.tables import markdown_text
+    from tests.tracking.test_workspace import write_rows
+
+    write_rows(tmp_path, "digits", "fashion_mnist")
+    main(["report", str(tmp_path), "--sweep", "paper"])
+    assert f"kdq paper: {server.url}/me/kdq/reports/kdq-paper--" in capsys.readouterr().out
+    (view,) = server.views
+    blocks = [block for block in view["blocks"] if block["type"] in ("markdown-block", "panel-grid")]
+    assert [block["type"] for block in blocks] == ["markdown-block", "panel-grid"] * 2
+    main(["report", str(tmp_path), "--dry-run"])
+    printed = capsys.readouterr().out
+    for answer, text, grid in zip(Material(tmp_path).answers, blocks[::2], blocks[1::2], strict=True):
+        assert f"**{markdown_text(answer.headline)}**" in text["content"]
+        assert text["content"] in printed
+        runs, grid = grid["metadata"]["runSets"], grid["metadata"]["panelBankSectionConfig"]["panels"]
+        assert f"'{answer.data}'" in str(runs)
+        assert "'paper'" in str(runs)
+        places = [(panel["layout"]["x"], panel["layout"]["y"]) for panel in grid]
+        assert len(set(places)) == len(grid) == 5
+        assert f"pareto/{answer.data}" in str(grid)
+
+
 def test_without_an_account_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.tracking.test_workspace import write_rows
 
@@ -209,7 +234,7 @@ def test_without_an_account_there_is_one_line(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     write_rows(tmp_path, "digits")
-    for arguments in (["link"], ["workspace", str(tmp_path)]):
+    for arguments in (["link"], ["workspace", str(tmp_path)], ["report", str(tmp_path)]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert str(stop.value).startswith("kdq-wandb: nobody is logged in to W&B: run `wandb login`")
