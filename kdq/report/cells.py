@@ -80,6 +80,12 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     return means.join(spread).assign(n=groups.size(), rows=groups["rows"].sum()).reset_index()
 
 
+def settings(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of :func:`named` of every model that has a cell with several rows of one seed: what a search tried."""
+    several = frame.groupby([*CELL, "seed"])["config_hash"].transform("size") > 1
+    return frame[several.groupby([frame[column] for column in SERIES]).transform("any")]
+
+
 def series(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
     """The frame's lines, in the order of :data:`SERIES`."""
     for name, group in frame.groupby(SERIES, sort=True):

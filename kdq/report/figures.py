@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kdq.report import published
-from kdq.report.cells import pareto, records, telling
+from kdq.report.cells import pareto, records, settings, telling
 from kdq.report.layers import Frontier
 from kdq.report.material import Material
 from kdq.report.style import method_colors, styled
@@ -54,8 +54,10 @@ def write_figures(material: Material, folder: Path, style: str = "screen") -> li
             ("accuracy_vs_bytes", shown, _against_bytes),
             ("accuracy_vs_latency", material.timed, _against_latency),
             ("drop_vs_bits", shown, _drops),
+            ("settings", settings(material.named), _settings),
         ):
-            written += _save(_panels(cells, draw, looks), folder / stem)
+            if len(cells):
+                written += _save(_panels(cells, draw, looks), folder / stem)
         way = material.searched[material.searched["config_hash"].isin(set(searches))]
         if len(way):
             written += _save(_searches(way, searches), folder / "bit_search")
@@ -197,9 +199,18 @@ def _against_latency(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) 
     panel.set(xlabel=part["label"].iloc[0], ylabel="top-1 (%)", xlim=(0, 1.1 * part["ms_high"].max()))
 
 
-def _front(panel: Axes, part: pd.DataFrame, x: str) -> None:
+def _settings(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
+    """One point per row, and which are the front of a search for accuracy on validation images and few bytes."""
+    for model, group in part.groupby(["method", "arch"], sort=True):
+        panel.plot(group["size_bytes"], group["val_top1"], ls="", **style[model])
+    _front(panel, part, "size_bytes", "val_top1")
+    panel.set_ylabel("top-1 on validation images (%)")
+    _size_axis(panel, "packed size", "B")
+
+
+def _front(panel: Axes, part: pd.DataFrame, x: str, y: str = "top1") -> None:
     """Rings around the points that no other beats in both."""
-    points = part[[x, "top1"]].to_numpy()
+    points = part[[x, y]].to_numpy()
     front = points[pareto(list(points[:, 0]), list(points[:, 1]))] if len(points) else points
     panel.plot(front[:, 0], front[:, 1], label=_FRONT, **_EXPLAINED[_FRONT])
 

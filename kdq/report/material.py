@@ -73,7 +73,8 @@ class Material:
             return []
         return [
             f"{len(mixed)} of {len(self.cells)} cells hold several rows of one seed, whose settings differ in "
-            "something that has no column (epochs, say); their mean is shown. To tell them apart give each a name "
+            "something that has no column (epochs, say); their mean is shown, and each in the figure settings. To tell "
+            "them apart give each a name "
             "(method.name, student.name, quant.name) or an output folder of its own. The first: "
             f"{_cell(mixed.iloc[0])}."
         ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import kdq.report.html
@@ -17,6 +18,8 @@ from kdq.cli.report import main
 from kdq.records.failures import Failure, forget, record
 from kdq.records.rows import COLUMNS, Row, read_rows, table
 from kdq.report import accuracy_table, write_report
+from kdq.report.cells import named, settings
+from kdq.report.figures import _settings
 from kdq.report.material import Material
 from kdq.report.tables import fitting_tables
 
@@ -70,6 +73,29 @@ def test_settings_without_a_column_are_not_averaged_in_silence(
     folder_of(tmp_path / "one", _grid(row))
     write_report(tmp_path / "one")
     assert "several rows" not in caplog.text
+    assert (tmp_path / "report" / "settings.png").is_file()
+    assert not (tmp_path / "one" / "report" / "settings.png").exists()
+
+
+def test_of_a_search_each_row_is_drawn_and_its_front_ringed(row: Callable[..., Row]) -> None:
+    tried = [(2, 90.0, 600), (2, 91.0, 600), (3, 90.5, 700), (3, 94.0, 700), (4, 93.0, 800), (8, 95.0, 1500)]
+    rows = [
+        row(bits=bits, val_top1=val, size_bytes=size, config_hash=f"{i}" * 16)
+        for i, (bits, val, size) in enumerate(tried)
+    ]
+    other = row(method="dkd", config_hash="f" * 16)
+    part = settings(named([*rows, other]))
+    assert set(part["config_hash"]) == {row.config_hash for row in rows}  # of dkd nothing was searched
+    panel = Figure().subplots()
+    _settings(panel, part, {("vkd", "resnet20"): {"marker": "o"}})
+    points, front = panel.lines
+    assert sorted(zip(*points.get_data(), strict=True)) == sorted((size, val) for _, val, size in tried)
+    best = [
+        (size, val)
+        for _, val, size in tried
+        if not any(s <= size and v >= val and (s, v) != (size, val) for _, v, s in tried)
+    ]
+    assert sorted(zip(*front.get_data(), strict=True)) == sorted(best)
 
 
 def test_figures_have_the_width_and_the_letters_of_a_style(
