@@ -140,7 +140,7 @@ def share(source: Source, kind: str, target: str, licence: str = "unknown", over
             files[file] = f"{kind}, {(folder / file).stat().st_size:,} bytes" + (f"; {said}" if said else "")
         if source.row is not None:
             write_text(folder / ROW, json.dumps(dataclasses.asdict(public(source.row)), indent=1) + "\n")
-            files[ROW] = "everything that was measured, and the config that makes it again"
+            files[ROW] = f"what was measured, and the config that makes it again: kdq-reproduce {target}"
         if source.row is not None and source.output is not None:
             answer = next((x for x in Material(source.output).answers if x.data == source.row.data and x.lines), None)
             if answer and (figure := source.output / "report" / FIGURE).is_file():

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Make a row's cell again, trainings included, in a fresh folder, and compare top-1 and bytes.",
         epilog="Exit codes: 0: the same. 1: another result. 2: it could not be made.",
     )
-    parser.add_argument("row", help="a row's config_hash or its start, or a row's .json file")
+    parser.add_argument("row", help="a row's config_hash or its start, a row's .json file, or hf:owner/name")
     parser.add_argument(
         "--output-dir", type=Path, default="outputs", help="where the row is: paths.output_dir of its run"
     )

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 
 from kdq.utils.errors import KdqError
 from kdq.utils.files import parse_json, regular, replacing, write_text
+from kdq.utils.hub import HUB, ROW, fetch
 
 log = logging.getLogger(__name__)
 
@@ -216,11 +217,14 @@ def read_row(path: Path) -> Row:
 
 
 def find_row(name: str, output: Path) -> Row:
-    """The row that ``name`` means: its file, or its ``config_hash`` or the start of it among the rows below ``output``.
+    """The row that ``name`` means: its file, that of a model shared as ``hf:owner/name``, or its ``config_hash`` or the
+    start of it among the rows below ``output``.
 
     Raises:
         KdqError: there is none, or several; the message names what is near.
     """
+    if name.startswith(HUB):
+        return read_row(fetch(name, (ROW,)))
     if name.endswith(".json"):
         return read_row(Path(name))
     rows = read_rows(output / "rows")

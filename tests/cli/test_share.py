@@ -90,9 +90,10 @@ def test_what_is_shared_is_read_back_bit_for_bit(hub: HubServer, study: tuple[Pa
     assert hub.commits == [f"{Path(row.artifact).stem}, kdq {kdq.__version__}"]
 
     (line,) = re.findall(r"^network = (.*)$", text, re.M)
-    code = f"import kdq, sys, torch; torch.save({line}(torch.ones(2, 1, 8, 8)), sys.argv[1])"
+    code = "import kdq, sys, torch; from kdq.records.rows import find_row; print(find_row('hf:me/small', None).top1);"
+    code += f"torch.save({line}(torch.ones(2, 1, 8, 8)), sys.argv[1])"
     loaded = run(hub.url, tmp_path, code, tmp_path / "logits.pt", token=None)
-    assert loaded.returncode == 0, loaded.stderr
+    assert (loaded.returncode, loaded.stdout) == (0, f"{row.top1}\n"), loaded.stderr
     with torch.no_grad():
         expected = kdq.load(output / row.artifact)(torch.ones(2, 1, 8, 8))
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
