@@ -66,9 +66,11 @@ class CRD(FeatureMethod):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit" and not hasattr(self, "bank"):
+        if stage == "fit":
             loader = self.trainer.fit_loop._data_source.dataloader()
-            self.remember(len(loader.dataset if hasattr(loader, "dataset") else loader.indices))
+            images = len(loader.dataset if hasattr(loader, "dataset") else loader.indices)
+            if not hasattr(self, "bank") or self.bank.shape[1] != images:  # fitted again, on other images
+                self.remember(images)
 
     def remember(self, images: int) -> CRD:
         """Make a bank of random embeddings of so many images."""

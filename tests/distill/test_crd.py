@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from kdq.distill import CRD, Terms, TrainConfig
 from kdq.distill.feature_losses import contrast_loss, contrast_scores
@@ -141,6 +141,9 @@ def test_a_stranger_s_loader_and_a_resumed_training(tmp_path: Path) -> None:
     assert torch.isfinite(whole.log_norms).all()
     loaded = CRD.load_from_checkpoint(tmp_path / "whole.ckpt", teacher=network(2, width=0.5))
     assert torch.equal(loaded.bank, whole.bank)
+    more = DataLoader(ConcatDataset([Indexed(), Indexed()]), 16)  # twice as many, whose indices repeat
+    L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(loaded, more)
+    assert loaded.bank.shape == (2, 2 * COUNT, 6)
     both = Terms(network(1), network(2), num_classes=4, terms={"crd": {"dim": 6}, "vkd": {}})
     L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(both, loader)
     assert both.indexed
