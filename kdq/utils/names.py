@@ -48,6 +48,8 @@ STABLE: dict[str, str] = {
         )
         for path in (f"kdq.distill.{title}", f"kdq.distill.{title.lower()}.{title}")
     },
+    **_paths("published_vkd", "kdq.distill.published.PublishedVKD"),
+    **_paths("published_dkd", "kdq.distill.published.PublishedDKD"),
     **_paths("qad", "kdq.distill.QAD", "kdq.distill.qad.QAD"),
     **_paths("qat", "kdq.distill.QAT", "kdq.distill.qad.QAT"),
     **_paths("train_config", "kdq.distill.TrainConfig", "kdq.distill.config.TrainConfig"),

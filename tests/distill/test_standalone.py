@@ -193,6 +193,7 @@ def _rank(rank: int, kind: type[DistillationModule], folder: str, port: int) -> 
     trainer.fit(module, loader(), loader(1))
     (tested,) = trainer.test(module, loader(2), verbose=False)
     torch.save((dict(module.eval_network.state_dict()), tested), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()  # a spawned process ends without what Lightning does at the end of one
 
 
 @pytest.mark.parametrize("kind", METHODS)
