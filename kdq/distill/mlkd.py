@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdq.distill.logit_losses import level_losses
 from kdq.distill.progress import TrainingProgress
-from kdq.distill.teacher_student import TeacherStudent
-from kdq.utils.checks import within
+from kdq.distill.vkd import VKD
 
 #: Each prediction is compared at so many times ``temperature``: at 2, 3, 4, 5 and 6 by default.
 FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5)
 
 
-class MLKD(TeacherStudent):
+class MLKD(VKD):
     """``(1 - alpha) CE + alpha sum_T (instance + batch + classes)`` over five temperatures around ``temperature``.
 
     The authors' code shows each image a second time, strongly augmented, and leaves out the half of the images and of
@@ -29,20 +25,8 @@ class MLKD(TeacherStudent):
 
     Args:
         alpha: the teacher's share of the loss.
-        kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
+        kwargs: of :class:`~kdq.distill.vkd.VKD`.
     """
-
-    def __init__(
-        self,
-        student: nn.Module | Mapping[str, Any],
-        teacher: nn.Module | None = None,
-        *,
-        alpha: float = 0.9,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(student, teacher, **kwargs)
-        self.alpha = within("method.alpha", alpha, 0, 1)
-        self.ce_weight = 1 - self.alpha
 
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
         levels = zip(*(level_losses(student, teacher, factor * self.temperature) for factor in FACTORS), strict=True)

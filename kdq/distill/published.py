@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from kdq.distill.losses import decoupled_kl, distillation_kl, in_float32, one_hot, soft_cross_entropy
+from kdq.distill.losses import decoupled_kl, distillation_kl, in_float32, one_hot
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
 from kdq.utils.checks import one_of
@@ -67,7 +67,8 @@ class _Published(TeacherStudent):
 class PublishedVKD(_Published):
     """``(1 - alpha) CE + alpha T^2 KL`` with alpha 2, so that the cross-entropy is *maximised*.
 
-    Its faults: ``negative_ce``; ``teacher_trains``, whose BatchNorm uses the batch; ``rising_rate``.
+    Its faults: ``negative_ce``; ``teacher_trains``, whose BatchNorm uses the batch; ``rising_rate``, in place of
+    the recipe's schedule.
 
     >>> from kdq.models import CifarResNet
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
@@ -85,10 +86,12 @@ class PublishedVKD(_Published):
         """The teacher's share of the loss; mended it is that of kdq's own method."""
         return 2.0 if self.has("negative_ce") else 0.9
 
-    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
-        logits = self.student(images)
-        kl = distillation_kl(logits, self.teacher(images), self.temperature)
-        return {"ce": (1 - self.alpha) * soft_cross_entropy(logits, labels), "kl": self.alpha * kl}, logits
+    @property
+    def ce_weight(self) -> float:  # type: ignore[override]
+        return 1 - self.alpha
+
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
+        return {"kl": self.alpha * distillation_kl(student, teacher, self.temperature)}
 
 
 class PublishedDKD(_Published):
@@ -102,11 +105,9 @@ class PublishedDKD(_Published):
 
     faults = ("no_ce", "unnormalized")
 
-    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
-        terms, logits = super().losses(images, labels, progress)
-        if self.has("no_ce"):
-            del terms["ce"]
-        return terms, logits
+    @property
+    def ce_weight(self) -> float:  # type: ignore[override]
+        return 0.0 if self.has("no_ce") else 1.0
 
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
         parts = unnormalized_terms if self.has("unnormalized") else decoupled_kl

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdq.distill import TrainConfig
-from kdq.distill.losses import decoupled_kl, distillation_kl, soft_cross_entropy
+from kdq.distill.losses import decoupled_kl, distillation_kl, soft_cross_entropy, standardized
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.published import HALF_COSINES, PublishedDKD, PublishedVKD, rising, unnormalized_terms
 from kdq.utils.errors import KdqError
@@ -42,6 +42,15 @@ def test_vkd_maximises_the_cross_entropy_until_that_is_mended(batch: tuple[Tenso
         student, teacher = logits(module, batch)
         expected = (1 - alpha) * soft_cross_entropy(student, batch[1]) + alpha * distillation_kl(student, teacher)
         assert total(module, batch) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_its_logits_are_standardized_and_its_labels_smoothed_where_that_is_asked(batch: tuple[Tensor, Tensor]) -> None:
+    config = TrainConfig(label_smoothing=0.1)
+    module = PublishedVKD(network(), network(), num_classes=4, standardize=True, config=config)
+    student, teacher = logits(module, batch)
+    kl = distillation_kl(standardized(student), standardized(teacher))
+    expected = 2 * kl - soft_cross_entropy(student, batch[1], 0.1)
+    assert total(module, batch) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_dkd_has_no_cross_entropy_and_terms_of_its_own_until_they_are_mended(batch: tuple[Tensor, Tensor]) -> None:
