@@ -115,6 +115,16 @@ def class_folders(root: str) -> int:
     return len(class_names(root))
 
 
+def preprocessing(target: str, name: str, weights: str | None, what: str, otherwise: Any = None) -> Any:
+    """What a network's published weights want to see of an image: the resolver ``${preprocessing:...}`` of conf/model
+    and conf/data. ``what`` is a field of :class:`kdq.models.libraries.Preprocessing`."""
+    from kdq.models import libraries
+
+    found = libraries.preprocessing(target, name, weights)
+    value = otherwise if found is None else getattr(found, what)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def directions(objective: Any) -> Any:
     """Where a search for ``kdq.objective`` goes: the resolver ``${directions:...}`` of ``hydra/sweeper=optuna``."""
     from kdq.sweep import objective as objectives
@@ -127,4 +137,5 @@ logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 
 # On import: also a process that a launcher started composes configs.
 OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
+OmegaConf.register_new_resolver("preprocessing", preprocessing, replace=True)
 OmegaConf.register_new_resolver("directions", directions, replace=True)

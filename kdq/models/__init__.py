@@ -1,7 +1,8 @@
 """The networks: torchvision's ResNets with either stem, the small CIFAR ResNets of He et al., the others on which the
-distillation literature compares methods, and a fast learner."""
+distillation literature compares methods, a fast learner, and torchvision's and timm's by name."""
 
 from kdq.models.cifar import CifarMobileNetV2, CifarShuffleNetV1, CifarShuffleNetV2, CifarVGG, WideResNet
+from kdq.models.libraries import timm_model, torchvision_model
 from kdq.models.networks import CifarResNet, WhitenedNet, resnet18, resnet34, resnet50
 
 __all__ = [
@@ -15,4 +16,6 @@ __all__ = [
     "resnet18",
     "resnet34",
     "resnet50",
+    "timm_model",
+    "torchvision_model",
 ]

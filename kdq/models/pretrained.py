@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
+from kdq.models.libraries import fetched
+from kdq.models.weights import read_state_dict
 from kdq.utils.errors import KdqError
 
-#: The value of ``weights`` that asks for them.
-IMAGENET = "imagenet"
 #: The architectures of kdq.models that torchvision publishes weights for.
 PUBLISHED = ("resnet18", "resnet34", "resnet50")
 
@@ -49,12 +48,4 @@ def adapt(published: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
 def _published(architecture: str) -> dict[str, Tensor]:
     if architecture not in PUBLISHED:
         raise KdqError(f"there are no ImageNet weights for {architecture}: they exist for {', '.join(PUBLISHED)}")
-    weights = get_model_weights(architecture)["IMAGENET1K_V1"]
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        file = weights.url.rpartition("/")[2]
-        raise KdqError(
-            f"cannot fetch the ImageNet weights of {architecture} (no network?): put {file} into "
-            f"{torch.hub.get_dir()}/checkpoints"
-        ) from error
+    return read_state_dict(fetched(get_model_weights(architecture)["IMAGENET1K_V1"]))

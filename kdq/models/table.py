@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kdq.models import cifar, networks
+from kdq.models import cifar, libraries, networks
 from kdq.utils.errors import KdqError
 from kdq.utils.names import STABLE
 
@@ -78,7 +78,11 @@ def table() -> dict[str, Entry]:
             for name in ("resnet18", "resnet34", "resnet50")
         },
     }
-    for name in torchvision.models.list_models(module=torchvision.models):
+    listed = torchvision.models.list_models(module=torchvision.models)
+    by_name: dict[str, Kind] = {**_TORCHVISION, **_NORMALIZED, "name": tuple(listed)}
+    del by_name["in_channels"]
+    entries["torchvision_model"] = Entry("kdq.models.torchvision_model", libraries.torchvision_model, by_name)
+    for name in listed:
         # Weights are the file's own: nothing is ever fetched.
         build = partial(torchvision.models.get_model_builder(name), weights=None)
         entries[f"torchvision.models.{name}"] = Entry(f"torchvision.models.{name}", build, _TORCHVISION)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,15 @@ from kdq.utils.hub import HUB, fetch
 
 #: File names tried in a hub repository that names none, the safe format first.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+#: What published files call otherwise than networks do: everything, where kdq wraps a network behind its own
+#: normalisation; the classifier of CIFAR's ResNets; layers of torchvision's DenseNets and ViTs.
+OLDER = (
+    (r"^", "network."),
+    (r"^linear\.(weight|bias)$", r"fc.\1"),
+    (r"\.(norm|conv)\.([12])\.", r".\1\2."),
+    (r"\.mlp\.linear_([12])\.", lambda found: f".mlp.{3 * int(found[1]) - 3}."),
+)
+log = logging.getLogger(__name__)
 
 
 def locate(source: str) -> Path:
@@ -59,16 +70,41 @@ def _load_torch(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Copy the tensors of ``path`` into ``network``, every name and shape matching. A classifier that the file calls
-    ``linear``, as the published CIFAR ResNets do, is the network's ``fc``.
+def head(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of a classifier: those by which ``state`` has another number of classes than ``own``, if that is the
+    only difference of their shapes."""
+    differ = [name for name in own if name in state and state[name].shape != own[name].shape]
+    firsts = {(state[name].shape[:1], own[name].shape[:1]) for name in differ}
+    alike = all(state[name].shape[1:] == own[name].shape[1:] for name in differ)
+    return differ if alike and len(firsts) == 1 else []
+
+
+def fitting_state(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of ``path`` by the names that ``network`` has for them (:data:`OLDER`), without the second classifier
+    of one that the network has no use for."""
+    own, state = network.state_dict(), read_state_dict(path)
+    state = {name: tensor for name, tensor in state.items() if name in own or not name.lower().startswith("aux")}
+    for old, new in OLDER:
+        renamed = {re.sub(old, new, name): tensor for name, tensor in state.items()}
+        if len(renamed.keys() & own.keys()) > len(state.keys() & own.keys()):
+            state = renamed
+    return state
+
+
+def load_weights(network: nn.Module, path: Path, new_head: bool = False) -> None:
+    """Copy the tensors of ``path`` into ``network``, every name and shape matching.
+
+    Args:
+        new_head: whether a classifier of another number of classes keeps its random weights, which is logged.
 
     Raises:
         KdqError: names are missing, unexpected or of another shape; the message lists them.
     """
-    state, own = read_state_dict(path), network.state_dict()
-    if "fc.weight" in own and "fc.weight" not in state:
-        state = {re.sub(r"^linear\.(weight|bias)$", r"fc.\1", name): tensor for name, tensor in state.items()}
+    state, own = fitting_state(network, path), network.state_dict()
+    if new_head and (replaced := head(state, own)):
+        classes = (len(x[replaced[0]]) for x in (state, own))
+        log.warning("%s: its classifier of %d classes makes way for a new one of %d", path.name, *classes)
+        state |= {name: own[name] for name in replaced}
     # Old checkpoints lack BatchNorm's step counter, which no forward pass in eval mode reads.
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in state if n not in own]
@@ -83,9 +119,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         if names
     ]
     if problems:
-        hint = ""
-        if any("fc." in name or "classifier" in name for name in mismatched):
-            hint = " (is the number of classes the same?)"
+        hint = " (is the number of classes the same?)" if head(state, own) else ""
         raise KdqError(f"{path} does not fit the network: {'; '.join(problems)}{hint}")
     given = OrderedDict(state)
     given._metadata = own._metadata  # type: ignore[attr-defined]  # the versions of modules, which some ask for

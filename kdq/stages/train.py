@@ -19,8 +19,8 @@ import hydra.utils
 from torch import Tensor, nn
 
 from kdq.models.build import build
-from kdq.models.pretrained import IMAGENET
-from kdq.models.weights import load_weights, locate
+from kdq.models.libraries import weights_of
+from kdq.models.weights import fitting_state, head, load_weights
 from kdq.records.store import Entry, Make, Store, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
@@ -110,11 +110,12 @@ def planned(cell: Cell) -> Model:
 
 
 def teacher_model(cell: Cell) -> Model:
-    """The teacher: read from ``teacher.weights``, or trained with cross-entropy when there are none."""
+    """The teacher: read from ``teacher.weights``, or trained with cross-entropy: when there are none, or from them when
+    they are of other classes, so that its classifier is a new one."""
     role = cell.of_role("teacher")
-    if role["weights"] is None:
+    path = None if role["weights"] is None else weights_of(role["weights"], role["net"])
+    if path is None or other_classes(json.dumps(role["net"]), path):
         return _trained(cell, "teacher", "baseline", role, CROSS_ENTROPY, {})
-    path = locate(role["weights"])
     spec = {"stage": "load", "net": role["net"], "weights": file_digest(path), "data": cell.images.spec()}
     spec |= user_code(role["net"])
     slug, name = (f"{cell.cfg.data.name}-{what}-{role['name']}" for what in ("loaded", "teacher"))
@@ -231,13 +232,12 @@ def _train(cell: Cell, plan: TrainingSpec, starts: Mapping[str, _Start], spec: M
 def _start(cell: Cell, role: Mapping[str, Any]) -> _Start:
     """The network of ``role`` and where its training starts."""
     source, model = role["weights"], None
-    if source is None or source == IMAGENET:
-        weights, identity = source, source
-    elif source == BASELINE:
+    if source == BASELINE:
         model = _trained(cell, "student", "baseline", {**role, "weights": None}, CROSS_ENTROPY, {})
         weights, identity = None, model.key
+    elif source is None or (path := weights_of(source, role["net"])) is None:
+        weights, identity = source, source
     else:
-        path = locate(source)
         weights, identity = str(path), file_digest(path)
     return _Start(NetworkSpec(role["name"], role["net"], role["seed"], weights), identity, model)
 
@@ -249,8 +249,8 @@ def _check_networks(roles: Iterable[Mapping[str, Any]]) -> None:
         KdqError: one cannot be built, or the weights do not fit it.
     """
     for role in roles:
-        named = role["weights"] in (None, IMAGENET, BASELINE)
-        checked_network(json.dumps(role["net"]), None if named else locate(role["weights"]))
+        named = role["weights"] in (None, BASELINE)
+        checked_network(json.dumps(role["net"]), None if named else weights_of(role["weights"], role["net"]))
 
 
 @lru_cache(maxsize=16)
@@ -259,8 +259,15 @@ def checked_network(net: str, weights: Path | None) -> nn.Module:
     no shape alone: a network of the user's own may look at numbers while it is built."""
     network = build(json.loads(net))
     if weights is not None:
-        load_weights(network, weights)
+        load_weights(network, weights, new_head=True)
     return network
+
+
+@lru_cache(maxsize=16)
+def other_classes(net: str, weights: Path) -> bool:
+    """Whether the network that ``net`` (JSON) describes has another number of classes than the weights of a file."""
+    network = checked_network(net, None)
+    return bool(head(fitting_state(network, weights), network.state_dict()))
 
 
 def artifact(store: Store, model: Model) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kdq.distill.module import DistillationModule
 from kdq.models.build import build
-from kdq.models.pretrained import IMAGENET, load_imagenet
+from kdq.models.libraries import IMAGENET
+from kdq.models.pretrained import load_imagenet
 from kdq.models.weights import load_weights
 from kdq.quant.fake import fake_quantized
 from kdq.quant.packing.file import load_packed
@@ -55,7 +56,7 @@ class NetworkSpec:
         elif self.weights is not None and self.weights.endswith(".kdq"):
             return fake_quantized(load_packed(self.weights, network))
         elif self.weights is not None:
-            load_weights(network, Path(self.weights))
+            load_weights(network, Path(self.weights), new_head=True)
         return network
 
 

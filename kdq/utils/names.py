@@ -28,6 +28,7 @@ STABLE: dict[str, str] = {
             ("cifar_shufflenet_v1", "CifarShuffleNetV1", "cifar"),
             ("cifar_shufflenet_v2", "CifarShuffleNetV2", "cifar"),
             *((name, name, "networks") for name in ("resnet18", "resnet34", "resnet50")),
+            *((name, name, "libraries") for name in ("timm_model", "torchvision_model")),
         )
         for path in (f"kdq.models.{title}", f"kdq.models.{module}.{title}")
     },

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import pytest
 import torch
-from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.models import ResNet18_Weights, Weights, resnet18
 
 from kdq.models.build import build
 from kdq.models.pretrained import load_imagenet
@@ -19,12 +21,19 @@ def net(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def published(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """A state dict in torchvision's format, in place of the one to be fetched."""
+def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """A file in torchvision's format, where one that was fetched lies."""
     torch.manual_seed(1)
     state = resnet18().state_dict()
-    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, **_: state)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place_weights(tmp_path, ResNet18_Weights.DEFAULT, state)
     return state
+
+
+def place_weights(home: Path, weights: Weights, state: Mapping[str, torch.Tensor]) -> None:
+    folder = home / "hub" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / weights.url.rpartition("/")[2])
 
 
 def test_the_cifar_stem_takes_the_centre_of_the_kernel(published: dict[str, torch.Tensor]) -> None:
@@ -46,13 +55,15 @@ def test_a_grey_image_is_answered_as_the_same_image_in_rgb(published: dict[str, 
     torch.testing.assert_close(networks[0].conv1(image), networks[1].conv1(image.expand(-1, 3, -1, -1)))
 
 
-def test_offline_names_the_file_and_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_names_the_file_and_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
     def refuse(self: Any, **_: Any) -> None:
         raise URLError("no route to host")
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", refuse)
     with pytest.raises(
-        KdqError, match=r"weights of resnet18 \(no network\?\): put resnet18-.*\.pth into .*checkpoints"
+        KdqError, match=r"weights ResNet18_.*V1 \(no network\?\): put resnet18-.*\.pth into .*checkpoints"
     ):
         load_imagenet(build(net()), net())
 

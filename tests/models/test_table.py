@@ -40,6 +40,8 @@ def _held(network: nn.Module) -> tuple[int, int]:
         {"_target_": "torchvision.models.resnet18", "num_classes": 4},
         {"_target_": "torchvision.models.mobilenet_v2", "num_classes": 4, "width_mult": 0.25, "dropout": 0},
         {"_target_": "torchvision.models.regnet_y_400mf"},
+        {"_target_": "kdq.models.torchvision_model", "name": "mobilenet_v2", "width_mult": 0.25, "num_classes": 4}
+        | {"mean": [0.5] * 3, "std": [0.2] * 3, "data_mean": [0.4] * 3, "data_std": [0.3] * 3},
     ],
 )
 def test_every_network_that_a_config_builds_is_shaped_like_it(net: dict[str, Any]) -> None:
@@ -55,7 +57,7 @@ def test_every_network_that_a_config_builds_is_shaped_like_it(net: dict[str, Any
 
 def test_classification_networks_of_torchvision_are_filled_by_a_state_dict_alone() -> None:
     listed = torchvision.models.list_models(module=torchvision.models)
-    assert len(table()) == len(listed) + 10
+    assert len(table()) == len(listed) + 11
     for name in listed[::5]:  # of every family
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -25,15 +25,24 @@ def choices(group: str) -> list[str]:
 
 
 GROUPS = ("method", "quant", "tune", "deploy", "trainer", "callbacks", "logger", "experiment", "size", "data")
+NAMELESS = ("custom", "torchvision", "timm")  # which network is for the user to say
 CHOICES = [f"{group}={name}" for group in GROUPS for name in choices(group) if name not in ("image_folder",)]
-CHOICES += [f"model@{role}={name}" for role in ("teacher", "student") for name in choices("model") if name != "custom"]
+CHOICES += [
+    f"model@{role}={name}" for role in ("teacher", "student") for name in choices("model") if name not in NAMELESS
+]
+CHOICES += [
+    "model@teacher=torchvision teacher.name=swin_t teacher.weights=imagenet",
+    "model@student=timm student.name=x",
+]
 CHOICES += ["recipe@student.recipe=multistep", "callbacks=[early_stopping,lr_monitor]"]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_everything_that_conf_holds_has_a_reader(choice: str) -> None:
     # The number of classes of an image folder is read from the folder.
-    check_config(compose([choice, *(["data.num_classes=10"] if "study" in choice or "jpeg" in choice else [])]))
+    check_config(
+        compose([*choice.split(), *(["data.num_classes=10"] if "study" in choice or "jpeg" in choice else [])])
+    )
 
 
 UNREAD = [

@@ -112,7 +112,9 @@ def test_students_start_where_they_are_told(tmp_path: Path, specs: list[Training
 
 def test_a_student_starts_from_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = resnet18().state_dict()
-    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, **_: state)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(state, tmp_path / "hub" / "checkpoints" / ResNet18_Weights.DEFAULT.url.rpartition("/")[2])
     small = [override for override in SMALL if not override.startswith("student.net")]
     small += ["data.train_limit=8", "student.recipe.batch_size=4", "student.recipe.lr=0"]
     asked = ["model@student=resnet18", "method=baseline", "student.weights=imagenet"]
