@@ -107,8 +107,10 @@ def check_names(network: nn.Module, role: str, names: Sequence[str]) -> None:
     """Refuse a name that is no layer of ``network``, the ``role`` of a method.
 
     Raises:
-        KdqError: it names the nearest one.
+        KdqError: it names the nearest one; or ``names`` is one word.
     """
+    if isinstance(names, str):
+        raise KdqError(f"method.{role}_layers={names} must be a list: [{names}]")
     known = [name for name, _ in network.named_modules() if name]
     for name in names:
         if name.removesuffix(INPUT) not in known:

@@ -24,7 +24,7 @@ from kdq.models.weights import fitting_state, head, load_weights
 from kdq.records.store import Entry, Make, Store, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
-from kdq.stages.training import NetworkSpec, TrainingSpec, check_fit, log_model
+from kdq.stages.training import NetworkSpec, TrainingSpec, check_fit, check_module, log_model
 from kdq.stages.worker import run_training
 from kdq.tracking.names import reference
 from kdq.train.evaluate import evaluate
@@ -106,7 +106,10 @@ def planned(cell: Cell) -> Model:
     if "peer" in takes:
         seed = role["seed"] + 1 if peer["seed"] is None else peer["seed"]
         others["peer"] = _start(cell, {**peer, "seed": seed, "recipe": role["recipe"]})
-    return _trained(cell, "student", name, role, method, others)
+    model = _trained(cell, "student", name, role, method, others)
+    assert model.training is not None
+    check_module(model.training, cell.cfg.data.num_classes)
+    return model
 
 
 def teacher_model(cell: Cell) -> Model:

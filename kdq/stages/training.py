@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from kdq.models.build import build
 from kdq.models.libraries import IMAGENET
 from kdq.models.pretrained import load_imagenet
 from kdq.models.weights import load_weights
-from kdq.quant.fake import fake_quantized
+from kdq.quant.fake import fake_quantized, with_layout
+from kdq.quant.layers import layer_name
 from kdq.quant.packing.file import load_packed
 from kdq.records.store import Store, weights_file
 from kdq.stages.cell import Cell
@@ -108,25 +111,9 @@ def train(
         if spec.networks[name].weights is None and callable(see):
             images = cell.images  # 5000 of those that it trains on, for a network that begins with a look at them
             see(images.preprocess(images.set.train_images[images.split.train[:5000]]))
-    student, others = spec.networks["student"], {n: net for n, net in networks.items() if n != "student"}
-    recipe = Recipe(**spec.recipe)
-    target, options = spec.method["_target_"], {key: v for key, v in spec.method.items() if key != "_target_"}
-    kind = hydra.utils.get_class(target)
-    for path in called(options):
-        imported("method", path)  # classes of one's own, which a method finds among those that there are
-    if not issubclass(kind, DistillationModule):
-        raise KdqError(f"{target} is not a kdq.distill.DistillationModule: derive your method from it")
-    shared: dict[str, Any] = {
-        "num_classes": cell.cfg.data.num_classes,
-        "config": recipe.of_module(),
-        "seed": student.seed,
-    }
-    try:
-        module = kind(networks["student"], **{**others, **shared, **options})
-    except TypeError as error:
-        raise KdqError(f"{target} does not take these options ({error}): {', '.join(options)}") from error
+    recipe, module = Recipe(**spec.recipe), made_module(spec, networks, cell.cfg.data.num_classes)
     images = cell.images if spec.images is None else cell.images.calibrating(spec.images, spec.images_seed)
-    trainer, title = plain(cell.cfg.trainer), f"training {spec.label} {student.name}"
+    trainer, title = plain(cell.cfg.trainer), f"training {spec.label} {spec.networks['student'].name}"
     if trainer["devices"] in ALL_DEVICES:
         trainer["devices"] = world_size // trainer["num_nodes"]
     if world_size == 1:
@@ -142,6 +129,46 @@ def train(
         track.summary(facts)
         log_model(track, cell.store, spec.slug, spec.key, winner.weights, facts)
         yield best, metrics
+
+
+def made_module(spec: TrainingSpec, networks: Mapping[str, nn.Module], num_classes: int) -> DistillationModule:
+    """The module that ``spec`` trains, around ``networks``.
+
+    Raises:
+        KdqError: there is no such method, or it does not take an option or its value.
+    """
+    target, options = spec.method["_target_"], {key: v for key, v in spec.method.items() if key != "_target_"}
+    kind = hydra.utils.get_class(target)
+    for path in called(options):
+        imported("method", path)  # classes of one's own, which a method finds among those that there are
+    if not issubclass(kind, DistillationModule):
+        raise KdqError(f"{target} is not a kdq.distill.DistillationModule: derive your method from it")
+    config, seed = Recipe(**spec.recipe).of_module(), spec.networks["student"].seed
+    try:
+        return kind(**{**networks, "num_classes": num_classes, "config": config, "seed": seed, **options})
+    except TypeError as error:
+        raise KdqError(f"{target} does not take these options ({error}): {', '.join(options)}") from error
+
+
+def check_module(spec: TrainingSpec, num_classes: int) -> None:
+    """Make the module once around random networks, so that what it refuses is refused before anything is trained.
+
+    Raises:
+        KdqError: as :func:`made_module`.
+    """
+    _check_module(json.dumps(asdict(spec)), num_classes)
+
+
+@cache
+def _check_module(spec_json: str, num_classes: int) -> None:
+    spec = TrainingSpec.from_json(json.loads(spec_json))
+    with torch.random.fork_rng(devices=[]):
+        networks = {name: replace(network, weights=None).build() for name, network in spec.networks.items()}
+        if spec.job_type == "tune":  # one rounding makes its student a quantized network
+            large = (name for name, value in networks["student"].named_parameters() if value.ndim >= 2)
+            first = layer_name(next(name for name in large if "parametrizations" not in name))
+            networks["student"] = with_layout(networks["student"], {first: {"levels": 4, "scales": 1}})
+        made_module(spec, networks, num_classes)
 
 
 def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:

@@ -31,7 +31,7 @@ from kdq.stages.asked import asked_bits, quant_spec
 from kdq.stages.cell import Cell
 from kdq.stages.quantize import Tuned, quantized_once
 from kdq.stages.train import Model, artifact, teacher_model
-from kdq.stages.training import NetworkSpec, TrainingSpec
+from kdq.stages.training import NetworkSpec, TrainingSpec, check_module
 from kdq.stages.worker import run_training
 from kdq.train.recipe import Recipe
 from kdq.train.trainer import with_trainer_flags
@@ -98,6 +98,7 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
         label, "tune", method, recipe, networks, f"{slug}-{label}", f"{cell.name}-b{name}", key_of(spec), images=images,
         images_seed=cell.cfg.quant.seed,
     )  # fmt: skip
+    check_module(training, cell.cfg.data.num_classes)
     needs = tuple({model.key: model for model in models.values()}.values())
     return Model(spec, training.slug, training.name, "tuned", needs, _make(cell, training, models, name), training)
 

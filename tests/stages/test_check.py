@@ -100,6 +100,35 @@ def test_a_key_that_nobody_reads_and_a_wrong_value_are_refused(overrides: list[s
     assert "\n" not in str(caught.value)
 
 
+VALUES = [
+    (["method=vkd", "method.alpha=5"], r"method.alpha=5 must be a number from 0 to 1"),
+    (["method=dkd", "method.alpha=x"], r"method.alpha='x' must be a number"),
+    (["method=published_vkd", "method.mended=typo"], r"'typo' is unknown: use one of"),
+    (["method=fitnets", "method.student_layers=[layr2]"], r"no layer 'layr2' \(did you mean layer2"),
+    (["method=fitnets", "method.teacher_layers=layer2"], r"method.teacher_layers=layer2 must be a list: \[layer2\]"),
+    (["method=dml", "method.schedule=slow"], r"method.schedule='slow' is unknown"),
+    (["method=terms", "+method@method.terms.vkd=vkd", "method.terms.vkd.alpha=-1"], r"method.alpha=-1 must be"),
+    (["method=teacher", "tune=qad", "tune.alpha=2"], r"tune.alpha=2 must be"),
+    (["method=teacher", "tune=qat", "tune.batchnorm=off"], r"tune.batchnorm='off' is unknown"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "answer"), VALUES)
+def test_a_value_that_a_method_refuses_stops_the_plan(overrides: list[str], answer: str, tmp_path: Path) -> None:
+    small = ["data=digits", f"paths.output_dir={tmp_path}", "quant=rtn", "quant.bits=4", *overrides]
+    plan = make_plan([tuple(small)], lambda overrides: compose(list(overrides)), tmp_path)
+    assert re.search(answer, plan.impossible[0][1])
+    assert (plan.jobs, list(tmp_path.iterdir())) == ([], [])
+
+
+@pytest.mark.parametrize("method", [name for name in choices("method") if name not in ("teacher", "terms")])
+def test_what_conf_says_of_a_method_makes_its_module(method: str, tmp_path: Path) -> None:
+    for tune in ("none", "qad"):
+        overrides = ("data=digits", f"method={method}", f"tune={tune}", "quant=rtn", f"paths.output_dir={tmp_path}")
+        plan = make_plan([overrides], lambda overrides: compose(list(overrides)), tmp_path)
+        assert plan.jobs, plan.impossible
+
+
 def test_a_network_of_one_s_own_need_not_take_the_classes() -> None:
     own = ["model@student=custom", "student.name=own", "student.net._target_=torch.nn.Identity"]
     check_config(compose(own))
