@@ -4,9 +4,10 @@
 
 The overrides name the cell as ``kdq`` takes them; what is missing of it is made. On the CPU, in ONNX Runtime, take
 turns: the float graph, ours in INT8, and ``static``, what ONNX Runtime's own ``quantize_static`` makes of the float
-graph; in torch, on the device of ``trainer.accelerator``: the float network, and the packed file decoded once and
-decoded layer by layer. Given are the ratios of their medians and of their fastest runs, one for each repeat. Memory is
-that of a fresh process which loads the packed file and classifies one image.
+graph; at batch 1 our two graphs in OpenVINO and the float network in torch with them (:mod:`kdq.bench.runtimes`), as
+far as ``kdq[runtimes]`` is installed; in torch, on the device of ``trainer.accelerator``: the float network, and the
+packed file decoded once and decoded layer by layer. Given are the ratios of their medians and of their fastest runs,
+one for each repeat. Memory is that of a fresh process which loads the packed file and classifies one image.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from kdq.bench.common import show, split_options
 from kdq.bench.memory import peak_mb
+from kdq.bench.runtimes import others
 from kdq.deploy.runtime import session
 from kdq.quant.packing.file import DECODE, load_packed
 from kdq.records.rows import Row
@@ -86,7 +88,25 @@ class Bench:
                 found |= self.compared(
                     name, lambda *many, each=sessions: latency.of_sessions(each, self.cell.shape, *many)
                 )
+                found |= self.runtimes({kind: models[kind] for kind in ("fp32", "int8")}, count)
         return found
+
+    def runtimes(self, models: Mapping[str, Path], threads: int) -> dict[str, str]:
+        """Of the ONNX models in each runtime, and of the float network in torch, on the CPU."""
+        before = torch.get_num_threads()
+        try:
+            images = torch.randn(1, *self.cell.shape, generator=torch.Generator().manual_seed(0))
+            calls: dict[str, Callable[[], Any]] = {
+                f"ONNX Runtime {kind}": partial(session(model, threads).run, None, {"image": images.numpy()})
+                for kind, model in models.items()
+            }
+            calls |= others(models, self.cell.network(self.cell.role, float_model(self.cell)), images, threads)
+            with torch.no_grad():
+                return self.compared(
+                    f"runtimes, {threads} threads", partial(latency.alternating, calls), first="ONNX Runtime int8"
+                )
+        finally:
+            torch.set_num_threads(before)
 
     def torch(self) -> dict[str, str]:
         """Of the networks in torch, in float arithmetic."""
@@ -109,18 +129,22 @@ class Bench:
             found |= {f"decode={decode}: {name}": value for name, value in json.loads(result.stdout).items()}
         return found
 
-    def compared(self, name: str, measure: Callable[[int, int], Mapping[str, latency.Latency]]) -> dict[str, str]:
-        """What ``measure(batch, runs)`` finds, and how many times faster than the first the others are."""
+    def compared(
+        self, name: str, measure: Callable[[int, int], Mapping[str, latency.Latency]], first: str | None = None
+    ) -> dict[str, str]:
+        """What ``measure(batch, runs)`` finds, and how many times faster than the first the others are; at batch 1
+        alone if ``first`` names it."""
         found, config = {}, self.cell.cfg.deploy
-        for batch, runs in ((1, config.runs), (config.batch, max(3, config.runs // 5))):
+        for batch, runs in ((1, config.runs), (config.batch, max(3, config.runs // 5)))[: 1 if first else 2]:
             taken = [measure(batch, runs) for _ in range(self.repeats)]
-            first, *others = taken[0]
-            for kind in others:
+            first = first or next(iter(taken[0]))
+            kinds = [kind for kind in taken[0] if kind != first]
+            for kind in kinds:
                 for column in ("median_ms", "min_ms"):
                     ratios = [getattr(each[first], column) / getattr(each[kind], column) for each in taken]
                     key = f"{name}, batch {batch}: {first} / {kind}, {column}"
                     found[key] = " ".join(f"{ratio:.2f}" for ratio in ratios)
-            for kind in (first, *others):
+            for kind in (first, *kinds):
                 best = min((each[kind] for each in taken), key=lambda each: each.median_ms)
                 times = f"{best.min_ms:.3f} {best.median_ms:.3f} {best.p95_ms:.3f}"
                 found[f"{name}, batch {batch}: {kind} min, median, p95 ms"] = times

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
+import pytest
 import torch
 
+from kdq.bench import runtimes
 from kdq.bench.deploy import main, static
 from kdq.deploy.onnx_files import onnx_models
+from kdq.deploy.runtime import logits, session
 from kdq.models import CifarResNet
 from kdq.records.rows import read_rows
 from tests.conftest import TINY
@@ -36,6 +40,8 @@ def test_every_format_is_compared_and_memory_is_near_the_packed_size(tmp_path: P
                 assert all(float(ratio) > 0 for ratio in ratios)
             least, median, p95 = map(float, found[f"{name}, batch {batch}: {first} min, median, p95 ms"].split())
             assert 0 < least <= median <= p95
+    ratios = {key for key in found if key.startswith("runtimes, 1 threads, batch 1: ONNX Runtime int8 / ")}
+    assert {key.split("/ ")[1] for key in ratios} >= {f"torch eager, {kind}_ms" for kind in ("median", "min")}
     held = {decode: found[f"decode={decode}: held_bytes"] for decode in ("layer", "once")}
     assert held["layer"] < 1.05 * row.size_bytes < held["once"]
 
@@ -49,3 +55,25 @@ def test_onnx_runtimes_own_export_is_int8(tmp_path: Path) -> None:
     weights = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"} & set(constants)
     kinds = [constants[name].data_type for name in weights if len(constants[name].dims) == 4]
     assert kinds == [onnx.TensorProto.INT8] * 9
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_openvino_computes_what_onnx_runtime_does(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    data = onnx_models(CifarResNet(8, 10, width=0.25).eval(), (3, 8, 8), [kind], [images])[kind]
+    (tmp_path / "model.onnx").write_bytes(data)
+    reference = logits(session(data), images)
+    found = runtimes.openvino(tmp_path / "model.onnx", images, 1)()
+    np.testing.assert_allclose(found, reference, atol=1e-4 if kind == "fp32" else 0.05 * np.ptp(reference))
+
+
+def test_inductors_int8_is_near_the_float_network() -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    network, images = CifarResNet(8, 10, width=0.25).eval(), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        expected, found = network(images), runtimes.inductor_int8(network, [images])(images)
+    torch.testing.assert_close(found, expected, atol=0.1 * float(expected.max() - expected.min()), rtol=0)
+    assert any(isinstance(module, torch.nn.ReLU) for module in network.modules())  # a copy was changed
