@@ -22,13 +22,14 @@ from kdq.distill.losses import distillation_kl, soft_cross_entropy
 from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
-from kdq.quant.fake import fake_quantized, layout, quantized, roundings, with_layout
+from kdq.quant.fake import fake_quantized, layout, quantized, rounded_weights, roundings, with_layout
 from kdq.utils.checks import one_of, within
 
 #: BatchNorm normalises with each batch's own statistics and goes on averaging them, or stays as it is.
 BATCHNORM = ("train", "frozen")
-#: The learning rate of scales over that of weights: a scale moves a whole channel.
-SCALES_RATE = 0.1
+#: What Adam moves a rounded weight by in a step, in levels of its layer, over the learning rate; all else it moves by
+#: the rate itself, a scale by that share of it. Finer alphabets take finer steps so.
+LEVELS_RATE = 10
 #: What a training into a quantized network needs. Chosen, as BatchNorm's mode and the temperature were, on held-out
 #: training images of CIFAR-10: ResNet-20, 2 bits, one epoch; a rate of 0.003 undid more than it won.
 TUNING = TrainConfig(lr=1e-3, weight_decay=0.0, schedule="cosine", warmup=0.1)
@@ -42,9 +43,11 @@ class IntoQuantized(DistillationModule):
         args, kwargs: of :class:`~kdq.distill.module.DistillationModule`, or of the method's other base.
         batchnorm: ``train``, or ``frozen``.
         config: of the training; what a mapping does not say is as in :data:`TUNING`. Its optimizer is Adam, with
-            ``momentum`` as the first beta.
+            ``momentum`` as the first beta, and rates as :data:`LEVELS_RATE` says.
         learn_scales: the scales of the alphabets are trained, too, without weight decay.
     """
+
+    best_by = "loss"  # nearly all validation images are right already: their number says little
 
     def __init__(
         self,
@@ -78,17 +81,23 @@ class IntoQuantized(DistillationModule):
     def optimizer(self, learner: Learner, fused: bool) -> Optimizer:
         """Adam: the gradients of a network's codes, scales and BatchNorms are of sizes too different for one rate.
 
-        Scales are not decayed, which would shrink their layer's range whatever the gradients say.
+        Rounded weights and scales move by shares of their layer's scale. Scales are not decayed, which would shrink
+        their layer's range whatever the gradients say.
         """
         config = self.config
-        scales = [rounding.scale for rounding in roundings(learner.network)]
-        ours = {id(scale) for scale in scales}
+        groups: list[dict[str, Any]] = []
+        for rounding in roundings(learner.network):
+            lr = config.lr * float(rounding.scale.detach().mean())
+            groups.append({"params": [rounding.scale], "weight_decay": 0.0, "lr": lr})
+        for weight, rounding in rounded_weights(learner.network):
+            lr = config.lr * LEVELS_RATE * float(rounding.scale.detach().mean())
+            groups.append({"params": [weight], "lr": lr})
+        ours = {id(parameter) for group in groups for parameter in group["params"]}
         others = [parameter for parameter in learner.network.parameters() if id(parameter) not in ours]
-        groups: list[dict[str, Any]] = [
-            {"params": others},
-            {"params": scales, "weight_decay": 0.0, "lr": SCALES_RATE * config.lr},
-        ]
-        return Adam(groups, config.lr, (config.momentum, 0.999), weight_decay=config.weight_decay, fused=fused)
+        return Adam(
+            [{"params": others}, *groups], config.lr, (config.momentum, 0.999), weight_decay=config.weight_decay,
+            fused=fused,
+        )  # fmt: skip
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -225,6 +225,14 @@ def roundings(network: nn.Module) -> list[FakeQuantize | FakeQuantizeInput]:
     return [module for module in network.modules() if isinstance(module, (FakeQuantize, FakeQuantizeInput))]
 
 
+def rounded_weights(network: nn.Module) -> list[tuple[nn.Parameter, FakeQuantize]]:
+    """The float weights of a :func:`fake_quantized` network's layers, each with what rounds it."""
+    return [
+        (module.parametrizations[attribute].original, rounding)  # type: ignore[index, union-attr]
+        for _, module, attribute, rounding in _weight_roundings(network)
+    ]
+
+
 def layout(network: nn.Module) -> dict[str, dict[str, int]]:
     """The :data:`Layout` of a :func:`fake_quantized` network; empty for others."""
     layers: dict[str, dict[str, int]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from kdq.train.evaluate import test
 from kdq.train.trainer import evaluation_trainer, limited
 from kdq.utils.config import plain
 from kdq.utils.cpu import settle_threads
+from kdq.utils.files import parse_json, write_text
 from kdq.utils.latency import of_networks
 from kdq.utils.operations import multiply_adds
 from kdq.utils.progress import progress
@@ -77,7 +79,7 @@ def quantize(
 
         callback = None if tuned else _callback(cell, entry, list(keys), on_step)
         measured = _Evaluation(cell, callback)
-        reference = measured(network)
+        reference = _reference(cell, entry, lambda: measured(network))
         for name, key in keys.items():
             if tuned:
                 result = tuned[name].result
@@ -99,9 +101,9 @@ def quantize(
     return rows
 
 
-def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, float]:
-    """The model quantized for one row, named as :func:`asked_bits` has it, and its accuracy on validation images in
-    percent: what tuning begins with."""
+def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, dict[str, float]]:
+    """The model quantized for one row, named as :func:`asked_bits` has it, and its ``top1`` on validation images in
+    percent and ``loss``: what tuning begins with."""
     network = _ready(cell, entry)
     with progress(f"quantizing {cell.name}", None, "step") as bar:
         callback = _callback(cell, entry, [name], lambda line: bar.update())
@@ -110,7 +112,21 @@ def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, floa
         callback.use(callback.names[0])
         module = CrossEntropy(network, num_classes=measured.num_classes)
         measured.trainer.validate(module, measured.data, verbose=False)
-    return callback.result, 100 * float(measured.trainer.callback_metrics["val/top1"])
+    said = measured.trainer.callback_metrics
+    return callback.result, {"top1": 100 * float(said["val/top1"]), "loss": float(said["val/loss"])}
+
+
+def _reference(cell: Cell, entry: Entry, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The float model's test metrics, measured once for all quantizers."""
+    limits = limited(plain(cell.cfg.trainer))
+    spec = {"stage": "evaluate", "model": entry.key, "data": cell.images.spec(), "limits": limits}
+    file = cell.output / "store" / "evaluated" / f"{entry.path.name}-{key_of(spec)}.json"
+    try:
+        return {name: float(value) for name, value in parse_json(file.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # not there, or damaged
+        scores = measure()
+        write_text(file, json.dumps(scores))
+        return scores
 
 
 class _Evaluation:
@@ -136,7 +152,7 @@ def _callback(
     """What quantizes as the config says; None with ``quant=none``.
 
     What a bit search measures depends on everything but the budget, so searches of the same model with other budgets
-    share one trace.
+    share one trace and the layers quantized for it.
     """
     quant = cell.cfg.quant
     if quant.solver is None:

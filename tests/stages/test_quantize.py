@@ -14,7 +14,9 @@ from safetensors import safe_open
 
 import kdq
 import kdq.quant.callback
+import kdq.stages.quantize as stage
 from kdq.cli.app import CONFIG_PATH
+from kdq.quant.bitsearch import bank
 from kdq.records.rows import Row, read_rows
 from kdq.stages.asked import complete
 from kdq.stages.cell import Cell
@@ -123,8 +125,11 @@ def test_rows_are_published_without_their_packed_files(tmp_path: Path, passes: l
     assert isinstance(row, Row)
 
 
-def test_searches_of_one_model_share_what_they_measured(tmp_path: Path) -> None:
-    """The trace depends on everything but the budget."""
+def test_searches_of_one_model_share_what_they_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace, and the layers at every width, depend on everything but the budget."""
+    filled = []
+    real = bank.quantize_widths
+    monkeypatch.setattr(bank, "quantize_widths", lambda *args, **how: filled.append(args) or real(*args, **how))
     made = ["quant=greedy", "quant.search.candidates=[2,4,8]", "quant.search.validation_images=64"]
     for average in (4.0, 3.0):
         (row,) = run(config(tmp_path, *made, f"quant.search.avg_bits={average}"))
@@ -133,3 +138,19 @@ def test_searches_of_one_model_share_what_they_measured(tmp_path: Path) -> None:
     folder = tmp_path / "store" / "search"
     assert len(list(folder.glob("trace-*.json"))) == 1
     assert len(list(folder.glob("frontier-*.json"))) == 2
+    assert len(filled) == 1
+
+
+def test_a_float_model_is_measured_once_for_all_quantizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = []
+    real = stage.test
+    monkeypatch.setattr(stage, "test", lambda *args: tests.append(args) or real(*args))
+    (first,) = run(config(tmp_path, "quant=rtn", "quant.bits=4"))
+    (second,) = run(config(tmp_path, "quant=gpfq", "quant.bits=4"))
+    assert (first.top1_float, len(tests)) == (second.top1_float, 3)
+    (kept,) = (tmp_path / "store" / "evaluated").iterdir()
+    kept.write_text("{")  # damaged
+    (third,) = run(config(tmp_path, "quant=gptq", "quant.bits=4"))
+    assert (third.top1_float, len(tests)) == (first.top1_float, 5)
+    run(config(tmp_path, "quant=gptq", "quant.bits=4", "trainer.limit_test_batches=1"))
+    assert len(tests) == 7

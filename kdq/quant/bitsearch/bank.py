@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.search import Assignment, Budget, Costs, cost_of
 from kdq.quant.config import QuantConfig
+from kdq.quant.distributed import gathered, rank
 from kdq.quant.layers import left_float, weight_of
 from kdq.quant.network import quantize_widths
 from kdq.quant.operations import multiply_adds_by_layer
-from kdq.quant.packing.file import save_packed, stored_bytes
+from kdq.quant.packing.file import load_packed, save_packed, stored_bytes
+from kdq.quant.packing.packed import PackedWeight
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.utils.errors import KdqError
 
@@ -35,7 +37,7 @@ class Bank:
         seconds: that the filling took.
     """
 
-    weights: Mapping[str, Mapping[int, QuantizedWeight]]
+    weights: Mapping[str, Mapping[int, QuantizedWeight | PackedWeight]]
     bits: Costs
     bytes: Costs
     other_bytes: int
@@ -102,8 +104,9 @@ def fill_bank(
     batches: Iterable[Any],
     widths: Sequence[int],
     config: QuantConfig = QuantConfig(),  # noqa: B008
+    folder: Path | None = None,
 ) -> Bank:
-    """Quantize every layer of ``model`` at every width, in one pass.
+    """Quantize every layer of ``model`` at every width, in one pass, unless ``folder`` has them.
 
     Each layer is solved on the float network's inputs. Solved on those of a network whose layers all have its own
     width, it would make up for errors that the stitched network does not have: on a ResNet-20, over 40 assignments of 2
@@ -112,18 +115,30 @@ def fill_bank(
 
     Args:
         widths: ascending.
+        folder: where it is kept as packed files, one for each width, for searches of the same arguments. It is read
+            if every process sees all of them.
+
+    Raises:
+        KdqError: a file in the folder is damaged, or of another network.
     """
     start = time.perf_counter()
-    versions, reports = zip(*quantize_widths(model, batches, widths, config, isolated=True), strict=True)
+    files = {bits: folder / f"{bits}.kdq" for bits in widths} if folder else {}
+    if files and all(gathered(all(file.exists() for file in files.values()))):
+        versions = [load_packed(file, model) for file in files.values()]
+    else:
+        versions = [version for version, _ in quantize_widths(model, batches, widths, config, isolated=True)]
+        for version, file in zip(versions, files.values(), strict=False) if rank() == 0 else ():
+            save_packed(version, file)
     by_width: list[Any] = [version.quantized_weights for version in versions]
-    layers = [layer.name for layer in reports[-1].layers]
+    layers = list(by_width[-1])
     weights = {name: {bits: by_width[i][name] for i, bits in enumerate(widths)} for name in layers}
     size = {name: {bits: float(stored_bytes(weight)) for bits, weight in weights[name].items()} for name in layers}
     # By what is stored: an alphabet may take more bits than the width says, and the ends may have widths of their own.
     bits = {n: {b: float(weight.bits * weight.codes.numel()) for b, weight in weights[n].items()} for n in layers}
     other = packed_size(versions[-1]) - round(math.fsum(size[name][widths[-1]] for name in layers))
-    left = reports[-1].float_weights
-    return Bank(weights, bits, size, other, left, left * reports[-1].float_bits, time.perf_counter() - start)
+    left = sum(math.prod(x.shape) for x in left_float(model, layers))
+    float_bits = left * (32 if config.float_dtype is None else 16)
+    return Bank(weights, bits, size, other, left, float_bits, time.perf_counter() - start)
 
 
 def check_average(model: nn.Module, layers: Sequence[str], search: SearchConfig, config: QuantConfig) -> None:

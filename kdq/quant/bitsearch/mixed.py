@@ -99,8 +99,9 @@ def search_bits(
         config: how layers are quantized.
         bank: what :func:`kdq.quant.bitsearch.bank.fill_bank` made of the same arguments, if it was called before.
         trace: a file that remembers evaluations, so that a killed search goes on; every process names one, or none
-            does. ``key`` says what they depend on, and a file of another key is refused. Without a key it is a digest
-            of the quantized layers and of the validation images, and a file of others is begun anew.
+            does. ``key`` says what they depend on, and a file of another key is refused; the bank is kept beside it, in
+            a folder. Without a key it is a digest of the quantized layers and of the validation images, and a file of
+            others is begun anew.
         on_step: called with a line of text for every step.
 
     Raises:
@@ -108,7 +109,8 @@ def search_bits(
     """
     start = time.perf_counter()
     batches, widths = list(calibration), list(search.candidates)
-    bank = bank or fill_bank(model, batches, widths, config)
+    kept = trace.with_suffix(".bank") if trace and key else None
+    bank = bank or fill_bank(model, batches, widths, config, kept)
     if widths != sorted(next(iter(bank.weights.values()))):
         raise KdqError(f"the bank has other candidates than {widths}: fill it with the same")
     stitched = Stitched(model, bank.weights, first_pairs(validation, share(search.validation_images)))

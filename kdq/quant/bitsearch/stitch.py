@@ -18,6 +18,7 @@ from kdq.quant.calibrate.layer import layer_call, opened
 from kdq.quant.calibrate.order import eager
 from kdq.quant.distributed import gathered, summed
 from kdq.quant.layers import weight_of
+from kdq.quant.packing.packed import PackedWeight
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.utils.errors import KdqError
 
@@ -44,7 +45,7 @@ class Stitched:
     def __init__(
         self,
         model: nn.Module,
-        bank: Mapping[str, Mapping[int, QuantizedWeight]],
+        bank: Mapping[str, Mapping[int, QuantizedWeight | PackedWeight]],
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
         self.bank = bank

@@ -231,3 +231,20 @@ def test_a_bank_of_other_candidates_is_refused(trained: nn.Module, data: Any) ->
     bank = fill_bank(trained, calibration, [2, 4])
     with pytest.raises(KdqError, match=r"the bank has other candidates than \[4, 8\]"):
         search_bits(trained, calibration, validation, SearchConfig(4.0, candidates=(4, 8)), bank=bank)
+
+
+def test_a_bank_that_was_kept_is_the_one_that_was_filled(
+    trained: nn.Module, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = QuantConfig(keep_float=["fc"], act_bits=8)
+    filled = fill_bank(trained, data[0], [2, 8], config, tmp_path)
+    monkeypatch.setattr("kdq.quant.bitsearch.bank.quantize_widths", None)
+    kept = fill_bank(trained, data[0], [2, 8], config, tmp_path)
+    for name, choices in filled.weights.items():
+        for bits, weight in choices.items():
+            assert torch.equal(kept.weights[name][bits].decode(), weight.decode())
+    columns = ("bits", "bytes", "other_bytes", "float_weights", "float_bits")
+    assert all(getattr(kept, column) == getattr(filled, column) for column in columns)
+    (tmp_path / "8.kdq").write_bytes((tmp_path / "2.kdq").read_bytes()[:-1])
+    with pytest.raises(KdqError, match=r"8\.kdq"):
+        fill_bank(trained, data[0], [2, 8], config, tmp_path)
