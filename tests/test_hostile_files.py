@@ -31,7 +31,7 @@ import kdq
 from kdq.data.folder import image_folder
 from kdq.models.build import build
 from kdq.models.weights import read_state_dict
-from kdq.quant.bitsearch.search import Measure, Trace
+from kdq.quant.bitsearch.trace import Measure, Trace
 from kdq.quant.callback import GreedyBitSearch
 from kdq.quant.packing.file import _checksum
 from kdq.records.failures import Failure, read_failures, record

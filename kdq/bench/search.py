@@ -23,7 +23,7 @@ from kdq.bench.common import show, split_options, timed
 from kdq.quant.bitsearch.bank import fill_bank, packed_size
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.mixed import search_bits
-from kdq.quant.bitsearch.search import Assignment
+from kdq.quant.bitsearch.trace import Assignment
 from kdq.quant.layers import quantizable_layers, weight_of
 from kdq.quant.network import quantize
 from kdq.stages.asked import quant_config

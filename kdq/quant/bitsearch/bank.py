@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdq.quant.bitsearch.config import SearchConfig
-from kdq.quant.bitsearch.search import Assignment, Budget, Costs, cost_of
+from kdq.quant.bitsearch.search import Budget, Costs, cost_of
+from kdq.quant.bitsearch.trace import Assignment
 from kdq.quant.config import QuantConfig
 from kdq.quant.distributed import gathered, rank
 from kdq.quant.layers import left_float, weight_of

@@ -19,9 +19,10 @@ from torch import nn
 from kdq.quant.batches import first_pairs
 from kdq.quant.bitsearch.bank import Bank, fill_bank, packed_size
 from kdq.quant.bitsearch.config import SearchConfig
-from kdq.quant.bitsearch.search import Found, Point, Trace, greedy
+from kdq.quant.bitsearch.search import Found, Point, greedy
 from kdq.quant.bitsearch.sensitivity import from_table
 from kdq.quant.bitsearch.stitch import Stitched
+from kdq.quant.bitsearch.trace import Trace
 from kdq.quant.config import QuantConfig
 from kdq.quant.distributed import share
 from kdq.quant.network import Report, quantize

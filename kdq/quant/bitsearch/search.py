@@ -20,18 +20,12 @@ The last step usually saves more than was missing: steps that fit into what it l
 from __future__ import annotations
 
 import heapq
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from kdq.quant.distributed import gathered, rank
-from kdq.quant.solvers.alphabet import check_bits
-from kdq.utils.errors import KdqError, one_line
-from kdq.utils.files import parse_json, regular, write_text
+from kdq.quant.bitsearch.trace import Assignment, Measure, Trace
+from kdq.utils.errors import KdqError
 
-Assignment = dict[str, int]
 #: ``costs[layer][bits]``; its keys are the layers and their candidate widths.
 Costs = Mapping[str, Mapping[int, float]]
 #: Where the price of a layer's step is measured: with the other layers as chosen so far, or at their widest. If losses
@@ -44,14 +38,6 @@ CONTEXTS = ("chosen", "widest")
 PROBE_BITS = 4
 #: Steps that end at this width or above are taken on the noise law, without being measured.
 TRUSTED_BITS = 5
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What ``evaluate`` finds: a smooth ``loss`` (lower is better) and the accuracy ``top1`` in percent."""
-
-    loss: float
-    top1: float
 
 
 @dataclass(frozen=True)
@@ -71,88 +57,6 @@ class Found:
     chosen: Point
     points: list[Point]
     evaluations: int
-
-
-class Trace:
-    """Remembers every evaluation, on disk if there is a path, so that a killed search goes on where it stopped.
-
-    A search is a deterministic function of its evaluations: run again, it meets the remembered ones first. Where
-    torch.distributed runs, the file is the first process's and all remember the same: a process that remembered more
-    would leave the others alone with their sums.
-
-    Args:
-        evaluate: the measurement.
-        path: a JSON file, rewritten after every evaluation.
-        key: identifies everything the measurements depend on.
-        anew: whether a file of another key is begun anew.
-
-    Raises:
-        KdqError: the file is damaged, or belongs to another key.
-    """
-
-    def __init__(
-        self, evaluate: Callable[[Assignment], Measure], path: Path | None = None, key: str = "", anew: bool = False
-    ) -> None:
-        self._evaluate, self.path, self.key = evaluate, path, key
-        self.entries: dict[tuple[tuple[str, int], ...], Measure] = {}
-        #: What was asked for since it was opened, remembered or not.
-        self.asked: set[tuple[tuple[str, int], ...]] = set()
-        if path is not None:
-            self._remember(path, anew)
-
-    def __call__(self, assignment: Assignment) -> Measure:
-        name = tuple(sorted(assignment.items()))
-        self.asked.add(name)
-        if name not in self.entries:
-            measure = self._evaluate(dict(assignment))
-            if not math.isfinite(measure.loss):
-                raise KdqError(f"the loss became {measure.loss} during the bit search: check the float network")
-            self.entries[name] = measure
-            self._write()
-        return self.entries[name]
-
-    def _write(self) -> None:
-        if self.path is None or rank() > 0:
-            return
-        rows = [{"bits": dict(name), "loss": m.loss, "top1": m.top1} for name, m in self.entries.items()]
-        write_text(self.path, json.dumps({"key": self.key, "evaluations": rows}))
-
-    def _remember(self, path: Path, anew: bool) -> None:
-        found: dict[tuple[tuple[str, int], ...], Measure] | KdqError = {}
-        try:
-            if path.exists():
-                key, entries = self._read(path)
-                if key == self.key:
-                    found = entries
-                elif not anew:
-                    raise KdqError(
-                        f"the search trace {path} belongs to another model or setting: delete it, or search in another "
-                        "folder"
-                    )
-        except KdqError as error:
-            found = error
-        first = gathered(found)[0]
-        if isinstance(first, KdqError):
-            raise first
-        self.entries = first
-
-    @staticmethod
-    def _read(path: Path) -> tuple[str, dict[tuple[tuple[str, int], ...], Measure]]:
-        entries = {}
-        try:
-            stored = parse_json(regular(path).read_text())
-            key = stored["key"]
-            for row in stored["evaluations"]:
-                name = tuple(sorted((layer, check_bits(bits)) for layer, bits in row["bits"].items()))
-                measure = Measure(float(row["loss"]), float(row["top1"]))
-                if not (math.isfinite(measure.loss) and 0 <= measure.top1 <= 100):
-                    raise ValueError(f"{measure} is no measurement")
-                entries[name] = measure
-        except (KdqError, OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
-            raise KdqError(
-                f"the search trace {path} is damaged ({one_line(error)}): delete it to search anew"
-            ) from error
-        return key, entries
 
 
 @dataclass(frozen=True)

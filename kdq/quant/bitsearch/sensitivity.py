@@ -13,18 +13,16 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from kdq.quant.bitsearch.search import (
-    Assignment,
     Budget,
     Costs,
     Found,
-    Measure,
     Point,
-    Trace,
     check_reachable,
     cost_of,
     distinct,
     widest,
 )
+from kdq.quant.bitsearch.trace import Assignment, Measure, Trace
 from kdq.utils.errors import KdqError
 
 #: ``table[layer][bits]``: a loss.

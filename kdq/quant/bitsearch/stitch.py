@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kdq.quant.bitsearch.search import Assignment, Measure
+from kdq.quant.bitsearch.trace import Assignment, Measure
 from kdq.quant.calibrate.layer import layer_call, opened
 from kdq.quant.calibrate.order import eager
 from kdq.quant.distributed import gathered, summed

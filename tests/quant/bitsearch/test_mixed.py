@@ -20,8 +20,8 @@ from kdq.models import CifarResNet
 from kdq.quant.bitsearch.bank import fill_bank
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.mixed import search_bits
-from kdq.quant.bitsearch.search import Measure
 from kdq.quant.bitsearch.stitch import Stitched
+from kdq.quant.bitsearch.trace import Measure
 from kdq.quant.config import QuantConfig
 from kdq.quant.layers import left_float
 from kdq.quant.network import quantizable_layers, quantize, quantize_widths, with_quantized_weights

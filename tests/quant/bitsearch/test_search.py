@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 
 from kdq.quant.bitsearch.search import (
-    Assignment,
     Budget,
-    Measure,
-    Trace,
     cost_of,
     greedy,
     widest,
 )
 from kdq.quant.bitsearch.sensitivity import exact, from_table, sensitivities, sensitivity_once
+from kdq.quant.bitsearch.trace import Assignment, Measure, Trace
 from kdq.utils.errors import KdqError
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
