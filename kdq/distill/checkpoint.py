@@ -52,6 +52,20 @@ def built(description: Any, name: str) -> nn.Module:
     )
 
 
+def check_held(checkpoint: Mapping[str, Any], described: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint whose state dict does not hold, by name, tensors of these shapes with all of their values.
+
+    Raises:
+        KdqError: it names the first that is missing or another.
+    """
+    for name, tensor in described.items():
+        held = checkpoint["state_dict"].get(name)
+        expanded = held is not None and held.untyped_storage().nbytes() < held.nbytes  # one value, said to be many
+        if held is None or held.shape != tensor.shape or expanded:
+            found = None if held is None else tuple(held.shape)
+            raise KdqError(f"the checkpoint does not fit: {name} must be {tuple(tensor.shape)}, and is {found}")
+
+
 def unpickled(description: Any) -> Any:
     """The structure behind pickled bytes, which runs what they say; anything else as it is."""
     if not isinstance(description, Tensor):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import check_held
 from kdq.distill.feature_losses import contrast_loss, contrast_scores
 from kdq.distill.features import FeatureMethod
 from kdq.distill.progress import TrainingProgress
@@ -108,11 +109,10 @@ class CRD(FeatureMethod):
         assert isinstance(gathered, Tensor)
         return gathered.flatten(0, 1)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["images"] = self.bank.shape[1]
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        held = getattr(checkpoint["state_dict"].get("bank"), "shape", (2, 0))
+        images = self.bank.shape[1] if hasattr(self, "bank") else held[1]
+        check_held(checkpoint, {"bank": torch.empty(2, images, self.dim, device="meta")})
         if not hasattr(self, "bank"):
-            self.remember(checkpoint["images"])
+            self.remember(images)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import check_held
 from kdq.distill.layers import check_names, found_layers, looked_at
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl
@@ -141,7 +142,8 @@ class FeatureMethod(TeacherStudent):
                 "student_layers and teacher_layers must be as many: "
                 + "; ".join(f"the {role}'s are {', '.join(names)}" for role, names in layers.items())
             )
-        self._build({role: self._shapes(networks[role], role, names, images) for role, names in layers.items()})
+        self.layers = {role: self._shapes(networks[role], role, names, images) for role, names in layers.items()}
+        self.projectors = self._projectors()
         return self
 
     def _shapes(self, network: nn.Module, role: str, names: Iterable[str], images: Tensor) -> dict[str, list[int]]:
@@ -158,12 +160,11 @@ class FeatureMethod(TeacherStudent):
                 )
         return {name: list(features[name][0].shape[1:]) for name in names}
 
-    def _build(self, layers: dict[str, dict[str, list[int]]]) -> None:
-        self.layers = layers
+    def _projectors(self) -> nn.ModuleList:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            pairs = zip(layers["student"].values(), layers["teacher"].values(), strict=True)
-            self.projectors.extend(self.projector(mine, theirs) for mine, theirs in pairs)
+            pairs = zip(self.layers["student"].values(), self.layers["teacher"].values(), strict=True)
+            return nn.ModuleList(self.projector(mine, theirs) for mine, theirs in pairs)
 
     def trained_parameters(self, learner: Learner) -> Iterator[nn.Parameter]:
         yield from super().trained_parameters(learner)
@@ -174,5 +175,11 @@ class FeatureMethod(TeacherStudent):
         checkpoint["layers"] = self.layers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not self.layers:
-            self._build(checkpoint["layers"])
+        """Build the projectors that the checkpoint describes, if they are those that it holds: a file's numbers ask for
+        no more memory than the file itself."""
+        if self.layers:
+            return
+        self.layers = checkpoint["layers"]
+        with torch.device("meta"):
+            check_held(checkpoint, {f"projectors.{k}": v for k, v in self._projectors().state_dict().items()})
+        self.projectors = self._projectors()

@@ -97,7 +97,9 @@ class Terms(TeacherStudent):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, method in self.methods.items():
-            method.on_load_checkpoint(checkpoint["terms"][name])
+            start = f"methods.{name}."
+            own = {key.removeprefix(start): v for key, v in checkpoint["state_dict"].items() if key.startswith(start)}
+            method.on_load_checkpoint({**checkpoint["terms"][name], "state_dict": own})
 
 
 def method_of(key: str, given: Mapping[str, Any]) -> tuple[type[TeacherStudent], dict[str, Any]]:

@@ -147,9 +147,37 @@ def test_a_stranger_s_loader_and_a_resumed_training(tmp_path: Path) -> None:
     both = Terms(network(1), network(2), num_classes=4, terms={"crd": {"dim": 6}, "vkd": {}})
     L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(both, loader)
     assert both.indexed
+    L.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path, enable_checkpointing=False).fit(both, loader)
+    both.trainer.save_checkpoint(tmp_path / "both.ckpt")
+    again = Terms.load_from_checkpoint(tmp_path / "both.ckpt", teacher=network(2, width=0.5))
+    assert torch.equal(again.methods["crd"].bank, both.methods["crd"].bank)  # type: ignore[arg-type]
     plain = DataLoader([(image, label) for image, label, _ in Indexed()], 16)  # type: ignore[arg-type, var-annotated, attr-defined]
     with pytest.raises(KdqError, match=r"give a loader of batches \(images, labels, indices\)"):
         L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(make(), plain)
+
+
+def test_a_checkpoint_s_numbers_ask_for_no_more_than_it_holds(tmp_path: Path) -> None:
+    module, loader, path = make(), DataLoader(Indexed(), 16), tmp_path / "x.ckpt"
+    trainer = L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(path)
+    huge, few = torch.zeros(1).expand(2, 10**12, 6), torch.zeros(2, 0, 3)
+
+    def damage(change: Any) -> None:
+        checkpoint = torch.load(path, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, tmp_path / "damaged.ckpt")
+        with pytest.raises(KdqError, match="the checkpoint does not fit: "):
+            CRD.load_from_checkpoint(tmp_path / "damaged.ckpt", teacher=network(2, width=0.5))
+
+    damage(lambda c: c["state_dict"].update(bank=huge))
+    damage(lambda c: c["state_dict"].update(bank=few))
+    damage(lambda c: c["state_dict"].pop("bank"))
+    damage(lambda c: c["layers"]["student"].update({"fc:input": [10**12]}))
+    damage(lambda c: c["hyper_parameters"].update(dim=10**12))
+    more = DataLoader(ConcatDataset([Indexed(), Indexed()]), 16)
+    with pytest.raises(KdqError, match=r"bank must be \(2, 96, 6\), and is \(2, 48, 6\)"):
+        L.Trainer(**QUIET, max_epochs=2, enable_checkpointing=False).fit(make(), more, ckpt_path=path)
 
 
 def _rank(rank: int, folder: str, port: int) -> None:
