@@ -4,6 +4,7 @@ Each module stands alone in a plain script; :mod:`kdq.distill.module` opens with
 """
 
 from kdq.distill.at import AT
+from kdq.distill.byot import BYOT
 from kdq.distill.config import TrainConfig
 from kdq.distill.crd import CRD
 from kdq.distill.cross_entropy import CrossEntropy
@@ -33,6 +34,7 @@ from kdq.distill.vkd import VKD
 
 __all__ = [
     "AT",
+    "BYOT",
     "CRD",
     "CTKD",
     "DIST",

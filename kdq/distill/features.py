@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.distill.checkpoint import check_held
-from kdq.distill.layers import check_names, found_layers, looked_at
+from kdq.distill.layers import check_names, found_layers, looked_at, to_look_into
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl
 from kdq.distill.progress import TrainingProgress
@@ -112,10 +111,7 @@ class FeatureMethod(TeacherStudent):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and not self.layers:
-            with torch.random.fork_rng(devices=[]):  # a look at the data changes nothing that is drawn later
-                # The loader itself: Lightning shows it as trainer.train_dataloader only when the optimizers are there.
-                images, *_ = next(iter(self.trainer.fit_loop._data_source.dataloader()))
-            self.connect(images[:2])
+            self.connect(self.first_images())
 
     def connect(self, images: Tensor) -> FeatureMethod:
         """Find the layers and build the projectors by a look at what both networks make of ``images``.
@@ -123,14 +119,8 @@ class FeatureMethod(TeacherStudent):
         Raises:
             KdqError: the layers cannot be found or compared; says which names to give.
         """
-        networks = {"student": self.student.network, "teacher": self.teacher.network}
-        if any(network._compiled_call_impl is not None for network in networks.values()):
-            # Hooks are no part of what compiled code is guarded by: it may run without them.
-            raise KdqError(
-                f"{type(self).__name__} looks inside of its networks, where compiled ones show nothing: give networks "
-                "that are not compiled, trainer.compile=false"
-            )
-        networks["student"] = copy.deepcopy(networks["student"]).eval()
+        both = {"student": self.student.network, "teacher": self.teacher.network}
+        networks = {role: to_look_into(network, type(self).__name__) for role, network in both.items()}
         layers = {role: self.asked[role] or found_layers(net, images, self.where) for role, net in networks.items()}
         if not (self.asked["student"] or self.asked["teacher"]):
             count = min(len(names) for names in layers.values())

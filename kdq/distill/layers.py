@@ -7,6 +7,7 @@ network has them, and what they show is the network's own tensor, not a copy.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,20 @@ def watched(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def to_look_into(network: nn.Module, who: str) -> nn.Module:
+    """A copy of ``network`` in eval mode, for ``who`` to look at what its layers give.
+
+    Raises:
+        KdqError: it is compiled.
+    """
+    if network._compiled_call_impl is not None:  # hooks are no part of what guards it: it may run without them
+        raise KdqError(
+            f"{who} looks inside of its networks, where compiled ones show nothing: give networks that are not "
+            "compiled, trainer.compile=false"
+        )
+    return copy.deepcopy(network).eval()
 
 
 def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:

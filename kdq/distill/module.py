@@ -120,6 +120,13 @@ class DistillationModule(L.LightningModule):
         terms, logits = self.losses(images, labels, replace(progress, indices=rest[0]) if rest else progress)
         return self.total("student", terms, logits, labels)
 
+    def first_images(self) -> Tensor:
+        """Two of the training's first batch, before it starts; the look changes nothing that is drawn later."""
+        with torch.random.fork_rng(devices=[]):
+            # The loader itself: Lightning shows it as trainer.train_dataloader only when the optimizers are there.
+            images, *_ = next(iter(self.trainer.fit_loop._data_source.dataloader()))
+        return images[:2]
+
     def progress(self, batch_idx: int) -> TrainingProgress:
         """Where in its training a batch is."""
         trainer, steps = self.trainer, self.trainer.num_training_batches

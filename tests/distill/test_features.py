@@ -42,6 +42,7 @@ METHODS = (
     "rld",
     "mlkd",
     "tfkd",
+    "byot",
     "ctkd",
 )
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
