@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from kdq.utils.errors import KdqError
 
 @dataclass(frozen=True)
 class Preprocess:
-    """``(pixel / 255 - mean) / std`` per channel.
+    """``(pixel / 255 - mean) / std`` per channel, of the ``crop`` x ``crop`` pixels in the centre where that is given.
 
     >>> Preprocess(mean=(0.5,), std=(0.5,))(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)).item()
     1.0
@@ -26,10 +27,14 @@ class Preprocess:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: int | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 ``(batch, height, width, channels)`` to float32 ``(batch, channels, height, width)``, stored
         channels-last, the layout convolutions run fastest in."""
+        if self.crop is not None:
+            top, left = ((side - self.crop) // 2 for side in images.shape[1:3])
+            images = images[:, top : top + self.crop, left : left + self.crop]
         scale, shift = _placed(self, images.device)
         return images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
 
@@ -44,6 +49,16 @@ def _placed(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tenso
 @lru_cache(maxsize=16)
 def _filling(fill: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(fill, dtype=torch.uint8).to(device)
+
+
+class Augmentation(Protocol):
+    """What changes each training image in its own way; uint8 in and out."""
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """What is drawn for ``count`` images of this size: a row for each."""
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """``images`` ``(batch, height, width, channels)`` changed by their rows of ``draws``."""
 
 
 @dataclass(frozen=True)

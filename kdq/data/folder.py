@@ -10,6 +10,7 @@ import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -31,6 +32,9 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", "
 #: Pillow's names of the formats behind them. Left to itself it goes by a file's first bytes, and runs Ghostscript for
 #: PostScript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+#: How an image is scaled.
+RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic")}
 
 #: What Pillow raises for files that are damaged; the last three for their EXIF.
 BROKEN = (
@@ -59,7 +63,12 @@ def class_names(root: str | Path) -> list[str]:
 
 
 def image_folder(
-    root: str, image_size: int, in_channels: int, cache: str, split: Mapping[str, Any] | None = None
+    root: str,
+    image_size: int,
+    in_channels: int,
+    cache: str,
+    split: Mapping[str, Any] | None = None,
+    interpolation: str = "bilinear",
 ) -> ImageSet:
     """Read an image folder, at ``image_size`` x ``image_size`` pixels with ``in_channels`` (1 grey, 3 RGB).
 
@@ -72,21 +81,25 @@ def image_folder(
     Args:
         split: ``val_fraction``, ``seed`` and ``train_limit`` of :func:`kdq.data.split.split`: with a limit, training
             images that are in no part are not decoded, and are black.
+        interpolation: how images are scaled: ``nearest``, ``bilinear`` or ``bicubic``.
 
     Raises:
         KdqError: a folder is missing or empty, train and test differ in their classes, or an image is corrupt.
     """
     if in_channels not in (1, 3):
         raise KdqError(f"data.in_channels={in_channels}: images are read as grey (1) or RGB (3)")
+    if interpolation not in RESAMPLING:
+        raise KdqError(f"data.interpolation={interpolation} is none of {', '.join(RESAMPLING)}")
+    decode = partial(_decode, size=image_size, in_channels=in_channels, resampling=RESAMPLING[interpolation])
     source, classes = Path(root).expanduser(), class_names(root)
     parts = {part: _list_images(source / part, classes) for part in ("train", "test")}
     rows = {part: range(len(files)) for part, files in parts.items()} | _limited(len(parts["train"]), split)
-    folder = Path(cache) / _listing_key(source, parts, image_size, in_channels, rows)
+    folder = Path(cache) / _listing_key(source, parts, decode, rows)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _decode_into(folder, parts, rows, image_size, in_channels, classes)
+                _decode_into(folder, parts, rows, decode, classes)
     (train, train_labels), (test, test_labels) = (
         _mapped(folder, part, [label for _, label in files], image_size, in_channels) for part, files in parts.items()
     )
@@ -121,11 +134,12 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 def _listing_key(
     source: Path,
     parts: dict[str, list[tuple[Path, int]]],
-    image_size: int,
-    in_channels: int,
+    decode: partial[np.ndarray],
     rows: Mapping[str, Sequence[int]],
 ) -> str:
-    sha = hashlib.sha256(f"2 {image_size} {in_channels}".encode())
+    size, in_channels, resampling = decode.keywords.values()
+    how = "" if resampling == RESAMPLING["bilinear"] else f" {resampling.name}"
+    sha = hashlib.sha256(f"2 {size} {in_channels}{how}".encode())
     if not isinstance(rows["train"], range):
         sha.update(repr(rows["train"]).encode())
     for files in parts.values():
@@ -145,8 +159,7 @@ def _decode_into(
     folder: Path,
     parts: dict[str, list[tuple[Path, int]]],
     rows: Mapping[str, Sequence[int]],
-    size: int,
-    in_channels: int,
+    decode: partial[np.ndarray],
     classes: list[str],
 ) -> None:
     """Decode the images of ``rows`` into ``.npy`` files in a temporary folder, then rename it to ``folder``."""
@@ -154,6 +167,7 @@ def _decode_into(
     for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed: this one holds the lock
         shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    size, in_channels, _ = decode.keywords.values()
     try:
         for part, files in parts.items():
             shape = (len(files), size, size, in_channels)
@@ -163,7 +177,7 @@ def _decode_into(
                 progress(f"decoding {part} images", len(rows[part]), "image") as bar,
             ):
                 asked = [files[row][0] for row in rows[part]]
-                decoded = pool.map(lambda file: _decode(file, size, in_channels), asked)
+                decoded = pool.map(decode, asked)
                 for row, image in zip(rows[part], decoded, strict=True):
                     pixels[row] = image
                     bar.update()
@@ -181,7 +195,9 @@ def _shown(path: Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
+def _decode(
+    file: Path, size: int, in_channels: int, resampling: Image.Resampling = RESAMPLING["bilinear"]
+) -> np.ndarray:
     """One image, upright (by its EXIF orientation), scaled and cropped."""
     try:
         with Image.open(file, formats=FORMATS) as opened:
@@ -197,7 +213,7 @@ def _decode(file: Path, size: int, in_channels: int) -> np.ndarray:
                 scale = size / min(image.size)
                 shape = [max(size, round(scale * side)) for side in image.size]
                 left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
-                image = image.resize((shape[0], shape[1]), Image.Resampling.BILINEAR, reducing_gap=2.0)
+                image = image.resize((shape[0], shape[1]), resampling, reducing_gap=2.0)
                 image = image.crop((left, top, left + size, top + size))
             return np.asarray(image, np.uint8).reshape(size, size, in_channels)
     except BROKEN as error:

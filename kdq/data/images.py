@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdq.data.augment import Augment, Preprocess
+from kdq.data.augment import Augment, Augmentation, Preprocess
 from kdq.data.image_set import ImageSet
 from kdq.data.loader import EvalLoader
 from kdq.data.source import Source, source
 from kdq.data.split import Split, split
+from kdq.utils.calls import imported
 from kdq.utils.errors import KdqError
 
 #: Images in one evaluation batch: large enough to keep a device busy, small enough for any memory.
@@ -45,8 +47,20 @@ class Images:
             len(images.train_images), config["val_fraction"], config["split_seed"], config["train_limit"]
         )
         self.preprocess = self._preprocess()
-        self.augment = Augment(**config["augment"], fill=tuple(round(255 * mean) for mean in self.preprocess.mean))
+        self.augment = self._augment(dict(config["augment"]))
+        if crop := getattr(self.augment, "size", None):
+            if crop > min(self.height, self.width):
+                raise KdqError(f"data.augment.size={crop} is more than images of {self.height} x {self.width} have")
+            self.preprocess, self.height, self.width = replace(self.preprocess, crop=crop), crop, crop
         self._sources: dict[tuple[str, torch.device], Source] = {}
+
+    def _augment(self, options: dict[str, Any]) -> Augmentation:
+        """:class:`~kdq.data.augment.Augment`, or what ``_target_`` names; one with a ``size`` is of networks that
+        see so many pixels: in evaluation, those of the centre."""
+        if target := options.pop("_target_", None):
+            made: Augmentation = imported("data.augment", target)(**options)
+            return made
+        return Augment(**options, fill=tuple(round(255 * mean) for mean in self.preprocess.mean))
 
     def _preprocess(self) -> Preprocess:
         mean, std = self.config["mean"], self.config["std"]
@@ -60,7 +74,8 @@ class Images:
         """What of the data a trained model depends on: part of its store key. The test images are not."""
         keys = ("val_fraction", "split_seed", "train_limit", "augment")
         measured = {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std)}
-        filled = {"fill": list(self.augment.fill)} if self.augment.cutout else {}
+        augment = self.augment
+        filled = {"fill": list(augment.fill)} if isinstance(augment, Augment) and augment.cutout else {}
         return {key: self.config[key] for key in keys} | measured | filled | {"train": self.set.train_digest}
 
     def card(self) -> dict[str, Any]:

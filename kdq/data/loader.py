@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kdq.data.augment import Augment, Preprocess
+from kdq.data.augment import Augmentation, Preprocess
 from kdq.data.source import Source
 from kdq.utils.errors import KdqError
 
@@ -34,7 +34,7 @@ class TrainLoader:
         batch_size: int,
         *,
         preprocess: Preprocess,
-        augment: Augment,
+        augment: Augmentation,
         seed: int,
         epoch: Callable[[], int],
         portions: int = 1,

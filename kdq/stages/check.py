@@ -86,6 +86,8 @@ class _Check:
             option = f"{where}.{name}".lstrip(".")
             if name not in node:
                 raise KdqError(f"{option} is missing in this config: give +{option}=...")
+            if isinstance(node[name], Mapping) and "_target_" in node[name]:
+                continue  # takes what its callable does
             if isinstance(hint, type) and is_dataclass(hint):
                 self.node(option, node[name], hint)
             elif name in SEEDS and not (node[name] is None and hint is not int):

@@ -65,6 +65,7 @@ STABLE: dict[str, str] = {
         for room in ("", ".solvers")
     },
     **_paths("sampled_moments", "kdq.quant.sampled.SampledMoments", "kdq.quant.calibrate.sampled.SampledMoments"),
+    **_paths("resized_crop", "kdq.data.photographs.ResizedCrop"),
     **_paths("quant_config", "kdq.quant.config.QuantConfig"),
     **_paths("search_config", "kdq.quant.config.SearchConfig"),
     **_paths("post_training_quantization", "kdq.quant.callback.PostTrainingQuantization"),

@@ -25,8 +25,9 @@ def choices(group: str) -> list[str]:
 
 
 GROUPS = ("method", "quant", "tune", "deploy", "trainer", "callbacks", "logger", "experiment", "size", "data")
+FOLDERS = ("image_folder", "photographs")  # whose classes are counted
 NAMELESS = ("custom", "torchvision", "timm")  # which network is for the user to say
-CHOICES = [f"{group}={name}" for group in GROUPS for name in choices(group) if name not in ("image_folder",)]
+CHOICES = [f"{group}={name}" for group in GROUPS for name in choices(group) if name not in FOLDERS]
 CHOICES += [
     f"model@{role}={name}" for role in ("teacher", "student") for name in choices("model") if name not in NAMELESS
 ]
@@ -52,6 +53,10 @@ UNREAD = [
     (["callbacks=early_stopping", "+callbacks.early_stopping.patienc=3"], r"did you mean callbacks.*.patience\?"),
     (["+teacher.foo=1"], r"unknown option teacher.foo; valid here: name, net, recipe, weights, seed"),
     (["+data.crop=3"], r"unknown option data.crop; valid here: name, source"),
+    (
+        ["data=photographs", "data.num_classes=2", "data.root=x", "+data.augment.flipp=true"],
+        r"unknown option data.augment.flipp",
+    ),
     (["+data.augment.flipp=true"], r"did you mean data.augment.flip\?"),
     (["+data.source.folder=3"], r"unknown option data.source.folder"),
     (["++quant.refne=3"], r"did you mean quant.refine\?"),

@@ -1,0 +1,106 @@
+"""Photographs: random crops against torchvision's, colours against a formula, and the centre that evaluation sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+import kdq.cli.app  # noqa: F401  the resolvers of conf/
+from kdq.data.images import Images
+from kdq.data.photographs import GREY, ResizedCrop
+from kdq.utils.config import compose, plain
+from kdq.utils.errors import KdqError
+
+
+def photographs(count: int = 5, side: int = 48) -> torch.Tensor:
+    return torch.randint(256, (count, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_each_image_is_cropped_as_torchvision_would() -> None:
+    images, crop = photographs(), ResizedCrop(size=20)
+    draws = crop.draw(5, 48, 48, torch.Generator().manual_seed(1))
+    assert {0.0, 1.0} == set(draws[:, 4].tolist())
+    for image, found, (top, left, height, width, mirrored, *_) in zip(images, crop(images, draws), draws, strict=True):
+        box = [int(side) for side in (top, left, height, width)]
+        expected = tv.resized_crop(image.permute(2, 0, 1), *box, [20, 20], antialias=True)
+        expected = tv.horizontal_flip(expected) if mirrored else expected
+        assert torch.equal(found, expected.permute(1, 2, 0))
+
+
+def test_rectangles_lie_in_the_image_and_have_the_asked_areas_and_shapes() -> None:
+    draws = ResizedCrop(scale=0.25).draw(20_000, 300, 200, torch.Generator().manual_seed(0))
+    top, left, height, width = draws.T[:4]
+    assert min(top.min(), left.min()) >= 0
+    assert (top + height).max() == 300
+    assert (left + width).max() == 200
+    area, whole = height * width / 60_000, (height < 300) & (width < 200)
+    assert 0.24 < area.min() < 0.26
+    assert 0.74 < (width / height)[whole].min() < 0.76
+    assert 1.32 < (width / height)[whole].max() < 1.35  # sides are whole
+    assert draws[:, 4].mean() == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(draws[:, 5:], torch.ones(20_000, 3))
+
+
+def test_colours_are_brightened_then_contrasted_then_saturated() -> None:
+    images, crop = photographs() // 4 + 96, ResizedCrop(size=48, scale=1, ratio=1, jitter=0.3)  # far from 0 and 255
+    draws = crop.draw(5, 48, 48, torch.Generator().manual_seed(2))
+    for image, found, (*_, mirrored, bright, contrast, saturation) in zip(
+        images, crop(images, draws), draws.tolist(), strict=True
+    ):
+        pixels = image.double().numpy() * bright
+        pixels = contrast * pixels + (1 - contrast) * (pixels @ GREY).mean()
+        pixels = saturation * pixels + (1 - saturation) * (pixels @ GREY)[..., None]
+        pixels = pixels[:, ::-1] if mirrored else pixels
+        assert np.abs(found.numpy() - pixels).max() < 0.51
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"scale": 0}, {"ratio": 0.5}, {"jitter": 1}])
+def test_impossible_crops_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(KdqError, match=r"data\.augment"):
+        ResizedCrop(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_evaluation_sees_the_centre_as_published(tmp_path: Path, interpolation: str) -> None:
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "root" / part / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                smooth = Image.fromarray(rng.integers(256, size=(6, 9, 3), dtype=np.uint8)).resize((90, 60))
+                smooth.save(folder / f"{i}.png")
+    asked = [f"data.root={tmp_path / 'root'}", f"paths.output_dir={tmp_path}", "data.image_size=40"]
+    asked += ["data.augment.size=32", f"data.interpolation={interpolation}", "data.val_fraction=0.5"]
+    config = compose(["data=photographs", *asked])
+    images = Images(instantiate(config.data.source), plain(config.data))
+    cpu = torch.device("cpu")
+    inputs, _ = next(iter(images.evaluation("test", cpu)))
+    assert images.card()["size"] == [32, 32]
+    steps = [v2.Resize(40, interpolation=v2.InterpolationMode(interpolation)), v2.CenterCrop(32), v2.ToImage()]
+    published = v2.Compose(
+        [*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.data.mean, config.data.std)]
+    )
+    file = tmp_path / "root" / "test" / "a" / "0.png"
+    torch.testing.assert_close(inputs[0], published(Image.open(file)), atol=1e-4, rtol=1e-4)
+    drawn = images.augment.draw(4, *images.source("train", cpu).size, torch.Generator())
+    assert images.augment(images.set.train_images[:4], drawn).shape == (4, 32, 32, 3)
+    with pytest.raises(KdqError, match="size=41 is more than images of 40 x 40"):
+        Images(
+            images.set, plain(config.data) | {"augment": {"_target_": "kdq.data.photographs.ResizedCrop", "size": 41}}
+        )
+
+
+def test_sizes_are_those_of_the_teachers_weights(tmp_path: Path) -> None:
+    teacher = ["model@teacher=torchvision", "teacher.name=swin_t", "teacher.weights=imagenet"]
+    data = compose(["data=photographs", "data.root=x", *teacher]).data
+    assert (data.image_size, data.augment.size, data.interpolation) == (232, 224, "bicubic")
+    data = compose(["data=photographs", "data.root=x"]).data
+    assert (data.image_size, data.augment.size, data.interpolation) == (256, 224, "bilinear")
