@@ -132,6 +132,18 @@ def contests(frame: pd.DataFrame) -> list[Contest]:
     return [contest for _, contest in sorted(found, key=lambda pair: pair[0])]
 
 
+def rivals(contest: Contest, compared: Iterable[Comparison]) -> dict[Model, set[Model]]:
+    """By each student of ``contest`` that was chosen among several distilled ones, those."""
+    distilled = {
+        each.a
+        for each in compared
+        if (each.data, each.quantizer, each.kind) == (contest.data, contest.quantizer, "bytes")
+        and each.a.untuned != "baseline"
+    }
+    among = {chosen: {model for model in distilled if model.road == road} for road, chosen in contest.roads.items()}
+    return {chosen: models for chosen, models in among.items() if len(models) > 1}
+
+
 def table(compared: Iterable[Comparison]) -> pd.DataFrame:
     """The comparisons as a data frame with a line for each place, for going on from here."""
     lines: list[tuple[object, ...]] = []

@@ -23,7 +23,8 @@ NOTES = (
     "Differences are between means over seeds, in points of top-1 on the test set, with 95 % intervals and Welch's "
     f"t-test (two-sided, p < {LEVEL:g}, not corrected for the number of comparisons). The intervals are about seeds "
     "only: the finite test set adds uncertainty.",
-    "The headline compares the best model of each road on validation images: the test set chooses none of them.",
+    "The headline compares the best model of each road on validation images: the test set chooses none of them. Where "
+    "the teacher's weights come from a file, it may have learnt them: who imitates it more gains there.",
     "Between measured sizes a model's accuracy is interpolated linearly in the logarithm of its bytes, the float model "
     "being its largest file; nothing is extrapolated.",
 )
@@ -70,7 +71,9 @@ def answers(named: pd.DataFrame) -> list[Answer]:
         mine = [comparison for comparison in compared if comparison.data == data]
         mine.sort(key=lambda comparison: order.index(comparison.quantizer))
         lines = tuple(_line(comparison, name, len(order) > 1) for comparison in mine)
-        found.append(Answer(data, _headline(here[0], mine, _named(name)), (_made(rows), *_speed(rows, name)), lines))
+        seen = bool((rows.loc[rows["role"] == "teacher", "epochs"] == 0).any())
+        headline = _headline(here[0], mine, _named(name), seen)
+        found.append(Answer(data, headline, (_made(rows), *_speed(rows, name)), lines))
     return found
 
 
@@ -92,7 +95,10 @@ _SAID = ("wins", "ahead", "undecided", "alone")
 _Lead = tuple[float, list[tuple[Model, np.ndarray]]]
 
 
-def _headline(contest: Contest, compared: Sequence[Comparison], name: Callable[[Model], str]) -> str:
+def _headline(
+    contest: Contest, compared: Sequence[Comparison], name: Callable[[Model], str], seen: bool = False
+) -> str:
+    """``seen``: the teacher's weights are from a file and may have been trained on the validation images."""
     data, roads = contest.data, contest.roads
     if len(roads) < 2:
         missing = [f"“{what}”" for road, what in ROADS.items() if road not in roads and road != "tuned"]
@@ -107,7 +113,13 @@ def _headline(contest: Contest, compared: Sequence[Comparison], name: Callable[[
     elif counts[-1] > 1 and all(region.what != "wins" for region in regions):
         told = ["no road wins beyond seed noise", *told]
     told = told[:_TOLD] + ["more in the table"] * (len(told) > _TOLD)
-    return f"{start}{'; '.join([*told, *_adds(contest, compared, name)])}."
+    doubts = [
+        f"{name(chosen)} was chosen among {', '.join(sorted(map(name, among)))} on images that the teacher, whose "
+        "weights are from a file, may have been trained on"
+        for chosen, among in answer.rivals(contest, compared).items()
+        if seen
+    ]
+    return f"{start}{'; '.join([*told, *_adds(contest, compared, name), *doubts])}."
 
 
 def _adds(contest: Contest, compared: Sequence[Comparison], name: Callable[[Model], str]) -> list[str]:

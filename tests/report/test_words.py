@@ -112,6 +112,16 @@ def test_what_is_missing_is_said(row: Callable[..., Row]) -> None:
     assert "for no row is of “train or distil a student, then quantize it”" in _said([teacher]).headline
 
 
+def test_a_choice_on_images_that_taught_the_teacher_is_named(row: Callable[..., Row]) -> None:
+    rows = _pair(row, [90.0], [91.0])
+    rows += [replace(r, method="dkd", val_top1=r.val_top1 + 1) for r in rows if r.method == "vkd"]
+    outside = [replace(r, epochs=0) if r.role == "teacher" else replace(r, epochs=3) for r in rows]
+    inside = [replace(r, epochs=3) for r in rows]
+    assert "dkd was chosen among dkd, vkd on images that the teacher" in _said(outside).headline
+    alone = [r for r in outside if r.method != "dkd"]
+    assert not any("chosen" in _said(some).headline for some in (rows, inside, alone))
+
+
 def test_what_distillation_is_worth(row: Callable[..., Row]) -> None:
     rows = [*_pair(row, [90.0], [91.0]), row(method="baseline", bits=2, top1=88.0, float_bytes=0)]
     assert _said(rows).headline.endswith("distillation itself is worth +2.0 points over baseline at 2 bits (untested).")
