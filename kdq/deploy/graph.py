@@ -62,6 +62,7 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
     program = _exported(plain, shape)
     with _quietly():
         factors = _fold(program, plain)
+        _flatten(program.graph)
         try:
             exported = torch.onnx.export(
                 program, (), input_names=["image"], output_names=["logits"], opset_version=OPSET, verbose=False
@@ -130,6 +131,27 @@ def _fold(program: torch.export.ExportedProgram, network: nn.Module) -> dict[str
         factors[layer] = factor
         node.graph.lint()
     return factors
+
+
+def _flatten(graph: torch.fx.Graph) -> None:
+    """Give linear layers on tokens one row for each: ONNX has such layers for matrices alone, and of others it would
+    make a product with a constant of its own."""
+    for node in list(graph.nodes):
+        if node.target != _aten.linear.default or (made := node.meta["val"]).ndim < 3:
+            continue
+        tokens, features = node.args[0], node.args[0].meta["val"].shape[-1]
+        sides = [side if isinstance(side, int) else -1 for side in made.shape]
+        if sides.count(-1) > 1:
+            continue
+        with graph.inserting_before(node):
+            rows = graph.call_function(_aten.reshape.default, (tokens, [-1, features]))
+        with graph.inserting_after(node):
+            back = graph.call_function(_aten.reshape.default, (node, sides))
+        node.replace_all_uses_with(back, lambda user, back=back: user is not back)
+        node.args = (rows, *node.args[1:])
+        rows.meta["val"], back.meta["val"] = tokens.meta["val"].reshape(-1, features), made
+        node.meta["val"] = made.reshape(-1, made.shape[-1])
+    graph.lint()
 
 
 def _pool(graph: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kdq.deploy.fold import Coded, int8_weight
 from kdq.deploy.graph import FloatGraph
 from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.layers import layer_name
 
 #: Bits of activations in INT8 kernels.
 ACT_BITS = 8
@@ -27,12 +28,12 @@ POOLS = ("ReduceMean", "AveragePool", "GlobalAveragePool")
 
 def layer_of(node: Any, weights: Mapping[str, Any]) -> str | None:
     """The name of the convolution or linear layer that ``node`` is, if its weight is one of ``weights``."""
-    if node.op_type not in ("Conv", "Gemm") or not node.input[1].endswith(".weight") or node.input[1] not in weights:
+    if node.op_type not in ("Conv", "Gemm") or not node.input[1].endswith("weight") or node.input[1] not in weights:
         return None
     # Gemm holds a linear layer's weight transposed, as torch does.
     if node.op_type == "Gemm" and {a.name: a.i for a in node.attribute}.get("transB", 0) != 1:
         return None
-    return node.input[1].removesuffix(".weight")
+    return layer_name(node.input[1])
 
 
 def rounded_inputs(graph: Any) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
+from torchvision.models import SwinTransformer, VisionTransformer
 
 import kdq
 from kdq.deploy import extra
@@ -21,6 +22,7 @@ from kdq.deploy.runtime import logits, session
 from kdq.models import CifarResNet, resnet50
 from kdq.models.build import build
 from kdq.quant.activations import RANGES, Histogram
+from kdq.quant.layers import layer_name
 from tests.quant.conftest import ReluNet, trained_norms
 
 SHAPE = (3, 9, 9)
@@ -252,6 +254,29 @@ def test_a_resnet50_keeps_its_predictions_in_int8() -> None:
     clear = expected.topk(2).values.diff().abs().flatten() > 0.05 * (expected.max() - expected.min())
     assert clear.float().mean() > 0.2
     assert torch.equal(found.argmax(1)[clear], expected.argmax(1)[clear])
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_layers_on_tokens_are_integer_ones_and_keep_their_codes(kind: str) -> None:
+    torch.manual_seed(0)
+    network: nn.Module = VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=5)
+    if kind == "swin":
+        network = SwinTransformer([4, 4], 16, [1, 1], [2, 4], [4, 4], num_classes=5)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 2 or name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(64, 3, 32, 32)
+    quantized, report = kdq.quantize(network, [images], bits=4)
+    models = onnx_models(quantized, (3, 32, 32), ["int8", "codes"], [images])
+    constants = {name: _constants(onnx.load_from_string(model)) for name, model in models.items()}
+    for found in constants.values():
+        coded = {layer_name(name.removesuffix("_codes")) for name in found if name.endswith("weight_codes")}
+        assert coded == {layer.name for layer in report.layers}
+    with torch.no_grad():
+        expected = quantized(images)
+    torch.testing.assert_close(_run(models["codes"], images), expected, rtol=1e-3, atol=1e-4)
+    error = (_run(models["int8"], images) - expected).square().mean() / expected.var()
+    assert error < 0.01
 
 
 def test_means_over_height_and_width_are_pools(images: Tensor) -> None:
