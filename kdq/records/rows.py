@@ -128,6 +128,9 @@ class Row:
     latency_ms_onnx_codes: Float | None = None
     latency_p95_ms_onnx_codes: Float | None = None
     throughput_onnx_codes: Float | None = None
+    deployed: Text | None = None  # the format that deploy=best keeps, and its measurements
+    top1_deployed: Float | None = None
+    latency_ms_deployed: Float | None = None
     versions: Text = ""  # of what computed it, beside kdq
     config: Config | None = None  # what composes the cell again, interpolations as written: kdq-reproduce
     row_format: Int = ROW_FORMAT

@@ -19,6 +19,12 @@ class Latency:
 
 _KINDS = (
     Latency(
+        "latency_ms_deployed",
+        "top1_deployed",
+        "latency (ms, ONNX Runtime, the format kept, batch 1)",
+        "The exported networks in ONNX Runtime, each in the format that deploy=best keeps.",
+    ),
+    Latency(
         "latency_ms_onnx_int8",
         "top1_onnx_int8",
         "latency (ms, ONNX Runtime INT8, batch 1)",
@@ -41,8 +47,8 @@ _KINDS = (
 
 
 def shown_latency(cells: pd.DataFrame) -> Latency:
-    """The integer network's where any cell has it, else the exported float network's, else PyTorch's: one figure never
-    mixes them."""
+    """That of the format kept (``deploy=best``) where any cell has it, else the integer network's, else the exported
+    float network's, else PyTorch's: one figure never mixes them."""
     for kind in _KINDS[:-1]:
         if cells[kind.column].notna().any():
             return kind
@@ -55,13 +61,15 @@ def timed_models(rows: pd.DataFrame) -> pd.DataFrame:
 
     A network runs the same operations whatever the values of its weights, so its rows, of all seeds and widths, are
     repeated measurements: their median ``ms``, smallest ``ms_low`` and largest ``ms_high``, and how many (``count``).
-    ``top1`` and ``top1_std`` are over the seeds of the widest of its widths.
+    Formats that ``deploy=best`` keeps are networks of their own. ``top1`` and ``top1_std`` are over the seeds of the
+    widest of its widths.
     """
     lines = []
     for data, part in rows.groupby("data", sort=True):
         shown = shown_latency(part)
         part = part[part[[shown.column, shown.top1]].notna().all(axis=1)]
-        for (quantizer, method, arch), model in part.groupby(["quantizer", "method", "arch"], sort=True):
+        kept = part["deployed"] if shown.column == "latency_ms_deployed" else part["data"]  # one for all
+        for (quantizer, method, arch, _), model in part.groupby(["quantizer", "method", "arch", kept], sort=True):
             ms = model[shown.column]
             top1 = model[model["width"] == model["width"].max()].groupby("seed")[shown.top1].mean()
             spread = ms.median(), ms.min(), ms.max(), len(ms), top1.mean(), top1.std()

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from kdq.distill.terms import Terms, method_of
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS
 from kdq.quant.config import OPTIONS
-from kdq.stages.schema import Config, Deploy, NoDeploy, Peer
+from kdq.stages.schema import BestDeploy, Config, Deploy, NoDeploy, Peer
 from kdq.train.recipe import Recipe
 from kdq.utils.calls import imported, parameters
 from kdq.utils.checks import LARGEST, check_type
@@ -42,7 +42,8 @@ def check_config(cfg: DictConfig) -> None:
     check = _Check({name: _values(cfg[name]) for name in names}, _referred(cfg))
     check.node("", check.config, Config)
     deploy, quant = check.config["deploy"], check.config["quant"]
-    check.node("deploy", deploy, Deploy if deploy.get("formats") else NoDeploy)
+    kind = BestDeploy if "tolerance" in deploy else Deploy
+    check.node("deploy", deploy, kind if deploy.get("formats") else NoDeploy)
     check.module("method", check.config["method"])
     check.module("tune", check.config["tune"])
     check.names("quant", quant, (*QUANT, *OPTIONS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kdq.quant.packing.file import load_packed
 from kdq.records.rows import ROW_FORMAT, Row, write_row
 from kdq.records.store import key_of
 from kdq.stages.cell import Cell
+from kdq.train.evaluate import evaluate
 from kdq.utils import latency
 from kdq.utils.checks import one_of
 from kdq.utils.config import plain
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: Points of accuracy by which an exported model may differ from the evaluated one without a warning.
 TOLERANCE = 0.1
+#: What ``deploy=best`` says of the format it keeps.
+KEPT = ("deployed", "top1_deployed", "latency_ms_deployed")
 
 
 def asked_columns(cell: Cell) -> dict[str, Any]:
@@ -48,7 +51,8 @@ def asked_columns(cell: Cell) -> dict[str, Any]:
     for name in config["formats"]:
         one_of("deploy.formats", name, FORMATS)
     one_of("deploy.act_range", config["act_range"], (*RANGES, CLOSEST))
-    return {**_measured(config["formats"]), "deploy_hash": _settings(cell)}
+    kept = dict.fromkeys(KEPT) if "tolerance" in config else {}
+    return {**_measured(config["formats"]), **kept, "deploy_hash": _settings(cell)}
 
 
 def _settings(cell: Cell) -> str:
@@ -64,7 +68,8 @@ def _measured(formats: Sequence[str]) -> dict[str, None]:
 
 
 def deploy(cell: Cell, row: Row) -> Row:
-    """``row`` with the asked columns, which are written to its file; the ONNX models lie beside the packed file.
+    """``row`` with the asked columns, which are written to its file; the ONNX models, or the one that is kept, lie
+    beside the packed file.
 
     Raises:
         KdqError: the packed file is damaged, or the network cannot be exported.
@@ -76,12 +81,8 @@ def deploy(cell: Cell, row: Row) -> Row:
         bar.update()
         values: dict[str, Any] = {"row_format": ROW_FORMAT, "deploy_hash": _settings(cell)}
         if row.deploy_hash != values["deploy_hash"]:  # what other settings measured does not stand beside it
-            values |= _measured(FORMATS)
-        for name, model in models.items():
-            target = path.with_suffix(f".{name}.onnx")
-            with replacing(target) as temporary:
-                temporary.write_bytes(model)
-            values[f"onnx_{name}_bytes"] = target.stat().st_size
+            values |= _measured(FORMATS) | dict.fromkeys(KEPT)
+        values |= {f"onnx_{name}_bytes": len(model) for name, model in models.items()}
         sessions = {name: session(model, config.threads) for name, model in models.items()}
         for name, runner in sessions.items():
             values[f"top1_onnx_{name}"] = top1(runner, cell.images.evaluation("test", torch.device("cpu")))
@@ -95,10 +96,38 @@ def deploy(cell: Cell, row: Row) -> Row:
         values[f"latency_ms_onnx_{name}"] = single[name].median_ms
         values[f"latency_p95_ms_onnx_{name}"] = single[name].p95_ms
         values[f"throughput_onnx_{name}"] = many[name].throughput
+    if (tolerance := config.get("tolerance")) is not None:
+        name = best(cell, network, sessions, {name: single[name].median_ms for name in sessions}, tolerance)
+        models = {name: models[name]}
+        found = (name, values[f"top1_onnx_{name}"], single[name].median_ms)
+        values |= dict(zip(KEPT, found, strict=True))
+    for name, model in models.items():
+        with replacing(path.with_suffix(f".{name}.onnx")) as temporary:
+            temporary.write_bytes(model)
     values |= {"throughput_batch": config.batch, "latency_threads": config.threads or usable_cores()}
     deployed = dataclasses.replace(row, **values)
     write_row(cell.output / "rows", deployed)
     return deployed
+
+
+def best(
+    cell: Cell, network: nn.Module, sessions: Mapping[str, Any], times: Mapping[str, float], tolerance: float
+) -> str:
+    """The fastest of ``sessions`` whose top-1 on validation images is at most ``tolerance`` points below that of the
+    packed ``network``, so that no test image chooses; the most accurate one if none is.
+
+    Args:
+        times: milliseconds of each.
+    """
+    images = cell.images.evaluation("val", torch.device("cpu"))
+    least = evaluate(network, images, cell.cfg.data.num_classes)["top1"] - tolerance
+    accuracies = {name: top1(runner, images) for name, runner in sessions.items()}
+    able = [name for name in sessions if accuracies[name] >= least]
+    if able:
+        return min(able, key=times.__getitem__)
+    name = max(accuracies, key=accuracies.__getitem__)
+    log.warning("no format has a validation top-1 of %.2f: %s, with %.2f, is kept", least, name, accuracies[name])
+    return name
 
 
 def packed_network(cell: Cell, path: Path) -> nn.Module:

@@ -21,7 +21,7 @@ from kdq.utils.config import plain
 #: Columns of a row that are curves over ``quantize/bits``.
 CURVES = ("top1", "top5", "drop", "nll", "ece", "size_bytes", "avg_bits", "bops", "latency_ms_torch")
 #: The same of rows with exported models.
-DEPLOYED = [name for name in COLUMNS if "_onnx_" in name or name.startswith("onnx_")]
+DEPLOYED = [name for name in COLUMNS if "_onnx_" in name or name.startswith("onnx_") or name.endswith("_deployed")]
 SEARCH = ("avg_bits", "size_bytes", "loss", "top1")
 LAYERS = ("asked", "layer", "kind", "shape", "weights", "bits", "levels", "error")
 STEPS = ("step", "layer", "from_bits", "to_bits", "avg_bits", "size_bytes", "loss", "top1")

@@ -75,6 +75,11 @@ class Deploy(NoDeploy):
 
 
 @dataclass
+class BestDeploy(Deploy):
+    tolerance: float
+
+
+@dataclass
 class Config:
     seed: int
     data: Data

@@ -11,7 +11,7 @@ from kdq.utils.errors import KdqError
 #: Columns of rows that may be searched for, and the better direction of each.
 OBJECTIVES = {"val_top1": "maximize", "avg_bits": "minimize", "size_bytes": "minimize", "params": "minimize"}
 OBJECTIVES |= dict.fromkeys(("macs", "bops", "latency_ms_torch"), "minimize")
-OBJECTIVES |= dict.fromkeys(("latency_ms_onnx_fp32", "latency_ms_onnx_int8"), "minimize")
+OBJECTIVES |= dict.fromkeys(("latency_ms_onnx_fp32", "latency_ms_onnx_int8", "latency_ms_deployed"), "minimize")
 
 
 def directions(objective: str | Sequence[str] | None) -> str | list[str]:
@@ -56,6 +56,8 @@ def value(objective: str | Sequence[str], rows: Sequence[Row]) -> float | list[f
     values = []
     for name in names(objective):
         if (measured := getattr(rows[0], name)) is None:
-            raise KdqError(f"kdq.objective={name} was not measured: add deploy=onnx")
+            raise KdqError(
+                f"kdq.objective={name} was not measured: add deploy={'best' if 'deployed' in name else 'onnx'}"
+            )
         values.append(float(measured))
     return values[0] if isinstance(objective, str) else values

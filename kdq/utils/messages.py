@@ -43,6 +43,7 @@ MOVED = {
     "quant.search": "a bit search is chosen with quant=greedy",
     "deploy.images": "give deploy.calibration_images",
     **dict.fromkeys((f"deploy.{name}" for name in ("batch", "runs", "threads", "act_range")), "give deploy=onnx first"),
+    "deploy.tolerance": "give deploy=best first",
     "logger.kind": "give logger=wandb, logger=csv or logger=none",
     **{f"logger.{key}": f"give logger.wandb.{key}" for key in ("mode", "project", "entity", "upload")},
 }

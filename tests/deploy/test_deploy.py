@@ -117,6 +117,27 @@ def test_other_settings_are_measured_again_and_alone(run: Any, cli: Any, tmp_pat
     assert again.top1_onnx_fp32 == next(row.top1_onnx_fp32 for row in rows if row.bits == 8)
 
 
+def test_best_keeps_the_fastest_that_is_accurate_enough(run: Any, cli: Any, tmp_path: Path) -> None:
+    output, _, _ = run
+    shutil.copytree(output, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.onnx"):
+        path.unlink()
+    cell = [*TINY, "method=baseline", "quant.bits=3", *QUICK, f"paths.output_dir={tmp_path / 'copy'}", "deploy=best"]
+    for tolerance in (100, -100):  # every format is accurate enough; none is
+        code, out, error = cli(*cell, f"deploy.tolerance={tolerance}")
+        assert code == 0, error
+        (row,) = [row for row in read_rows(tmp_path / "copy" / "rows") if row.bits == 3]
+        times = {kind: getattr(row, f"latency_ms_onnx_{kind}") for kind in ("int8", "codes")}
+        assert row.latency_ms_deployed == times[row.deployed]
+        assert row.top1_deployed == getattr(row, f"top1_onnx_{row.deployed}")
+        assert (tmp_path / "copy" / row.artifact).with_suffix(f".{row.deployed}.onnx").is_file()
+        if tolerance > 0:
+            assert row.latency_ms_deployed == min(times.values())
+            assert len(list((tmp_path / "copy").rglob("*.onnx"))) == 1
+        else:
+            assert "is kept" in out + error
+
+
 def test_a_grid_knows_that_columns_are_missing_when_deploying_failed(run: Any, cli: Any) -> None:
     output, _, rows = run
     packed = output / rows[0].artifact

@@ -12,11 +12,15 @@ from kdq.report.cells import named
 from kdq.report.latency import shown_latency, timed_models
 
 _NONE: dict[str, list[float | None]] = {
-    f"{column}_onnx_{kind}": [None, None] for column in ("latency_ms", "top1") for kind in ("fp32", "int8")
+    f"{column}_{kind}": [None, None]
+    for column in ("latency_ms", "top1")
+    for kind in ("onnx_fp32", "onnx_int8", "deployed")
 }
 _TORCH = _NONE | {"latency_ms_torch": [1.0, 2.0], "top1_float": [90.0, 91.0]}
 _FLOAT = {"latency_ms_onnx_fp32": [1.0, None], "top1_onnx_fp32": [90.0, None]}
 _INT8 = {"latency_ms_onnx_int8": [None, 0.5], "top1_onnx_int8": [None, 89.0]}
+
+_KEPT = {"latency_ms_deployed": [None, 0.5], "top1_deployed": [None, 89.0]}
 
 
 @pytest.mark.parametrize(
@@ -25,6 +29,7 @@ _INT8 = {"latency_ms_onnx_int8": [None, 0.5], "top1_onnx_int8": [None, 89.0]}
         (_TORCH, "latency_ms_torch"),
         (_TORCH | _FLOAT, "latency_ms_onnx_fp32"),
         (_TORCH | _FLOAT | _INT8, "latency_ms_onnx_int8"),
+        (_TORCH | _FLOAT | _INT8 | _KEPT, "latency_ms_deployed"),
     ],
 )
 def test_the_nearest_to_deployment(columns: dict[str, list[float]], wanted: str) -> None:
@@ -42,3 +47,11 @@ def test_the_rows_of_a_model_are_measurements_of_one_network(row: Callable[..., 
     (line,) = timed_models(named([*rows, row(bits=2)])).rename(columns={"count": "n"}).itertuples()
     assert (line.ms, line.ms_low, line.ms_high, line.n) == (0.5, 0.4, 0.6, 3)
     assert (line.top1, line.top1_std) == (88.5, pytest.approx(0.5**0.5))
+
+
+def test_formats_that_are_kept_are_networks_of_their_own(row: Callable[..., Row]) -> None:
+    rows = [
+        row(bits=bits, deployed=kind, top1_deployed=90.0, latency_ms_deployed=ms)
+        for bits, kind, ms in ((2, "fp32", 0.9), (4, "int8", 0.3), (8, "int8", 0.5))
+    ]
+    assert sorted(timed_models(named(rows))["ms"]) == [pytest.approx(0.4), 0.9]
