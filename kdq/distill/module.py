@@ -57,8 +57,8 @@ class DistillationModule(L.LightningModule):
     takes: tuple[str, ...] = ()
     #: Whether it needs each image's place in the training set; kdq's loader gives it where this is set.
     indexed = False
-    #: What kdq's own training keeps the best epoch by: the highest validation ``top1``, or the lowest ``loss``.
-    best_by = "top1"
+    #: Which epoch kdq's own training keeps: the ``best`` on validation images, or the ``last``.
+    keeps = "best"
 
     def __init__(
         self,

@@ -101,9 +101,9 @@ def quantize(
     return rows
 
 
-def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, dict[str, float]]:
-    """The model quantized for one row, named as :func:`asked_bits` has it, and its ``top1`` on validation images in
-    percent and ``loss``: what tuning begins with."""
+def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, float]:
+    """The model quantized for one row, named as :func:`asked_bits` has it, and its accuracy on validation images in
+    percent: what tuning begins with."""
     network = _ready(cell, entry)
     with progress(f"quantizing {cell.name}", None, "step") as bar:
         callback = _callback(cell, entry, [name], lambda line: bar.update())
@@ -112,8 +112,7 @@ def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, dict
         callback.use(callback.names[0])
         module = CrossEntropy(network, num_classes=measured.num_classes)
         measured.trainer.validate(module, measured.data, verbose=False)
-    said = measured.trainer.callback_metrics
-    return callback.result, {"top1": 100 * float(said["val/top1"]), "loss": float(said["val/loss"])}
+    return callback.result, 100 * float(measured.trainer.callback_metrics["val/top1"])
 
 
 def _reference(cell: Cell, entry: Entry, measure: Callable[[], dict[str, float]]) -> dict[str, float]:

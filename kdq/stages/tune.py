@@ -3,7 +3,8 @@
     float model -> quantized to the row's width -> fake-quantized, trained -> a model of the store -> the row
 
 Every width of a cell is a training of its own, which begins at a packed file: that is what all its processes read, and
-what a killed one goes on from. What is kept is the epoch of the lowest loss on validation images, or the start.
+what a killed one goes on from. What is kept is the last epoch, or the start if that was more accurate on validation
+images.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
     quant = {key: value for key, value in quant_spec(cell.cfg.quant).items() if key not in ("name", "bits")}
     spec = {
         "stage": "tune",
-        "optimizer": "adam, rates in levels, lowest loss kept",  # tunings of before differed under the same options
+        "optimizer": "adam, rates in levels, last epoch kept",  # tunings of before differed under the same options
         "models": {name: model.key for name, model in models.items()},
         "data": cell.images.spec(),
         "quant": quant,
@@ -119,8 +120,8 @@ def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str
         with run_training(cell, training, work) as (best, metrics):
             student = best["student"]
             weights, scores = student.weights, {"val_top1": 100 * student.top1, "best_epoch": student.epoch}
-            if facts["val_loss_start"] < student.loss:
-                log.warning("%s had a lower loss on validation images before it was tuned: it is kept", plan.name)
+            if facts["val_top1_start"] > scores["val_top1"]:
+                log.warning("%s was more accurate on validation images before it was tuned: it is kept", plan.name)
                 weights = training.networks["student"].build().state_dict()
                 scores = {"val_top1": facts["val_top1_start"], "best_epoch": -1}
             yield weights, scores | facts | metrics
@@ -138,10 +139,9 @@ def _start(cell: Cell, entry: Entry, name: str, work: Path) -> tuple[Path, dict[
     """The quantized network as a packed file in ``work``, and what its row will say of it; made unless it is there."""
     file, facts = (work / "start.kdq").absolute(), work / "start.json"
     if not facts.is_file():  # it is written last
-        made, scores = quantized_once(cell, entry, name)
+        made, top1 = quantized_once(cell, entry, name)
         save_packed(made.network, file)
-        start = {f"val_{name}_start": score for name, score in scores.items()}
-        said = start | {"layout": layout(fake_quantized(made.network)), "report": asdict(made.report)}
+        said = {"val_top1_start": top1, "layout": layout(fake_quantized(made.network)), "report": asdict(made.report)}
         write_text(facts, json.dumps(said))
     return file, parse_json(facts.read_text())
 

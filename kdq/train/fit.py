@@ -34,10 +34,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Best:
-    """A learner at its best: validation accuracy 0 to 1 and loss, the epoch (from 0), and the weights on the CPU."""
+    """A learner at its best: validation accuracy 0 to 1, the epoch (from 0), and the weights on the CPU."""
 
     top1: float = -1.0
-    loss: float = math.inf
     epoch: int = -1
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -48,8 +47,8 @@ def ranked(best: Mapping[str, Best]) -> list[str]:
 
 
 class KeepBest(Callback):
-    """Remembers each learner's weights of the epoch with its highest validation accuracy, or with its lowest loss where
-    its module says so (the last of equals, which saw the lowest learning rate).
+    """Remembers each learner's weights of the epoch with its highest validation accuracy (the last of equals, which
+    saw the lowest learning rate), or of the last one where its module ``keeps`` that.
 
     They travel inside the one checkpoint that is written each epoch: a crash can never separate the two.
     """
@@ -72,12 +71,11 @@ class KeepBest(Callback):
                     f"the validation loss became {loss} at epoch {trainer.current_epoch}: "
                     f"lower the learning rate (recipe.lr={pl_module.config.lr}) or set recipe.clip_grad=1"
                 )
-            best = self.best.get(name, Best())
-            if loss <= best.loss if pl_module.best_by == "loss" else top1 >= best.top1:
+            if pl_module.keeps == "last" or name not in self.best or top1 >= self.best[name].top1:
                 state = learner.eval_network.state_dict()
                 plain = torch.contiguous_format
                 weights = {key: tensor.detach().cpu().clone(memory_format=plain) for key, tensor in state.items()}
-                self.best[name] = Best(top1, loss, trainer.current_epoch, weights)
+                self.best[name] = Best(top1, trainer.current_epoch, weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": {name: vars(best) for name, best in self.best.items()}, "seconds": self.seconds}
