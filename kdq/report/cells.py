@@ -80,6 +80,12 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     return means.join(spread).assign(n=groups.size(), rows=groups["rows"].sum()).reset_index()
 
 
+def float_model(model: pd.DataFrame) -> Any:
+    """The one of a model's :func:`cells` that tells its float network's accuracy from most seeds: the mean over all of
+    them would count a seed as often as it was quantized."""
+    return model.iloc[int(model["n"].argmax())]
+
+
 def settings(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of :func:`named` of every model that has a cell with several rows of one seed: what a search tried."""
     several = frame.groupby([*CELL, "seed"])["config_hash"].transform("size") > 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kdq.report import published
-from kdq.report.cells import pareto, records, settings, telling
+from kdq.report.cells import float_model, pareto, records, settings, telling
 from kdq.report.layers import Frontier
 from kdq.report.material import Material
 from kdq.report.style import method_colors, styled
@@ -125,7 +125,7 @@ def _lines(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any], x: str, wh
         if whole is not None:
             end = group[whole].mean() if isinstance(whole, str) else whole
             look = _EXPLAINED[_FLOAT] | {key: style[model][key] for key in ("color", "marker")}
-            points = [group[x].iloc[-1], end], [group[y].iloc[-1], group["top1_float"].mean()]
+            points = [group[x].iloc[-1], end], [group[y].iloc[-1], float_model(group)["top1_float"]]
             panel.plot(*points, label=_FLOAT, markevery=[1], **look)
     panel.set_ylabel("top-1 (%)" if y == "top1" else "points lost to quantization")
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdq.records.rows import Row
-from kdq.report.cells import SERIES, cells, named, records, series, width_name
+from kdq.report.cells import SERIES, cells, float_model, named, records, series, width_name
 
 #: The terminal shows so many models; the page shows all.
 TERMINAL_LINES = 60
@@ -64,7 +64,8 @@ def _entries(
     """Each model's names and cells, and its entries: the float model's, then one for each width."""
     grid = {(cell.quantizer, cell.width) for cell in records(found) if not cell.searched}
     for names, group in series(found):
-        whole = Entry(group["top1_float"].mean(), group["top1_float_std"].mean(), group["float_bytes"].mean())
+        cell = float_model(group)
+        whole = Entry(cell["top1_float"], cell["top1_float_std"], cell["float_bytes"])
         by_width = {(c.width, c.searched): Entry(c.top1, c.top1_std, c.size_bytes) for c in records(group)}
         empty = [MISSING if not searched and (names[3], width) in grid else "" for width, searched in widths]
         yield names, group, [whole, *(by_width.get(width, text) for width, text in zip(widths, empty, strict=True))]

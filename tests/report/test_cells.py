@@ -8,13 +8,30 @@ import numpy as np
 import pytest
 
 from kdq.records.rows import Row
-from kdq.report.cells import by_seed, cells, missing, named, pareto, printable, size_name, telling, width_name
+from kdq.report.cells import (
+    by_seed,
+    cells,
+    float_model,
+    missing,
+    named,
+    pareto,
+    printable,
+    size_name,
+    telling,
+    width_name,
+)
 
 
 def test_means_and_spread_are_over_seeds(row: Callable[..., Row]) -> None:
     rows = [row(seed=seed, top1=top1) for seed, top1 in ((0, 90.0), (1, 94.0))]
     (cell,) = cells(named(rows)).to_dict("records")
     assert (cell["top1"], cell["top1_std"], cell["n"], cell["rows"]) == (92, pytest.approx(8**0.5), 2, 2)
+
+
+def test_a_float_model_counts_each_seed_once(row: Callable[..., Row]) -> None:
+    rows = [row(seed=0, bits=bits, top1_float=90.0) for bits in (2, 3, 4)] + [row(seed=1, bits=4, top1_float=94.0)]
+    found = float_model(cells(named(rows)))
+    assert (found["top1_float"], found["top1_float_std"], found["n"]) == (92, pytest.approx(8**0.5), 2)
 
 
 def test_rows_of_one_seed_are_one_value(row: Callable[..., Row]) -> None:
