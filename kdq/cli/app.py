@@ -134,6 +134,7 @@ def directions(objective: Any) -> Any:
 
 # Hydra logs what it raises: the one line that describes it is enough.
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
+logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's, which tells every plug-in of its own
 
 # On import: also a process that a launcher started composes configs.
 OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
