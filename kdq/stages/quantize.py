@@ -31,7 +31,7 @@ from kdq.train.evaluate import test
 from kdq.train.trainer import evaluation_trainer, limited
 from kdq.utils.config import plain
 from kdq.utils.cpu import settle_threads
-from kdq.utils.files import parse_json, write_text
+from kdq.utils.files import parse_json, regular, write_text
 from kdq.utils.latency import of_networks
 from kdq.utils.operations import multiply_adds
 from kdq.utils.progress import progress
@@ -121,8 +121,9 @@ def _reference(cell: Cell, entry: Entry, measure: Callable[[], dict[str, float]]
     spec = {"stage": "evaluate", "model": entry.key, "data": cell.images.spec(), "limits": limits}
     file = cell.output / "store" / "evaluated" / f"{entry.path.name}-{key_of(spec)}.json"
     try:
-        return {name: float(value) for name, value in parse_json(file.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # not there, or damaged
+        found = parse_json(regular(file).read_text())
+        return {name: float(found[name]) for name in ("top1", "top5", "ece", "nll")}
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
         scores = measure()
         write_text(file, json.dumps(scores))
         return scores

@@ -149,7 +149,7 @@ def test_a_float_model_is_measured_once_for_all_quantizers(tmp_path: Path, monke
     (second,) = run(config(tmp_path, "quant=gpfq", "quant.bits=4"))
     assert (first.top1_float, len(tests)) == (second.top1_float, 3)
     (kept,) = (tmp_path / "store" / "evaluated").iterdir()
-    kept.write_text("{")  # damaged
+    kept.write_text('{"top1": 1.0}')  # damaged
     (third,) = run(config(tmp_path, "quant=gptq", "quant.bits=4"))
     assert (third.top1_float, len(tests)) == (first.top1_float, 5)
     run(config(tmp_path, "quant=gptq", "quant.bits=4", "trainer.limit_test_batches=1"))

@@ -7,6 +7,7 @@ layer then correcting the errors of the layers that really precede it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -101,8 +102,8 @@ def search_bits(
         bank: what :func:`kdq.quant.bitsearch.bank.fill_bank` made of the same arguments, if it was called before.
         trace: a file that remembers evaluations, so that a killed search goes on; every process names one, or none
             does. ``key`` says what they depend on, and a file of another key is refused; the bank is kept beside it, in
-            a folder. Without a key it is a digest of the quantized layers and of the validation images, and a file of
-            others is begun anew.
+            a folder of the key's own. Without a key it is a digest of the quantized layers and of the validation
+            images, and a file of others is begun anew.
         on_step: called with a line of text for every step.
 
     Raises:
@@ -110,7 +111,8 @@ def search_bits(
     """
     start = time.perf_counter()
     batches, widths = list(calibration), list(search.candidates)
-    kept = trace.with_suffix(".bank") if trace and key else None
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    kept = trace.with_name(f"{trace.stem}-{digest}.bank") if trace and key else None
     bank = bank or fill_bank(model, batches, widths, config, kept)
     if widths != sorted(next(iter(bank.weights.values()))):
         raise KdqError(f"the bank has other candidates than {widths}: fill it with the same")

@@ -233,6 +233,22 @@ def test_a_bank_of_other_candidates_is_refused(trained: nn.Module, data: Any) ->
         search_bits(trained, calibration, validation, SearchConfig(4.0, candidates=(4, 8)), bank=bank)
 
 
+def test_a_bank_of_another_key_is_not_taken(trained: nn.Module, data: Any, tmp_path: Path) -> None:
+    """Also once the trace, whose refusal says so, was deleted."""
+    calibration, validation = data
+    trace, search = tmp_path / "trace.json", SearchConfig(4.0, candidates=(2, 8))
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    search_bits(other, calibration, validation, search, trace=trace, key="other")
+    trace.unlink()
+    found = search_bits(trained, calibration, validation, search, trace=trace, key="own")
+    expected = fill_bank(trained, calibration, [2, 8])
+    for name, choices in expected.weights.items():
+        assert torch.equal(found.bank.weights[name][8].decode(), choices[8].decode())
+
+
 def test_a_bank_that_was_kept_is_the_one_that_was_filled(
     trained: nn.Module, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
