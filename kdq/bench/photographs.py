@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from kdq.bench.common import best_device, show, split_options
 from kdq.bench.loops import images_per_second
 from kdq.data.augment import Preprocess
-from kdq.data.folder import _decode
+from kdq.data.folder import decode_image
 from kdq.data.loader import TrainLoader
 from kdq.data.photographs import ResizedCrop
 from kdq.data.source import Resident, Streamed
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     files = sorted(file for file in Path(options["root"]).rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
     seconds, device, rows = float(options["seconds"]), best_device(), []
     start = time.perf_counter()
-    kept = np.stack([_decode(file, KEPT, 3) for file in files])
+    kept = np.stack([decode_image(file, KEPT, 3) for file in files])
     rows.append({"stage": "decoding, once, one core", "images/s": len(files) / (time.perf_counter() - start)})
     images, labels = torch.from_numpy(kept), torch.zeros(len(files), dtype=torch.long)
     shared: dict[str, Any] = {"preprocess": Preprocess(MEAN, STD, 224), "seed": 0, "epoch": lambda: 0}

@@ -90,7 +90,7 @@ def image_folder(
         raise KdqError(f"data.in_channels={in_channels}: images are read as grey (1) or RGB (3)")
     if interpolation not in RESAMPLING:
         raise KdqError(f"data.interpolation={interpolation} is none of {', '.join(RESAMPLING)}")
-    decode = partial(_decode, size=image_size, in_channels=in_channels, resampling=RESAMPLING[interpolation])
+    decode = partial(decode_image, size=image_size, in_channels=in_channels, resampling=RESAMPLING[interpolation])
     source, classes = Path(root).expanduser(), class_names(root)
     parts = {part: _list_images(source / part, classes) for part in ("train", "test")}
     rows = {part: range(len(files)) for part, files in parts.items()} | _limited(len(parts["train"]), split)
@@ -195,7 +195,7 @@ def _shown(path: Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _decode(
+def decode_image(
     file: Path, size: int, in_channels: int, resampling: Image.Resampling = RESAMPLING["bilinear"]
 ) -> np.ndarray:
     """One image, upright (by its EXIF orientation), scaled and cropped."""

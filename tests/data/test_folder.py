@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image
 
-from kdq.data.folder import _decode, class_names, image_folder
+from kdq.data.folder import class_names, decode_image, image_folder
 from kdq.data.sets import cifar10
 from kdq.data.split import split
 from kdq.utils.errors import KdqError
@@ -43,7 +43,7 @@ def test_second_reading_takes_the_cache(root: Path, tmp_path: Path, monkeypatch:
     first = image_folder(str(root), 6, 3, str(tmp_path / "cache"))
     (decoded,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert decoded.stat().st_mode & 0o777 == 0o755  # for others, too
-    monkeypatch.setattr("kdq.data.folder._decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("kdq.data.folder.decode_image", lambda *_: pytest.fail("decoded again"))
     assert image_folder(str(root), 6, 3, str(tmp_path / "cache")).train_digest == first.train_digest
 
 
@@ -151,10 +151,10 @@ def test_any_name_of_the_file_system_is_read(root: Path, tmp_path: Path) -> None
 PEAK = """
 import sys
 from pathlib import Path
-from kdq.data.folder import _decode
+from kdq.data.folder import decode_image
 def peak(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 before = peak()
-_decode(Path(sys.argv[1]), 64, 3)
+decode_image(Path(sys.argv[1]), 64, 3)
 print(1024 * (peak() - before))
 """
 
@@ -210,7 +210,7 @@ def test_damaged_images_are_named_or_have_the_right_shape(suffix: str, tmp_path:
                 content[at:at] = content[at:to]
         file.write_bytes(content)
         try:
-            assert _decode(file, 16, 3).shape == (16, 16, 3)
+            assert decode_image(file, 16, 3).shape == (16, 16, 3)
         except KdqError as error:
             refused.append(str(error))
     assert len(refused) > 10

@@ -17,7 +17,7 @@ from PIL import Image
 
 import kdq
 from kdq.cli.export import main
-from kdq.data.folder import _decode
+from kdq.data.folder import decode_image
 from kdq.data.images import Images
 from kdq.data.sets import digits
 from kdq.deploy.runtime import session, top1
@@ -275,7 +275,7 @@ def test_the_notebooks_script_sees_the_pixels_that_the_network_was_measured_on(t
         Image.fromarray(random.integers(0, 256, (*shape, 3), np.uint8)).save(file)
         known: dict[str, Any] = {"sys": type("sys", (), {"argv": ["", str(file)]}), "Image": Image}
         exec(code, known | {"card": {"mean": [0] * 3}, "width": 32, "height": 32}, found := {})
-        assert np.array_equal(np.asarray(found["image"]), _decode(file, 32, 3)), shape
+        assert np.array_equal(np.asarray(found["image"]), decode_image(file, 32, 3)), shape
 
 
 def kdq_metadata(path: Path) -> dict[str, str]:
