@@ -58,8 +58,8 @@ def quantize(
 
     Args:
         model: any network with convolutions or linear layers, compiled or not; it is not modified. A layer is what
-            ``F.linear`` or a convolution is called with; two that share a weight are solved once, where the first runs.
-            Other parameters, and layers that do not run, stay float: the report lists them.
+            ``F.linear`` or a convolution is called with; two that share a weight are solved once, on the inputs of
+            both. Other parameters, and layers that do not run, stay float: the report lists them.
         batches: input tensors, or batches that hold them, see :func:`kdq.quant.batches.images_of`. They are run in
             eval mode.
         bits: 2 to 32, or a mapping from layer name to bits that names every layer.
@@ -108,7 +108,7 @@ def quantize_widths(
     if config.first_last_bits is not None:
         ends = dict.fromkeys((order.layers[0], order.layers[-1]), config.first_last_bits)
         by_layer = [bits | ends for bits in by_layer]
-    walk = Walk(copy.deepcopy(model).eval(), by_layer, config, isolated, on_layer)
+    walk = Walk(copy.deepcopy(model).eval(), by_layer, config, isolated, on_layer, order.repeated)
     walk.run(chain([head], iterator))
     left = _left(model, order, config)
     results = []
@@ -140,7 +140,7 @@ def _running(model: nn.Module, images: Tensor, config: QuantConfig) -> Order:
         raise KdqError("the network is TorchScript, which runs nothing but tensors: quantize what it was made of")
     candidates = quantizable_layers(model, config.keep_float)
     check_values(model, candidates)
-    order = running_order(copy.deepcopy(model).eval(), images, candidates) if candidates else Order([], {}, [])
+    order = running_order(copy.deepcopy(model).eval(), images, candidates) if candidates else Order([], {}, [], [])
     if not order.layers:
         rest = ", ".join(f"{x.name} of {x.kind} ({x.why})" for x in _left(model, order, config)[:4])
         raise KdqError("the network has no convolution or linear layer to quantize" + (rest and f"; it has {rest}"))

@@ -1,7 +1,7 @@
 """Networks of more than convolutions and linear layers: attention, tokens, tables, shared and compiled weights."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kdq.quant.bitsearch.bank import fill_bank
 from kdq.quant.bitsearch.stitch import Stitched
 from kdq.quant.fake import fake_quantized, layout, quantized, with_layout
 from kdq.quant.layers import quantizable_layers
+from tests.quant import literal
 
 WIDTH, HEADS, TOKENS = 16, 4, 5
 
@@ -180,6 +181,44 @@ def test_a_shared_weight_is_solved_and_stored_once(tmp_path: Path, decode: str) 
     kdq.save(loaded, tmp_path / "again.kdq")
     assert (tmp_path / "again.kdq").stat().st_size == (tmp_path / "tied.kdq").stat().st_size
     assert kdq.quantize(network, [images], keep_float=["second"])[1].left[0].name == "first.weight"
+
+
+class Looped(nn.Module):
+    """A weight that runs three times, once with another stride, in a network that writes into its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.loop, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 3)
+
+    def steps(self, x: Tensor) -> Iterator[Tensor]:
+        """What enters the loop's layer, run by run, and the head."""
+        x *= 2
+        yield (x := self.stem(x).relu())
+        yield (x := (self.loop(x) + x).relu())
+        yield (x := self.loop(x).relu())
+        yield F.conv2d(x, self.loop.weight, stride=2).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *_, last = self.steps(x)
+        return self.head(last)
+
+
+def test_a_repeated_layer_is_solved_on_the_inputs_of_all_its_runs() -> None:
+    torch.manual_seed(0)
+    network, images = Looped().eval(), torch.randn(80, 3, 10, 10)
+    before = images.clone()
+    quantized, _ = kdq.quantize(network, [images], bits=2, solver="gpfq")
+    assert torch.equal(images, before)
+    with torch.no_grad():
+        first, second, third, _ = network.steps(images.clone())
+        xq = next(quantized.steps(images.clone()))
+    loop = network.loop
+    later = [literal.conv_patches(loop, second)[0], literal.conv_patches(nn.Conv2d(6, 6, 3, stride=2), third)[0]]
+    X, Xq = (torch.cat([literal.conv_patches(loop, x)[0], *later]) for x in (first, xq))
+    packed = quantized.quantized_weights["loop"]
+    values = literal.alphabet_values(packed.scale[:, None], packed.zero[:, None], packed.levels)
+    expected = literal.gpfq(loop.weight.flatten(1), X, Xq, values).float().view_as(loop.weight)
+    assert torch.equal(quantized.loop.weight, expected)
 
 
 class Cell(nn.Module):

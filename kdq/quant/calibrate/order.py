@@ -25,11 +25,13 @@ class Order:
         layers: in the order they first run.
         why: why the others do not count, by name, where they are weights of layers' modules.
         bypassed: those of the ``layers`` whose module is not called: something else takes its weight.
+        repeated: those of the ``layers`` that run more than once.
     """
 
     layers: list[str]
     why: dict[str, str]
     bypassed: list[str]
+    repeated: list[str]
 
 
 def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> Order:
@@ -42,7 +44,7 @@ def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> 
     """
     device = next(model.parameters()).device
     names = {id(weight_of(model, name)): name for name in layers}
-    order: dict[str, None] = {}
+    order: dict[str, int] = {}
     others: dict[str, str] = {}
     called: dict[str, bool] = {}
 
@@ -51,7 +53,7 @@ def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> 
         inputs, call = layer_call(function, args, kwargs) or (None, None)
         if call is not None:
             if (name := names.get(id(call.weight))) is not None and isinstance(inputs, Lanes):
-                order.setdefault(name)
+                order[name] = order.get(name, 0) + 1
             return
         for value in _tensors((args, kwargs)):
             if (name := names.get(id(value))) is not None:
@@ -68,7 +70,7 @@ def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> 
     ]
     try:
         with torch.no_grad(), eager():
-            model(tape.watch(Lanes([images[:1].to(device)])))
+            model(tape.watch(Lanes([images[:1].clone().to(device)])))  # a network may write into it
     except Exception as error:
         raise KdqError(
             f"the network cannot be called on inputs {tuple(images[:1].shape)} alone "
@@ -85,7 +87,8 @@ def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> 
                 True: "changes its weight before it uses it",
             }[called.get(name)]
     running = [name for name in order if name not in others]
-    return Order(running, others, [name for name in running if name not in called])
+    bypassed = [name for name in running if name not in called]
+    return Order(running, others, bypassed, [name for name in running if order[name] > 1])
 
 
 @contextmanager

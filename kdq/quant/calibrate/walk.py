@@ -11,7 +11,7 @@ that cuts the largest off, as the published study's does, leaves errors at any w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from kdq.quant.calibrate.lanes import Lanes, Tape
 from kdq.quant.calibrate.layer import LayerCall, channel_axis, layer_call, weight_matrix
 from kdq.quant.calibrate.moments import Moments, PartedMoments
 from kdq.quant.calibrate.order import eager
+from kdq.quant.calibrate.repeated import later_moments
 from kdq.quant.config import QuantConfig
 from kdq.quant.distributed import summed
 from kdq.quant.layers import weight_of
@@ -61,6 +62,7 @@ class Walk:
         config: how.
         isolated: no width has a lane: every layer is solved as if it alone were quantized.
         on_layer: called with a layer's name when it is solved.
+        repeated: the layers that run more than once.
     """
 
     def __init__(
@@ -70,8 +72,9 @@ class Walk:
         config: QuantConfig,
         isolated: bool,
         on_layer: Callable[[str], object],
+        repeated: Collection[str] = (),
     ) -> None:
-        self.model, self.config, self.on_layer = model, config, on_layer
+        self.model, self.config, self.on_layer, self.repeated = model, config, on_layer, repeated
         self.versions: list[Version] = []
         lanes = 1
         for bits in widths:
@@ -89,6 +92,7 @@ class Walk:
         self.current = 0
         self.errors: dict[str, Tensor] = {}
         self.norms: dict[str, dict[int, dict[str, Tensor]]] = {}
+        self.later: dict[str, tuple[Tensor, Tensor | None, int]] = {}
 
     def run(self, batches: Iterable[Any]) -> None:
         """Quantize every layer; the results are in ``versions``."""
@@ -106,10 +110,12 @@ class Walk:
         # With few images a process may have no chunk to hold out; then nobody does.
         self.parts = 0 if summed(torch.tensor(float(len(self.images) < parts), device=device)) else parts
         try:
-            with torch.no_grad(), eager(), exact_kernels(device), _rerouted(self._visitors()):
-                self.model(self.tape.watch(Lanes([first] * self.lanes)))
-                for _ in self._each_chunk(None):
-                    pass
+            with torch.no_grad(), eager(), exact_kernels(device):
+                self.later = self._later_moments(first) if self.repeated else {}
+                with _rerouted(self._visitors()):
+                    self.model(self.tape.watch(Lanes([first] * self.lanes)))
+                    for _ in self._each_chunk(None):
+                        pass
             self._finish_errors()
         finally:
             self.chunks.close()
@@ -124,7 +130,8 @@ class Walk:
     def visit(self, name: str, call: LayerCall, inputs: Lanes) -> Lanes:
         """Stand in for a layer: quantize it for every version, then pass each lane through its own.
 
-        A layer that runs a second time, or shares its weight with another, keeps the codes of its first run.
+        A layer that runs a second time, or shares its weight with another, keeps the codes of its first run, which are
+        solved on the inputs of all.
         """
         first_time = name not in self.versions[0].weights
         if first_time:
@@ -274,6 +281,26 @@ class Walk:
             weights = version.weights[name]
             version.report.layers.append(LayerReport(name, kind, shape, weights.bits, weights.levels, error))
 
+    def _later_moments(self, first: Tensor) -> dict[str, tuple[Tensor, Tensor | None, int]]:
+        """See :func:`later_moments`; of the waiting chunks, and of the first one."""
+
+        def chunks() -> Iterator[tuple[Tensor, bool]]:
+            for index, count in enumerate(self.images):
+                values = self.chunks.take(index) if index else {0: Lanes([first])}
+                yield values[0].lanes[0][:count].clone(), self._held_out(index)  # a network may write into it
+                if index:
+                    self.chunks.put(index, values)
+
+        new = partial(self._new_moments, symmetric=True)
+        return later_moments(self.model, self.names, self.repeated, new, chunks())
+
+    def _new_moments(self, layer: nn.Module, symmetric: bool) -> PartedMoments:
+        return PartedMoments(self.config.moments or Moments, layer, symmetric, self.parts > 0)
+
+    def _held_out(self, index: int) -> bool:
+        """Whether the images of a chunk are."""
+        return self.parts > 0 and index % self.parts == self.parts - 1
+
     def _moments(
         self, name: str, layer: nn.Module, inputs: Lanes
     ) -> Iterator[tuple[Version, Tensor, Tensor, HeldOut | None]]:
@@ -287,13 +314,13 @@ class Walk:
             for version in self.versions
             if inputs.lanes[version.lane] is not inputs.lanes[0] or name in version.activations
         }
-        new = partial(PartedMoments, self.config.moments or Moments, layer, parted=self.parts > 0)
+        new = partial(self._new_moments, layer)
         grams = {lane: new(True) for lane in own}
         crosses = {lane: new(False) for lane in own}
         if shared := len(own) < len({version.lane for version in self.versions}):
             grams[0] = new(True)
         for chunk in self._each_chunk(inputs):
-            x, held_out = chunk.lanes[0], self.parts > 0 and self.current % self.parts == self.parts - 1
+            x, held_out = chunk.lanes[0], self._held_out(self.current)
             if shared:
                 grams[0].add(x, x, held_out)
             for lane, quantizer in own.items():
@@ -307,6 +334,11 @@ class Walk:
                 patches = grams[lane].patches()
                 gram, part = grams.pop(lane).total()
                 cross, cross_part = crosses.pop(lane).total() if lane in own else (gram, part)
+                if name in self.later:
+                    more, more_part, more_patches = self.later[name]
+                    gram, cross, patches = gram + more, cross + more, patches + more_patches
+                    if part is not None and cross_part is not None and more_part is not None:
+                        part, cross_part = part + more_part, cross_part + more_part
                 judged = None if part is None or cross_part is None else HeldOut(part, cross_part, patches)
                 totals[lane] = gram, cross, judged
             yield (version, *totals[lane])
