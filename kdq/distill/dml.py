@@ -1,8 +1,9 @@
-"""Deep mutual learning: two students teach each other, without a teacher (Zhang et al. 2018, arXiv 1706.00384)."""
+"""Deep mutual learning: students teach each other, without a teacher (Zhang et al. 2018, arXiv 1706.00384)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -21,18 +22,18 @@ SCHEDULES = ("constant", "kl_first")
 
 
 class DML(DistillationModule):
-    """``L1 = CE1 + w(t) KL(p2 || p1)`` and ``L2 = CE2 + w(t) KL(p1 || p2)``, the peer acting as a constant.
+    """``L_k = CE_k + w(t) mean_l KL(p_l || p_k)`` over a student's peers l, which act as constants.
 
-    Both students take their step on the same batch, from logits computed before either of them moved: one backward
-    through the sum, which is all that DDP can follow, then a step of each optimizer.
+    All students take their step on the same batch, from logits computed before any of them moved: one backward
+    through the sum, which is all that DDP can follow, then a step of each optimizer. The best one is the product.
 
     >>> from kdq.models import CifarResNet
-    >>> module = DML(CifarResNet(8, num_classes=10), peer=CifarResNet(14, num_classes=10), num_classes=10)
-    >>> sorted(module.learners)
-    ['peer', 'student']
+    >>> student, *peers = (CifarResNet(depth, num_classes=10) for depth in (8, 14, 20))
+    >>> list(DML(student, peer=peers[0], peer2=peers[1], num_classes=10).learners)
+    ['student', 'peer', 'peer2']
 
     Args:
-        peer: the second student, of any architecture.
+        peer: the second student, of any architecture. Whatever else begins with ``peer`` is one more.
         weight: w, on average over the training.
         schedule: ``constant``, or ``kl_first``: w falls linearly from ``2 weight`` to 0, so that the students first
             imitate each other and then follow the labels.
@@ -41,7 +42,7 @@ class DML(DistillationModule):
     """
 
     takes = ("peer",)
-    #: Which learner had the higher validation accuracy last: 0 the student, 1 its peer.
+    #: Which learner had the highest validation accuracy last: 0 the student, 1 its first peer.
     better: Tensor
 
     def __init__(
@@ -55,9 +56,12 @@ class DML(DistillationModule):
         standardize: bool = False,
         **kwargs: Any,
     ) -> None:
+        peers = {"peer": peer, **{name: kwargs.pop(name) for name in sorted(kwargs) if name.startswith("peer")}}
         super().__init__(student, **kwargs)
-        self.automatic_optimization = False
-        self.peer = Learner(built(peer, "peer"), self.num_classes, self.config.ema)
+        self.automatic_optimization, self.peers = False, tuple(peers)
+        for name, network in peers.items():
+            setattr(self, name, Learner(built(network, name), self.num_classes, self.config.ema))
+            self.hparams.pop(name, None)  # where a subclass passes it on
         self.weight = within("method.weight", weight, 0)
         self.schedule = one_of("method.schedule", schedule, SCHEDULES)
         self.temperature, self.standardize = within("method.temperature", temperature, 0.01), standardize
@@ -65,28 +69,30 @@ class DML(DistillationModule):
 
     @property
     def learners(self) -> dict[str, Learner]:
-        return {"student": self.student, "peer": self.peer}
+        return {"student": self.student, **{name: getattr(self, name) for name in self.peers}}
 
     @property
     def eval_network(self) -> nn.Module:
-        """The network that did better in the last validation; of equals the student."""
+        """The network that did best in the last validation; of equals the first, the student before its peers."""
         return list(self.learners.values())[int(self.better)].eval_network
 
     def setup(self, stage: str) -> None:
-        """Raises KdqError for two students that would stay equal, and for a precision that cannot serve both."""
+        """Raises KdqError for two students that would stay equal, and for a precision that cannot serve them all."""
         super().setup(stage)
-        if stage == "fit" and _equal(self.student.network, self.peer.network):
-            raise KdqError(
-                "the two students of dml start from equal weights and would stay equal: "
-                "give method.weights and method.peer.weights, or their seeds, different values"
-            )
+        for one, other in combinations(self.learners, 2) if stage == "fit" else ():
+            if _equal(self.learners[one].network, self.learners[other].network):
+                raise KdqError(
+                    f"the {one} and the {other} of dml start from equal weights and would stay equal: give them other "
+                    "weights or seeds (method.weights, method.peer.weights, method.peer.seed)"
+                )
         if stage == "fit" and str(self.trainer.precision) == "16-mixed":
-            # Lightning would scale the losses and clip before it takes the scale off; one scale would serve two.
-            raise KdqError("trainer.precision=16-mixed does not go with two learners: use bf16-mixed or 32-true")
+            # Lightning would scale the losses and clip before it takes the scale off; one scale would serve all.
+            raise KdqError("trainer.precision=16-mixed does not go with several learners: use bf16-mixed or 32-true")
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.better.fill_(int(self.peer.val_top1.compute() > self.student.val_top1.compute()))
+            scores = torch.stack([learner.val_top1.compute() for learner in self.learners.values()])
+            self.better.fill_(int(torch.argmax(scores)))
 
     def configure_callbacks(self) -> list[Any]:
         """Raises KdqError for flags of the Trainer that do not reach a module which steps by hand; says what does."""
@@ -97,7 +103,7 @@ class DML(DistillationModule):
         ):
             if (value := getattr(trainer, flag)) != unset:
                 raise KdqError(
-                    f"DML steps two optimizers by hand, so that Trainer({flag}={value}) does not reach it: give "
+                    f"DML steps its optimizers by hand, so that Trainer({flag}={value}) does not reach it: give "
                     f"DML(..., config=TrainConfig({option}={value}))"
                 )
         return []
@@ -106,21 +112,22 @@ class DML(DistillationModule):
         """w at ``progress`` (0 to 1) of the training."""
         return self.weight if self.schedule == "constant" else 2 * self.weight * (1 - progress)
 
-    def terms(self, logits: Tensor, peer_logits: Tensor, labels: Tensor, weight: float) -> dict[str, Tensor]:
-        """One student's loss terms, given its peer's logits; no gradient flows into those."""
+    def terms(self, logits: Tensor, peers: Sequence[Tensor], labels: Tensor, weight: float) -> dict[str, Tensor]:
+        """One student's loss terms, given the logits of its peers; no gradient flows into those."""
         ce = soft_cross_entropy(logits, labels, self.config.label_smoothing)
         if self.standardize:
-            logits, peer_logits = standardized(logits), standardized(peer_logits)
-        return {"ce": ce, "kl": weight * distillation_kl(logits, peer_logits, self.temperature)}
+            logits, *peers = map(standardized, (logits, *peers))
+        kls = [distillation_kl(logits, peer, self.temperature) for peer in peers]
+        return {"ce": ce, "kl": weight * torch.stack(kls).mean()}
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         images, labels, *_ = batch
         weight = self.weight_at(self.progress(batch_idx).share)
-        mine, theirs = self.student(images), self.peer(images)
-        losses = [
-            self.total("student", self.terms(mine, theirs, labels, weight), mine, labels),
-            self.total("peer", self.terms(theirs, mine, labels, weight), theirs, labels),
-        ]
+        logits = {name: learner(images) for name, learner in self.learners.items()}
+        losses = []
+        for name, mine in logits.items():
+            peers = [theirs for other, theirs in logits.items() if other != name]
+            losses.append(self.total(name, self.terms(mine, peers, labels, weight), mine, labels))
         # Lightning runs this method under autocast; a backward pass has its types from the forward one.
         with torch.autocast(images.device.type, enabled=False):
             self.manual_backward(torch.stack(losses).sum() / self.config.accumulate)
@@ -128,7 +135,7 @@ class DML(DistillationModule):
             self._step()
 
     def _step(self) -> None:
-        """Lightning clips, steps schedulers and accumulates for one optimizer only; this does so for two."""
+        """Lightning clips, steps schedulers and accumulates for one optimizer only; this does so for all."""
         optimizers, schedulers = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizers, list)
         assert isinstance(schedulers, list)

@@ -253,5 +253,6 @@ class DistillationModule(L.LightningModule):
         if kwargs.get("weights_only") is False:
             found = torch.load(checkpoint_path, map_location="cpu", weights_only=False)
             hyper = found.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
-            kwargs |= {k: unpickled(hyper[k]) for k in ("student", "peer") if k in hyper and k not in kwargs}
+            networks = (name for name in hyper if name == "student" or name.startswith("peer"))
+            kwargs = {name: unpickled(hyper[name]) for name in networks} | kwargs
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -21,6 +21,7 @@ from kdq.data.images import Images
 from kdq.models.build import build
 from kdq.records.store import Entry, Store
 from kdq.stages.check import check_config
+from kdq.stages.schema import peers_of
 from kdq.tracking.open import check_loggers, tracked
 from kdq.tracking.run import RunInfo, RunLogger, flat
 from kdq.train.trainer import check_trainer, weights_flags, with_trainer_flags
@@ -108,11 +109,11 @@ class Cell:
 
     def net_of(self, role: str, entry: Entry) -> dict[str, Any]:
         """How the stored network of a role is built."""
-        own, peer = plain(self.cfg[role].net), (plain(self.cfg.method).get("peer") or {}).get("net")
-        # Of two networks that were trained together the other one may be the better. Nothing else that a stored file
-        # names is called.
+        own, peers = plain(self.cfg[role].net), peers_of(plain(self.cfg.method)).values()
+        # Of networks that were trained together another one may be the best. Nothing else that a stored file names is
+        # called.
         stored = stable(entry.metrics.get("net", own))
-        net = next((net for net in (own, peer) if stable(net) == stored), None)
+        net = next((net for net in (own, *(peer["net"] for peer in peers)) if stable(net) == stored), None)
         if net is None:
             raise KdqError(
                 f"the stored model {entry.path} names a network that the config does not: delete this folder"

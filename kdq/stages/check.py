@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from kdq.distill.terms import Terms, method_of
 from kdq.quant.bitsearch.config import SEARCH_OPTIONS
 from kdq.quant.config import OPTIONS
-from kdq.stages.schema import BestDeploy, Config, Deploy, NoDeploy, Peer
+from kdq.stages.schema import BestDeploy, Config, Deploy, NoDeploy, Peer, peers_of
 from kdq.train.recipe import Recipe
 from kdq.utils.calls import imported, parameters
 from kdq.utils.checks import LARGEST, check_type
@@ -118,8 +118,9 @@ class _Check:
         if where == "method":
             options.pop("weights", None)
             if "peer" in takes:
-                self.node("method.peer", options.pop("peer", {}), Peer)
-                self.calls("method.peer", node["peer"])
+                for name, peer in peers_of(node).items():
+                    self.node(f"method.{name}", peer, Peer)
+                    self.calls(f"method.{name}", options.pop(name))
             if kind is Terms:
                 self.terms(f"{where}.terms", options.pop("terms", {}))
         else:

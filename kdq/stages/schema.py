@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +96,14 @@ class Config:
     paths: Paths
     sweep: str | int
     kdq: Kdq
+
+
+def peers_of(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The networks of ``method`` that learn beside its student, by name: what begins with ``peer``.
+
+    >>> peers_of({"name": "dml", "peer2": {"net": {}}})
+    {'peer2': {'weights': None, 'seed': None, 'net': {}}}
+    """
+    start = {"weights": None, "seed": None}
+    nodes = {name: node for name, node in sorted(method.items()) if name.startswith("peer")}
+    return {name: {**start, **node} if isinstance(node, Mapping) else node for name, node in nodes.items()}

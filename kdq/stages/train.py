@@ -24,6 +24,7 @@ from kdq.models.weights import fitting_state, head, load_weights
 from kdq.records.store import Entry, Make, Store, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
+from kdq.stages.schema import peers_of
 from kdq.stages.training import NetworkSpec, TrainingSpec, check_fit, check_module, log_model
 from kdq.stages.worker import run_training
 from kdq.tracking.names import reference
@@ -93,19 +94,20 @@ def planned(cell: Cell) -> Model:
         _check_networks([cell.of_role("teacher")])
         return teacher_model(cell)
     method = plain(cell.cfg.method)
-    name, peer = method.pop("name"), method.pop("peer", None)
-    role = cell.of_role("student")
+    name, role = method.pop("name"), cell.of_role("student")
     role["weights"] = method.pop("weights", role["weights"])
     takes = getattr(hydra.utils.get_class(method["_target_"]), "takes", ())
     others: dict[str, _Start] = {}
-    _check_networks([role, *([cell.of_role("teacher")] if "teacher" in takes else []), *([peer] if peer else [])])
+    peers = peers_of(method) if "peer" in takes else {}
+    _check_networks([role, *([cell.of_role("teacher")] if "teacher" in takes else []), *peers.values()])
     if "teacher" in takes:
         model = teacher_model(cell)
         spec = NetworkSpec(cell.cfg.teacher.name, plain(cell.cfg.teacher.net), 0, None)
         others["teacher"] = _Start(spec, model.key, model)
-    if "peer" in takes:
-        seed = role["seed"] + 1 if peer["seed"] is None else peer["seed"]
-        others["peer"] = _start(cell, {**peer, "seed": seed, "recipe": role["recipe"]})
+    for place, (key, peer) in enumerate(peers.items(), start=1):
+        del method[key]
+        seed = role["seed"] + place if peer["seed"] is None else peer["seed"]
+        others[key] = _start(cell, {**peer, "seed": seed, "recipe": role["recipe"]})
     model = _trained(cell, "student", name, role, method, others)
     assert model.training is not None
     check_module(model.training, cell.cfg.data.num_classes)

@@ -110,7 +110,7 @@ def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str
         entry = _entry(cell, models["student"])
         start, facts = _start(cell, entry, name, work)
         networks = dict(plan.networks)
-        for role, model in models.items():  # of two students that learned together, the better one has its own net
+        for role, model in models.items():  # of students that learned together, the best one has its own net
             stored = _entry(cell, model)
             net = cell.net_of(cell.role if model is models["student"] else "teacher", stored)
             file = start if role == "student" else (stored.path / "weights.safetensors").absolute()

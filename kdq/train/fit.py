@@ -42,7 +42,7 @@ class Best:
 
 
 def ranked(best: Mapping[str, Best]) -> list[str]:
-    """The learners from the best one down; of equals the first comes first: the student before its peer."""
+    """The learners from the best one down; of equals the first comes first: the student before its peers."""
     return sorted(best, key=lambda name: -best[name].top1)
 
 

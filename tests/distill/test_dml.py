@@ -1,17 +1,22 @@
-"""Mutual learning on one batch: what flows between the two students, and how much of it when."""
+"""Mutual learning: what flows between the students, how much of it when, and which of them is the product."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from kdq.distill.config import TrainConfig
 from kdq.distill.dml import DML
 from kdq.distill.losses import mutual_loss
+from kdq.models import CifarResNet, WideResNet
 from kdq.utils.errors import KdqError
 
 
@@ -21,7 +26,8 @@ def sides(module: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     torch.manual_seed(7)
     mine, theirs = module.student(images), module.peer(images)
     return tuple(
-        torch.stack(list(module.terms(*pair, labels, 0.5).values())).sum() for pair in ((mine, theirs), (theirs, mine))
+        torch.stack(list(module.terms(own, [other], labels, 0.5).values())).sum()
+        for own, other in ((mine, theirs), (theirs, mine))
     )
 
 
@@ -50,7 +56,7 @@ def test_the_peer_counts_by_its_probabilities_alone(make: Callable[..., Any], ba
     theirs = torch.randn(12, 5)
     results = []
     for peer in (theirs, theirs + torch.randn(12, 1)):
-        loss = torch.stack(list(module.terms(mine, peer, batch[1], 1.0).values())).sum()
+        loss = torch.stack(list(module.terms(mine, [peer], batch[1], 1.0).values())).sum()
         results.append((loss.detach(), *torch.autograd.grad(loss, mine)))
     torch.testing.assert_close(results[0], results[1])
 
@@ -79,13 +85,65 @@ def test_schedules(make: Callable[..., Any]) -> None:
 
 def test_equal_students_are_refused(make: Callable[..., Any]) -> None:
     module = make(DML)
-    with pytest.raises(KdqError, match="equal weights"):
+    with pytest.raises(KdqError, match="the student and the peer of dml start from equal weights"):
         make(DML, peer=module.student.network).setup("fit")
+    with pytest.raises(KdqError, match="the peer and the peer2 of dml start from equal weights"):
+        make(DML, peer=module.peer.network, peer2=module.peer.network).setup("fit")
 
 
 def test_one_scale_cannot_serve_two_optimizers(make: Callable[..., Any]) -> None:
     module = make(DML)
     module.trainer = L.Trainer(logger=False, accelerator="cpu")
     module.trainer.strategy.precision_plugin.precision = "16-mixed"
-    with pytest.raises(KdqError, match="does not go with two learners"):
+    with pytest.raises(KdqError, match="does not go with several learners"):
         module.setup("fit")
+
+
+def test_a_student_learns_from_the_mean_of_its_peers(make: Callable[..., Any]) -> None:
+    """Against the paper's sum over the other students (equation 9), in float64."""
+    generator = torch.Generator().manual_seed(3)
+    mine, *theirs = torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+
+    def log_p(z: Tensor) -> Any:
+        x = z.numpy() / 2.0
+        return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+    expected = sum((np.exp(log_p(z)) * (log_p(z) - log_p(mine))).sum() / 6 for z in theirs) * 4.0 / 3
+    terms = make(DML, temperature=2.0).terms(mine, theirs, labels, 0.7)
+    assert terms["kl"].item() == pytest.approx(0.7 * expected, rel=1e-12)
+    assert terms["ce"].item() == pytest.approx(torch.nn.functional.cross_entropy(mine, labels).item(), rel=1e-12)
+
+
+class Passed(DML):
+    """A method of one's own that passes on what it is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`")
+@pytest.mark.parametrize("kind", [DML, Passed])
+def test_any_of_several_architectures_is_the_product(kind: type[DML], tmp_path: Path) -> None:
+    def networks() -> dict[str, nn.Module]:
+        torch.manual_seed(0)
+        small = {"num_classes": 4, "in_channels": 1}
+        kinds = CifarResNet(8, width=0.25, **small), WideResNet(10, **small), CifarResNet(14, width=0.5, **small)  # type: ignore[arg-type]
+        return dict(zip(("student", "peer", "peer2"), kinds, strict=True))
+
+    images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for product in ("student", "peer", "peer2"):
+        module = kind(**networks(), num_classes=4)
+        labels = module.learners[product].network.eval()(images).argmax(1)  # it knows them all from the start
+        loader = DataLoader(TensorDataset(images, labels), 16)
+        frozen = TrainConfig(lr=0.0)
+        module = kind(**networks(), num_classes=4, config=frozen)
+        for learner in module.learners.values():
+            learner.network.apply(lambda m: setattr(m, "momentum", 0.0) if isinstance(m, nn.BatchNorm2d) else None)
+        flags: Any = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(**flags, max_epochs=1, logger=False, default_root_dir=tmp_path)
+        trainer.fit(module, loader, loader)
+        assert module.eval_network is module.learners[product].network
+        loaded = kind.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+        assert list(loaded.learners) == ["student", "peer", "peer2"]
+        assert torch.equal(loaded.eval()(images), module.eval()(images))

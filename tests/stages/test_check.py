@@ -70,6 +70,7 @@ UNREAD = [
     (["tune=qad", "tune.images=few"], r"tune.images"),
     (["+method.peer.seed=1"], r"unknown option method.peer"),
     (["method=dml", "+method.peer.sed=1"], r"did you mean method.peer.seed\?"),
+    (["method=dml", "+method.peer2={name: x, net: ${student.net}, sed: 1}"], r"did you mean method.peer2.seed\?"),
     (["method=teacher", "+method.alpha=1"], r"unknown option method.alpha"),
     (["method=teacher", "+student.net.dept=1"], r"did you mean student.net.depth\?"),
     (["+student.recipe.warm_up=1"], r"did you mean student.recipe.warmup\?"),

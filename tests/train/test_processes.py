@@ -71,6 +71,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None
         ("dkd", "ProbedDKD", []),
         ("mixup", "ProbedMixup", ["method.per_sample=true"]),
         ("dml", "ProbedDML", ["student.recipe.clip_grad=0.5", "student.recipe.accumulate=2", "student.recipe.ema=0.9"]),
+        ("dml", "ProbedDML", ["+method.peer2={name: three, net: ${student.net}}"]),
     ],
 )
 def test_two_processes_train_what_one_does(method: str, target: str, extra: list[str], tmp_path: Path) -> None:
@@ -90,7 +91,8 @@ def test_two_processes_train_what_one_does(method: str, target: str, extra: list
     assert first["synchronised"]
     assert not any("teacher" in name or "average" in name for name in first["synchronised"])
     entries = [path.name for path in (tmp_path / "store").glob(f"digits-{method}-*")]
-    assert len(entries) == (4 if method == "dml" else 2)  # a peer beside each student of dml
+    learners = 1 + sum(name.startswith("key_") for name in one.metrics)  # the peers of dml lie beside its product
+    assert len(entries) == 2 * learners
     assert not list((tmp_path / "store/.work").iterdir())
 
 
