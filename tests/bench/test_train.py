@@ -38,7 +38,7 @@ def test_the_loops_take_the_loss_that_kdq_takes(method: str) -> None:
     module = kind(network(1), **others, num_classes=10, **options)
     if isinstance(module, DML):
         mine, theirs = module.student(images), module.peer(images)
-        terms = [module.terms(mine, theirs, labels, 1.0), module.terms(theirs, mine, labels, 1.0)]
+        terms = [module.terms(*pair, labels, 1.0) for pair in ((mine, [theirs]), (theirs, [mine]))]
         expected = sum(sum(part.values()) for part in terms)
     else:
         expected = sum(module.losses(images, labels, TrainingProgress(step=1, steps=2))[0].values())
