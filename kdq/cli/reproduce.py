@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +15,25 @@ from omegaconf import DictConfig, OmegaConf
 
 import kdq.cli.app  # noqa: F401  the resolvers of configs
 from kdq.records.rows import Row, differences, find_row
+from kdq.records.store import Store
 from kdq.stages import pipeline
-from kdq.stages.cell import UNRECORDED
+from kdq.stages.cell import UNRECORDED, Cell
+from kdq.stages.train import planned
+from kdq.stages.tune import tuned_models
 from kdq.utils.calls import called, parts
 from kdq.utils.config import CONFIG_PATH, compose
 from kdq.utils.cpu import keep_freed_memory, use_cores
 from kdq.utils.errors import KdqError
+from kdq.utils.files import write_text
 from kdq.utils.messages import describe
 from kdq.utils.names import STABLE
+from kdq.utils.signals import ending_on_signals
+
+log = logging.getLogger(__name__)
 
 _MISSING = object()
+#: A file that says of which row a folder is, until it is made: the same command goes on in it.
+UNFINISHED = ".unfinished"
 #: Columns that say why two rows of one cell may differ.
 CAUSES = ("config_hash", "kdq_version", "git_sha", "versions", "device", "threads")
 
@@ -65,6 +75,22 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
     return cfg
 
 
+def take_models(cell: Cell, store: Path) -> None:
+    """Copy the trained models of the cell from another ``store``, so that none of them is trained.
+
+    Raises:
+        KdqError: it lacks one, or has it damaged.
+    """
+    model = planned(cell)
+    for wanted in (model, *tuned_models(cell, model).values()):
+        if (entry := Store(store).get(wanted.spec, wanted.slug)) is None:
+            raise KdqError(
+                f"{store} has no {wanted.slug}-{wanted.key}: give the store of the run that the row is of, and the "
+                "weights that its teacher was read from, or leave --store out to train it"
+            )
+        shutil.copytree(entry.path, cell.store.root / entry.path.name, dirs_exist_ok=True)
+
+
 def _strange(config: Any) -> set[str]:
     """What a config calls that kdq's own configs do not, and where its callbacks write to outside of the folder."""
     known = set(STABLE)
@@ -81,7 +107,7 @@ def _strange(config: Any) -> set[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """``kdq-reproduce ROW [--to FOLDER] [OVERRIDE ...]``; exit codes are in ``--help``."""
+    """``kdq-reproduce ROW [--to FOLDER] [--store FOLDER] [OVERRIDE ...]``; exit codes are in ``--help``."""
     parser = argparse.ArgumentParser(
         prog="kdq-reproduce",
         description="Make a row's cell again, trainings included, in a fresh folder, and compare top-1 and bytes.",
@@ -92,6 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output-dir", type=Path, default="outputs", help="where the row is: paths.output_dir of its run"
     )
     parser.add_argument("--to", type=Path, help="a new folder; default: reproduced/HASH")
+    parser.add_argument(
+        "--store", type=Path, help="take trained models from this store, of a run, and train none: trainings are long"
+    )
     parser.add_argument("--trust", action="store_true", help="run code that the row names and kdq does not have")
     parser.add_argument("overrides", nargs="*", help="what is elsewhere here, such as data.root=FOLDER")
     asked = parser.parse_intermixed_args(arguments)
@@ -99,16 +128,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         row = find_row(asked.row, asked.output_dir)
         folder = asked.to or Path("reproduced") / row.config_hash
-        if folder.exists():
-            raise KdqError(f"{folder} exists: give --to a new folder, so that nothing is taken from it")
-        cfg = config_of(row, folder.resolve(), asked.overrides, asked.trust)
-        keep_freed_memory()
-        use_cores(cfg.trainer.threads)
-        (made,) = pipeline.run(cfg)
+        made = make(row, folder, asked.store, asked.overrides, asked.trust)
     except Exception as error:
         print(f"kdq-reproduce: {describe(error)}", file=sys.stderr)
         sys.exit(2)
+    if asked.store is not None:
+        print(f"Trained models are those of {asked.store}: only what came after training was made again.")
     sys.exit(tell(row, made))
+
+
+def make(row: Row, folder: Path, store: Path | None, overrides: Sequence[str], trust: bool) -> Row:
+    """The row's cell made again below ``folder``, which is new or where this was interrupted.
+
+    Args:
+        store: where trained models are taken from; None: they are trained.
+    """
+    unfinished = folder / UNFINISHED
+    if folder.exists() and not (unfinished.is_file() and unfinished.read_text() == row.config_hash):
+        raise KdqError(f"{folder} exists: give --to a new folder, so that nothing is taken from it")
+    cfg = config_of(row, folder.resolve(), overrides, trust)
+    write_text(unfinished, row.config_hash)
+    keep_freed_memory()
+    use_cores(cfg.trainer.threads)
+    if store is not None:
+        take_models(Cell(cfg), store)
+    elif (minutes := (row.train_seconds + (row.tune_seconds or 0)) / 60) >= 1:
+        log.warning(
+            "training it took %.0f minutes on its machine; to take the trained models, and only quantize and evaluate again, give "
+            "--store, the store/ of its run", minutes
+        )  # fmt: skip
+    (made,) = pipeline.run(cfg)
+    unfinished.unlink()
+    return made
 
 
 def tell(row: Row, made: Row) -> int:
@@ -121,5 +172,11 @@ def tell(row: Row, made: Row) -> int:
     return bool(changed)
 
 
+def command() -> None:
+    """The command, which ends well on signals."""
+    with ending_on_signals():
+        main()
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -15,7 +15,7 @@ from kdq.cli.reproduce import config_of, differences, main
 from kdq.records.rows import Row, find_row, read_rows, write_row
 from kdq.report.publish import publish
 from kdq.report.write import Written
-from kdq.stages import pipeline
+from kdq.stages import pipeline, train
 from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
 from tests.conftest import TINY
@@ -51,6 +51,25 @@ def test_the_same_comes_out(folder: Path, tmp_path: Path, capsys: pytest.Capture
     codes, again = (load_file(output / row.artifact) for output in (folder, tmp_path / "again"))
     assert all(torch.equal(codes[name], again[name]) for name in codes.keys() | again.keys())
     code, said = _run(asked, capsys)  # not from a folder where something is
+    assert (code, "again exists" in said) == (2, True)
+
+
+def test_what_was_trained_is_taken_from_a_store_and_an_interrupted_command_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = next(row for row in read_rows(folder / "rows") if row.bits == 2)
+    again, store = tmp_path / "again", folder / "store"
+    monkeypatch.setattr(train, "run_training", lambda *_: pytest.fail("it is trained"))
+    asked = [row.config_hash, "--output-dir", folder, "--to", again]
+    code, said = _run([*asked, "--store", store, "seed=5"], capsys)
+    assert (code, f"{store} has no digits-vkd-resnet20-s5-" in said) == (2, True), said
+    monkeypatch.setattr(pipeline, "quantize", lambda *_: 1 / 0)
+    assert _run([*asked, "--store", store], capsys)[0] == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "run_training", lambda *_: pytest.fail("it is trained"))
+    code, said = _run(asked, capsys)
+    assert (code, "The same: all of" in said) == (0, True), said
+    code, said = _run([*asked, "--store", store], capsys)
     assert (code, "again exists" in said) == (2, True)
 
 
