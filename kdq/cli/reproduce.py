@@ -154,8 +154,8 @@ def make(row: Row, folder: Path, store: Path | None, overrides: Sequence[str], t
         take_models(Cell(cfg), store)
     elif (minutes := (row.train_seconds + (row.tune_seconds or 0)) / 60) >= 1:
         log.warning(
-            "training it took %.0f minutes on its machine; to take the trained models, and only quantize and evaluate again, give "
-            "--store, the store/ of its run", minutes
+            "training it took %.0f minutes on its machine; to take the trained models, and only quantize and evaluate "
+            "again, give --store, the store/ of its run", minutes
         )  # fmt: skip
     (made,) = pipeline.run(cfg)
     unfinished.unlink()
