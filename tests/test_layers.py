@@ -160,6 +160,7 @@ SHOWN = {
             "NST",
             "VID",
             "ReviewKD",
+            "OFD",
             "BYOT",
             "CTKD",
             "DIST",
@@ -180,7 +181,7 @@ SHOWN = {
     ),
     "kdq.distill.feature_losses": (
         *("hint_loss", "attention_loss", "similarity_loss", "relation_losses", "pkt_loss"),
-        *("gaussian_loss", "selectivity_loss", "hierarchical_loss"),
+        *("gaussian_loss", "selectivity_loss", "hierarchical_loss", "margin_loss"),
     ),
     "kdq.quant.callback": ("PostTrainingQuantization",),
     "kdq.quant.config": ("QuantConfig",),

@@ -19,6 +19,7 @@ from kdq.distill.mlkd import MLKD
 from kdq.distill.module import DistillationModule
 from kdq.distill.nkd import NKD
 from kdq.distill.nst import NST
+from kdq.distill.ofd import OFD
 from kdq.distill.pkt import PKT
 from kdq.distill.qad import QAD, QAT
 from kdq.distill.reviewkd import ReviewKD
@@ -43,6 +44,7 @@ __all__ = [
     "MLKD",
     "NKD",
     "NST",
+    "OFD",
     "PKT",
     "QAD",
     "QAT",

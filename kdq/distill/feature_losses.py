@@ -136,6 +136,23 @@ def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @in_float32
+def margin_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The squared difference of two maps before their ReLUs, summed and divided by the batch, where a channel of the
+    teacher's reaches down to its ``margin``, the mean of its negative values in the batch, and a student that is below
+    a negative value is not drawn up to it (OFD: Heo et al. 2019, arXiv 1904.01866).
+
+    >>> teacher = torch.tensor([-1.0, -3.0, 1.0]).view(1, 1, 1, 3)  # the margin is -2
+    >>> margin_loss(torch.tensor([-5.0, -1.0, 0.0]).view(1, 1, 1, 3), teacher).item()  # 0 + 1 + 1
+    2.0
+    """
+    student, teacher = same_size(student, teacher.detach())
+    margin = teacher.clamp(max=0).sum((0, 2, 3)) / (teacher < 0).sum((0, 2, 3)).clamp(min=1)
+    target = torch.maximum(teacher, margin[:, None, None])
+    counted = (student > target) | (target > 0)
+    return (counted * (student - target).square()).sum() / len(student)
+
+
+@in_float32
 def contrast_scores(anchors: Tensor, positives: Tensor, negatives: Tensor, tau: float = 0.07) -> Tensor:
     """``<a, b> / tau`` of anchors ``(batch, dim)`` with their own positives ``(batch, dim)``, then with all negatives
     ``(count, dim)``: ``(batch, 1 + count)``; no gradient but to the anchors.

@@ -44,7 +44,8 @@ class FeatureMethod(TeacherStudent):
         kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
     """
 
-    #: What is compared by default: ``stages``, the ``middle`` or the ``last`` of them, the ``embedding``, or ``all``.
+    #: What is compared by default: ``stages``, the ``middle`` or the ``last`` of them, or a name of
+    #: :func:`~kdq.distill.layers.found_layers`.
     where = "stages"
     #: Whether features must be maps ``(batch, channels, height, width)``.
     maps = True
@@ -173,3 +174,8 @@ class FeatureMethod(TeacherStudent):
         with torch.device("meta"):
             check_held(checkpoint, {f"projectors.{k}": v for k, v in self._projectors().state_dict().items()})
         self.projectors = self._projectors()
+
+
+def regressor(student: int, teacher: int) -> nn.Module:
+    """A 1x1 convolution with BatchNorm, from the student's channels to the teacher's."""
+    return nn.Sequential(nn.Conv2d(student, teacher, 1, bias=False), nn.BatchNorm2d(teacher))

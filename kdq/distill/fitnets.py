@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kdq.distill.feature_losses import hint_loss
-from kdq.distill.features import FeatureMethod
+from kdq.distill.features import FeatureMethod, regressor
 
 
 class FitNets(FeatureMethod):
@@ -28,7 +28,7 @@ class FitNets(FeatureMethod):
     def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:
         if student[0] == teacher[0]:
             return nn.Identity()
-        return nn.Sequential(nn.Conv2d(student[0], teacher[0], 1, bias=False), nn.BatchNorm2d(teacher[0]))
+        return regressor(student[0], teacher[0])
 
     def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
         return hint_loss(student, teacher)

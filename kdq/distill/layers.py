@@ -28,7 +28,8 @@ def watched(
     network: nn.Module, names: Iterable[str], take: Callable[[Any], Any] = lambda feature: feature
 ) -> Iterator[dict[str, Any]]:
     """What ``network`` has at its layers ``names`` when it runs in the block, in the order in which layers end; of a
-    layer that runs several times the last. ``take`` is called on a feature when it is made.
+    layer that runs several times the last. ``take`` is called on a feature when it is made. What a layer takes and
+    overwrites, as torchvision's ReLUs do, is a copy.
 
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     >>> with watched(network, ["1:input"]) as features:
@@ -39,9 +40,10 @@ def watched(
     modules, seen = dict(network.named_modules()), dict[str, Any]()
 
     def hooked(name: str) -> RemovableHandle:
-        def keep(_: nn.Module, args: Any, *output: Any) -> None:
+        def keep(module: nn.Module, args: Any, *output: Any) -> None:
             seen.pop(name, None)
-            seen[name] = take(output[0] if output else args[0])
+            taken = args[0].clone() if getattr(module, "inplace", False) and not output else args[0]
+            seen[name] = take(output[0] if output else taken)
 
         module = modules[name.removesuffix(INPUT)]
         return module.register_forward_pre_hook(keep) if name.endswith(INPUT) else module.register_forward_hook(keep)
@@ -73,6 +75,7 @@ def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
 
     The stages are those that a network names itself as ``network.kdq_stages``; or else the last of the outermost layers
     that give maps of each size above one pixel. The ``embedding`` is what the last linear layer takes; ``all``: both.
+    ``unactivated`` is what the ReLUs take that end the stages; of a stage that ends with none, itself.
 
     >>> from kdq.models import resnet18
     >>> found_layers(resnet18(num_classes=10), torch.zeros(1, 3, 32, 32), "embedding")
@@ -83,6 +86,12 @@ def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
     """
     if where == "all":
         return [name for part in ("stages", "embedding") for name in found_layers(network, images, part)]
+    if where == "unactivated":
+        stages = found_layers(network, images, "stages")
+        relus = [name for name, module in network.named_modules() if isinstance(module, (nn.ReLU, nn.ReLU6))]
+        given = {name: feature for name, (feature, _) in looked_at(network, images, [*stages, *relus]).items()}
+        last = {id(given[relu]): f"{relu}{INPUT}" for relu in relus if relu in given}
+        return [last.get(id(given[stage]), stage) for stage in stages]
     named: Any = getattr(network, "kdq_stages", None)
     if where != "embedding" and named is not None:
         return list(named)

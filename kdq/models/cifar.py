@@ -195,11 +195,12 @@ class _ShuffleV1(nn.Module):
         self.conv1, self.bn1 = _conv(in_planes, middle, 1, groups=self.groups), nn.BatchNorm2d(middle)
         self.conv2, self.bn2 = _conv(middle, middle, stride=stride, groups=middle), nn.BatchNorm2d(middle)
         self.conv3, self.bn3 = _conv(middle, own, 1, groups=3), nn.BatchNorm2d(own)
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         out = channel_shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
         out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
-        return F.relu(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else out + x)
+        return self.relu(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else out + x)
 
 
 class CifarShuffleNetV2(nn.Module):

@@ -44,7 +44,7 @@ STABLE: dict[str, str] = {
         path: title.lower()
         for title in (
             *("VKD", "Mixup", "DKD", "DML", "FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "ReviewKD", "CTKD"),
-            *("BYOT", "CRD", "MLKD"),
+            *("BYOT", "CRD", "MLKD", "OFD"),
             *("DIST", "NKD", "TTM", "RLD", "TfKD", "Terms"),
         )
         for path in (f"kdq.distill.{title}", f"kdq.distill.{title.lower()}.{title}")

@@ -16,6 +16,7 @@ from kdq.distill.feature_losses import (
     gaussian_loss,
     hierarchical_loss,
     hint_loss,
+    margin_loss,
     pkt_loss,
     relation_losses,
     same_size,
@@ -26,6 +27,7 @@ from kdq.distill.feature_losses import (
 Array = np.ndarray[Any, Any]
 LOSSES: dict[str, Callable[..., Any]] = {
     "hint": hint_loss,
+    "margin": margin_loss,
     "hierarchical": hierarchical_loss,
     "attention": attention_loss,
     "similarity": similarity_loss,
@@ -57,6 +59,14 @@ def definition(name: str, s: Array, t: Array) -> float:
     rows = range(N)
     if name == "hint":
         return float(np.mean([(a - b) ** 2 for a, b in zip(s.ravel(), t.ravel(), strict=True)]))
+    if name == "margin":
+        total = 0.0
+        for mine, theirs in zip(s.transpose(1, 0, 2, 3), t.transpose(1, 0, 2, 3), strict=True):
+            margin = np.mean([b for b in theirs.ravel() if b < 0])
+            for a, b in zip(mine.ravel(), theirs.ravel(), strict=True):
+                target = b if b > 0 else max(b, margin)
+                total += 0.0 if a <= target <= 0 else (a - target) ** 2
+        return float(total / N)
     if name == "hierarchical":
         levels = [np.mean((s - t) ** 2)]
         for size in (2, 1):  # fields of 2x2 and 4x4 pixels of the 4x4 maps

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdq.cli.app import CONFIG_PATH
-from kdq.distill import AT, PKT, RKD, SP, VID, CrossEntropy, FeatureMethod, FitNets, ReviewKD, TrainConfig
-from kdq.distill.feature_losses import attention_loss, hierarchical_loss, pkt_loss, similarity_loss
+from kdq.distill import AT, OFD, PKT, RKD, SP, VID, CrossEntropy, FeatureMethod, FitNets, ReviewKD, TrainConfig
+from kdq.distill.feature_losses import attention_loss, hierarchical_loss, margin_loss, pkt_loss, similarity_loss
 from kdq.distill.layers import found_layers, watched
 from kdq.distill.losses import distillation_kl
 from kdq.distill.progress import TrainingProgress
-from kdq.models import CifarResNet, CifarVGG, WideResNet, resnet18
+from kdq.models import CifarResNet, CifarShuffleNetV1, CifarVGG, WideResNet, resnet18
 from kdq.stages.cell import Cell
 from kdq.stages.pipeline import run
 from kdq.stages.train import float_model, planned
@@ -36,6 +36,7 @@ METHODS = (
     "vid",
     "reviewkd",
     "crd",
+    "ofd",
     "dist",
     "nkd",
     "ttm",
@@ -134,6 +135,42 @@ def test_the_terms_of_a_method(kind: Any, loss: Any, layers: list[str], batch: t
     torch.testing.assert_close(terms["ce"], F.cross_entropy(logits, batch[1]))
     torch.testing.assert_close(terms["kl"], 0.5 * distillation_kl(logits, module.teacher(batch[0]), 4.0))
     assert set(make(kind).connect(batch[0]).losses(*batch, TrainingProgress())[0]) == {"ce", "features"}
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_ofd_compares_what_the_last_relus_take(inplace: bool, batch: tuple[Tensor, Tensor]) -> None:
+    """Whether they overwrite it, as torchvision's do, or not."""
+    module = make(OFD, weight=1.0)
+    for part in (*module.student.network.modules(), *module.teacher.network.modules()):
+        if isinstance(part, nn.ReLU):
+            part.inplace = inplace
+    module.connect(batch[0]).eval()
+    assert list(module.layers["teacher"]) == [f"layer{n}.0.relu:input" for n in (1, 2, 3)]
+    features = []
+    for model in (module.student.network, module.teacher.network):
+        x, seen = F.relu(model.bn1(model.conv1(batch[0]))), []
+        for (block,) in (model.layer1, model.layer2, model.layer3):
+            shortcut = x if block.downsample is None else block.downsample(x)
+            seen.append(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))) + shortcut)
+            x = F.relu(seen[-1])
+        features.append(seen)
+    triples = list(zip(module.projectors, *features, strict=True))
+    assert all(float(theirs.detach().min()) < 0 for _, _, theirs in triples)
+    expected = sum(margin_loss(p(mine), theirs) / 2 ** (2 - n) for n, (p, mine, theirs) in enumerate(triples))
+    found, logits = module.losses(*batch, TrainingProgress())
+    torch.testing.assert_close(found["features"], expected)
+    assert torch.equal(logits, module.student.network(batch[0]))
+
+
+def test_the_stages_before_their_relus() -> None:
+    images = torch.zeros(2, 3, 64, 64)
+    for model, layers in (
+        (torchvision.models.resnet18(), ["relu", *(f"layer{n}.1.relu" for n in (1, 2, 3, 4))]),
+        (CifarVGG(8, 4), [f"block{n}.2" for n in (1, 2, 3, 4)]),
+        (CifarShuffleNetV1(4), ["layer1.3.relu", "layer2.7.relu", "layer3.3.relu"]),
+    ):
+        assert found_layers(model.eval(), images, "unactivated") == [f"{name}:input" for name in layers]
+    assert found_layers(WideResNet(10, 4), images, "unactivated") == ["block1", "block2", "block3"]
 
 
 def test_reviewkd_mixes_from_the_deepest_level_on(batch: tuple[Tensor, Tensor]) -> None:
