@@ -109,12 +109,10 @@ def _facts(header: Mapping[str, Any], size: int, row: Row | None) -> list[tuple[
             ("top-1 on the test images", f"{row.top1:.2f} % (float {row.top1_float:.2f} %)"),
             ("measured on", row.device),
         ]
-    if names := header.get("classes"):
-        facts.append(("classes", ", ".join(map(str, names[:20])) + (", ..." if len(names) > 20 else "")))
-    return [
-        *((name, printable(text)) for name, text in facts),
-        ("made by", f"kdq {row.kdq_version if row else __version__}"),
-    ]
+    facts = [(name, printable(text)) for name, text in facts]
+    if names := [printable(str(name)) for name in header.get("classes") or ()]:
+        facts.append(("classes", ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")))
+    return [*facts, ("made by", f"kdq {row.kdq_version if row else __version__}")]
 
 
 def _bits(header: Mapping[str, Any]) -> float:

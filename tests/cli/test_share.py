@@ -136,7 +136,8 @@ for name in sys.argv[1:]:
 
 def test_a_card_is_text_whatever_names_say() -> None:
     evil = "x](http://a) | <b> `\n---\nlicense: mit"
-    header = {"net": None, "preprocess": None, "layers": {"fc": {"shape": [4, 2], "levels": 5}}}
+    names = [evil, *(f"class {number}" for number in range(15))]
+    header = {"net": None, "preprocess": None, "classes": names, "layers": {"fc": {"shape": [4, 2], "levels": 5}}}
     row = dataclasses.replace(ROW, arch=evil, method=evil, quantizer=evil, recipe=evil)
     text = card("me/net", header, 600, row)
     _, head, body = text.split("---\n", 2)
@@ -144,5 +145,6 @@ def test_a_card_is_text_whatever_names_say() -> None:
     assert "<b>" not in body
     assert "x](http" not in body
     assert "weights of 3 bits" in body
+    assert ", ".join(names[1:]) in body
     assert "network=MyNetwork()" in body
     assert all(line.count("|") - line.count(r"\|") == 3 for line in body.splitlines() if line.startswith("|"))
