@@ -108,8 +108,10 @@ def quantize_widths(
     if config.first_last_bits is not None:
         ends = dict.fromkeys((order.layers[0], order.layers[-1]), config.first_last_bits)
         by_layer = [bits | ends for bits in by_layer]
-    walk = Walk(copy.deepcopy(model).eval(), by_layer, config, isolated, on_layer, order.repeated)
-    walk.run(chain([head], iterator))
+    walk = Walk(
+        copy.deepcopy(model).eval(), chain([head], iterator), by_layer, config, isolated, on_layer, order.repeated
+    )
+    walk.run()
     left = _left(model, order, config)
     results = []
     for version in walk.versions:

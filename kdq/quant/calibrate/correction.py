@@ -21,13 +21,12 @@ Neither adds a byte to the stored network.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdq.quant.distributed import summed
 
 #: What is put right after each layer: biases, BatchNorm statistics as well, or nothing.
 CORRECTIONS = (None, "bias", "batchnorm")
-Norm = nn.modules.batchnorm._BatchNorm
 
 
 class ChannelSums:
@@ -58,17 +57,17 @@ class ChannelSums:
         return mean, (squares / count - mean.square()).clamp_min(0)
 
 
-def corrected_norm(norm: Norm, mean: Tensor, variance: Tensor, lane: int) -> dict[str, Tensor]:
-    """The running statistics that give ``lane`` the outputs of lane 0, in mean and variance; see the module's text.
+def corrected_norm(
+    running_mean: Tensor, running_var: Tensor, eps: float, mean: Tensor, variance: Tensor, lane: int
+) -> tuple[Tensor, Tensor]:
+    """A BatchNorm's running mean and variance that give ``lane`` the outputs of lane 0, in mean and variance; see the
+    module's text.
 
     Args:
         mean, variance: of the inputs ``(lanes, channels)``.
     """
-    running_mean, running_var = norm.running_mean, norm.running_var
-    assert running_mean is not None
-    assert running_var is not None
     alive = (variance[0] > 0) & (variance[lane] > 0)  # a channel that never changes has no spread to compare
     square = torch.where(alive, variance[lane] / variance[0].where(alive, torch.ones_like(variance[0])), 1.0)
     new_mean = mean[lane] + square.sqrt() * (running_mean - mean[0])
-    new_var = (square * (running_var + norm.eps) - norm.eps).clamp_min(0)
-    return {"running_mean": new_mean.to(running_mean), "running_var": new_var.to(running_var)}
+    new_var = (square * (running_var + eps) - eps).clamp_min(0)
+    return new_mean.to(running_mean), new_var.to(running_var)

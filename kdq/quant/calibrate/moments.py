@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,19 @@ class Moments:
         return blocks.permute(2, 3, 0, 4, 1).reshape(g.groups, channels * len(taps), -1)
 
 
+class Sums(NamedTuple):
+    """Moments ``(groups, d, d)`` of all images, those of the held-out ones, and how many patches these have."""
+
+    all: Tensor
+    held_out: Tensor | None
+    patches: int
+
+    def plus(self, other: Sums) -> Sums:
+        """Of the images of both."""
+        both = None if self.held_out is None or other.held_out is None else self.held_out + other.held_out
+        return Sums(self.all + other.all, both, self.patches + other.patches)
+
+
 class PartedMoments:
     """Moments of all images, and apart those of the images that are held out.
 
@@ -148,15 +161,13 @@ class PartedMoments:
         self._parts[held_out].add(left, right)
         self._patches += patch_count(self.layer, left) if held_out else 0
 
-    def patches(self) -> int:
-        """Held-out patches, over all processes."""
-        device = next(self.layer.parameters()).device
-        return int(summed(torch.tensor(float(self._patches), device=device)))
-
-    def total(self) -> tuple[Tensor, Tensor | None]:
-        """The sum, and the part of it that is held out."""
+    def total(self) -> Sums:
+        """The sums over all processes."""
         first, *others = (part.total() for part in self._parts)
-        return (first + others[0], others[0]) if others else (first, None)
+        if not others:
+            return Sums(first, None, 0)
+        patches = torch.tensor(float(self._patches), device=first.device)
+        return Sums(first + others[0], others[0], int(summed(patches)))
 
 
 def _geometry(layer: nn.Module) -> tuple[_Geometry | None, str, list[int]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdq.quant.calibrate.lanes import Lanes, Tape
 from kdq.quant.calibrate.layer import layer_call
-from kdq.quant.calibrate.moments import PartedMoments
+from kdq.quant.calibrate.moments import PartedMoments, Sums
 
 
 def later_moments(
@@ -23,9 +23,8 @@ def later_moments(
     repeated: Collection[str],
     new: Callable[[nn.Module], PartedMoments],
     chunks: Iterable[tuple[Tensor, bool]],
-) -> dict[str, tuple[Tensor, Tensor | None, int]]:
-    """``X_k'X_k`` ``(groups, d, d)`` of the float network, summed over the later runs of the ``repeated`` layers: of
-    all images, of those held out, and how many patches these have.
+) -> dict[str, Sums]:
+    """``X_k'X_k`` of the float network, summed over the later runs of the ``repeated`` layers, by their names.
 
     Args:
         names: the layers' names by the ``id`` of their weight.
@@ -51,12 +50,7 @@ def later_moments(
     for images, held_out in chunks:  # noqa: B007  meet reads it
         met.clear()
         model(tape.watch(Lanes([images])))
-    found: dict[str, tuple[Tensor, Tensor | None, int]] = {}
+    found: dict[str, Sums] = {}
     for (name, _), moments in sums.items():
-        patches, (gram, part) = moments.patches(), moments.total()
-        if name in found:
-            other, other_part, count = found[name]
-            gram, patches = gram + other, patches + count
-            part = None if part is None or other_part is None else part + other_part
-        found[name] = gram, part, patches
+        found[name] = moments.total().plus(found[name]) if name in found else moments.total()
     return found

@@ -97,11 +97,11 @@ def test_held_out_moments_are_kept_apart(layer: nn.Module, shape: tuple[int, ...
         parted.add(xq[images], x[images], held_out)
     whole.add(xq, x)
     last.add(xq[7:], x[7:])
-    total, part = parted.total()
-    assert torch.allclose(total, whole.total(), atol=1e-3)
-    assert part is not None
-    assert torch.equal(part, last.total())
-    assert parted.patches() == patches(layer, x[7:]).shape[1] == patch_count(layer, x[7:])
+    total = parted.total()
+    assert torch.allclose(total.all, whole.total(), atol=1e-3)
+    assert total.held_out is not None
+    assert torch.equal(total.held_out, last.total())
+    assert total.patches == patches(layer, x[7:]).shape[1] == patch_count(layer, x[7:])
 
 
 def test_few_images_make_as_many_chunks_as_are_asked_for() -> None:
