@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +24,7 @@ from kdq.data.image_set import ImageSet
 from kdq.data.split import split as divided
 from kdq.utils.cpu import usable_cores
 from kdq.utils.errors import KdqError, one_line
+from kdq.utils.files import write_text
 from kdq.utils.progress import progress
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -45,6 +45,9 @@ BROKEN = (
 EXTREME = 16
 #: Pixels that a side may have, which is what JPEG can say: a line of one pixel takes twelve bytes of memory.
 LONGEST = 2**16
+
+#: Images after which decoding can be killed without losing them.
+KEPT_EVERY = 512
 
 
 def class_names(root: str | Path) -> list[str]:
@@ -162,32 +165,46 @@ def _decode_into(
     decode: partial[np.ndarray],
     classes: list[str],
 ) -> None:
-    """Decode the images of ``rows`` into ``.npy`` files in a temporary folder, then rename it to ``folder``."""
-    prefix = f".decode-{folder.name}-"
-    for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed: this one holds the lock
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    """Decode the images of ``rows`` into ``.npy`` files in a temporary folder, then rename it to ``folder``. A process
+    that is killed leaves the temporary folder, and the next one goes on there."""
+    temporary = folder.parent / f".decode-{folder.name}"  # this process alone: it holds the lock
+    temporary.mkdir(exist_ok=True)
     size, in_channels, _ = decode.keywords.values()
     try:
         for part, files in parts.items():
-            shape = (len(files), size, size, in_channels)
-            pixels = np.lib.format.open_memmap(temporary / f"{part}_images.npy", "w+", np.uint8, shape)
+            array, counter = temporary / f"{part}_images.npy", temporary / f"{part}_decoded"
+            pixels, done = _begun(array, counter, (len(files), size, size, in_channels))
             with (
                 ThreadPoolExecutor(max_workers=usable_cores()) as pool,
                 progress(f"decoding {part} images", len(rows[part]), "image") as bar,
             ):
-                asked = [files[row][0] for row in rows[part]]
-                decoded = pool.map(decode, asked)
-                for row, image in zip(rows[part], decoded, strict=True):
+                bar.update(done)
+                asked = rows[part][done:]
+                decoded = pool.map(decode, [files[row][0] for row in asked])
+                for count, (row, image) in enumerate(zip(asked, decoded, strict=True), done + 1):
                     pixels[row] = image
                     bar.update()
-            pixels.flush()
+                    if count % KEPT_EVERY == 0 or count == len(rows[part]):
+                        pixels.flush()
+                        write_text(counter, str(count))
             np.save(temporary / f"{part}_labels.npy", np.array([label for _, label in files], np.int64))
         (temporary / "classes.json").write_text(json.dumps(classes))
         temporary.chmod(0o755)  # others may share the cache
         os.rename(temporary, folder)
-    finally:
+    except KdqError:  # of a file that is to be mended: then the folder is another one
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _begun(array: Path, counter: Path, shape: tuple[int, ...]) -> tuple[np.memmap[Any, Any], int]:
+    """The array to decode into, and how many images are there from a process that was killed."""
+    try:
+        pixels, done = np.lib.format.open_memmap(array, "r+"), int(counter.read_text())
+        if pixels.shape == shape:
+            return pixels, done
+    except (OSError, ValueError):  # not begun, or not far
+        pass
+    return np.lib.format.open_memmap(array, "w+", np.uint8, shape), 0
 
 
 def _shown(path: Path) -> str:

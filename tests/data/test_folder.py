@@ -72,6 +72,35 @@ def test_a_corrupt_image_is_named_and_leaves_no_cache(root: Path, tmp_path: Path
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
+def test_decoding_that_was_killed_goes_on_and_ends_as_if_undisturbed(root: Path, tmp_path: Path) -> None:
+    expected = image_folder(str(root), 6, 3, str(tmp_path / "other")).train_images
+    code = f"""
+import os
+import kdq.data.folder as folder
+
+folder.KEPT_EVERY, kept = 2, folder.write_text
+
+def killed(path, text):
+    kept(path, text)
+    if text == "4":
+        os.kill(os.getpid(), 9)
+
+folder.write_text = killed
+folder.image_folder({str(root)!r}, 6, 3, {str(tmp_path / "cache")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    decoded = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "kdq.data.folder.decode_image", lambda file, **how: decoded.append(file) or decode_image(file, **how)
+        )
+        found = image_folder(str(root), 6, 3, str(tmp_path / "cache")).train_images
+    assert sorted(file.parent.parent.name for file in decoded) == ["test"] * 4 + ["train"] * 2
+    assert torch.equal(found, expected)
+    names = [{path.name for path in (tmp_path / cache).glob("*/*")} for cache in ("cache", "other")]
+    assert names[0] == names[1]
+
+
 def test_images_of_16_bits_are_not_cut_off_at_8(root: Path, tmp_path: Path) -> None:
     deep = root / "train/dog/2.png"
     Image.fromarray(np.linspace(0, 65535, 36, dtype=np.uint16).reshape(6, 6)).save(deep)
@@ -89,14 +118,6 @@ def test_missing_and_surplus_folders_are_refused(root: Path, tmp_path: Path) -> 
     shutil.rmtree(root / "test" / "dog")
     with pytest.raises(KdqError, match="dog holds no image"):
         image_folder(str(root), 6, 3, str(tmp_path / "cache"))
-
-
-def test_what_a_killed_process_left_is_removed(root: Path, tmp_path: Path) -> None:
-    image_folder(str(root), 6, 3, str(tmp_path / "cache"))
-    (decoded,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    decoded.rename(decoded.with_name(f".decode-{decoded.name}-x"))
-    image_folder(str(root), 6, 3, str(tmp_path / "cache"))
-    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [decoded]
 
 
 def test_a_thread_of_pixels_is_cropped_before_it_is_scaled(
