@@ -13,18 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdq.deploy.fold import Coded
 from kdq.deploy.graph import FloatGraph
 from kdq.deploy.qdq import Builder, layer_of
-from kdq.quant.packing.packed import PackedWeight
-from kdq.quant.packing.weights import QuantizedWeight
 
 #: Bits to the type that holds codes of so many, and the opset and the version of ONNX that have it.
 TYPES = {2: ("uint2", 25, 13), 4: ("uint4", 21, 10), 8: ("uint8", 13, 7), 16: ("uint16", 13, 7)}
 
 
-def codes_graph(
-    source: FloatGraph, weights: Mapping[str, QuantizedWeight | PackedWeight]
-) -> tuple[Any, dict[str, int]]:
+def codes_graph(source: FloatGraph, weights: Mapping[str, Coded]) -> tuple[Any, dict[str, int]]:
     """The model, and by layer the bits in which its codes are stored; layers of more than 16 bits stay float.
 
     Args:

@@ -9,11 +9,13 @@ halves the scale. A whole number may multiply all codes of a channel, and divide
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from kdq.quant.packing.packed import PackedWeight
+from kdq.quant.packing.weights import QuantizedWeight
 
 #: Few levels are spread over codes up to this, so that biases, whose step is the product of the input's and the
 #: weight's scale, have fine steps too. Pairs of products with UINT8 inputs still fit INT16, in which CPUs without VNNI
@@ -23,15 +25,8 @@ FINE = 63
 _BIAS_CODES = 2**30
 
 
-class Coded(Protocol):
-    """A weight as codes: :class:`kdq.quant.packing.weights.QuantizedWeight` or a packed one."""
-
-    @property
-    def codes(self) -> Tensor: ...
-    @property
-    def scale(self) -> Tensor: ...
-    @property
-    def zero(self) -> Tensor: ...
+#: A weight as codes.
+Coded = QuantizedWeight | PackedWeight
 
 
 @dataclass(frozen=True)

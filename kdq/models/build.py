@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kdq.utils.calls import imported
+from kdq.utils.calls import imported, parameters
 from kdq.utils.errors import KdqError
 
 
@@ -23,23 +23,14 @@ def build(net: Mapping[str, Any]) -> nn.Module:
     kwargs = {str(key): value for key, value in net.items() if key != "_target_" and value is not None}
     target = str(net.get("_target_"))
     builder = imported("net", target)
+    if (taken := parameters(builder)) is not None and "num_classes" not in taken:
+        kwargs.pop("num_classes", None)
     try:
-        signature = inspect.signature(builder)
-        if "num_classes" in kwargs and not _takes(signature, "num_classes"):
-            del kwargs["num_classes"]
-        signature.bind(**kwargs)
+        inspect.signature(builder).bind(**kwargs)
     except TypeError as error:
         raise KdqError(f"{target} does not take these arguments ({error}): {sorted(kwargs)}") from error
     network = builder(**kwargs)
     if not isinstance(network, nn.Module):
         raise KdqError(f"{target} returned {type(network).__name__}, not a torch.nn.Module")
-    network.kdq_net = {  # type: ignore[assignment]
-        "_target_": target,
-        **kwargs,
-    }
+    network.kdq_net = {"_target_": target, **kwargs}  # type: ignore[assignment]
     return network
-
-
-def _takes(signature: inspect.Signature, name: str) -> bool:
-    kinds = (parameter.kind for parameter in signature.parameters.values())
-    return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import channel_shuffle
 
-from kdq.models.networks import says_what_it_is
+from kdq.models.networks import initialize, says_what_it_is
 from kdq.utils.errors import KdqError
 
 
@@ -43,7 +43,7 @@ class WideResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(planes[3])
         self.relu = nn.ReLU(inplace=True)
         self.fc = nn.Linear(planes[3], num_classes)
-        _initialize(self)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))
@@ -98,7 +98,7 @@ class CifarVGG(nn.Module):
             for count, into, out in zip(VGG[depth], planes, planes[1:], strict=False)
         )
         self.classifier = nn.Linear(planes[-1], num_classes)
-        _initialize(self)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         large = x.shape[2] >= 64  # such images are halved once more
@@ -138,7 +138,7 @@ class CifarMobileNetV2(nn.Module):
         last = max(1280, int(1280 * width))
         self.conv2 = nn.Sequential(*_conv_norm(planes, last, size=1))
         self.classifier = nn.Sequential(nn.Linear(last, num_classes))
-        _initialize(self)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
@@ -180,7 +180,7 @@ class CifarShuffleNetV1(nn.Module):
             for into, out, count in ((24, 240, 4), (240, 480, 8), (480, 960, 4))
         )
         self.linear = nn.Linear(960, num_classes)
-        _initialize(self)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
@@ -223,7 +223,7 @@ class CifarShuffleNetV2(nn.Module):
         )
         self.conv2, self.bn2 = _conv(464, 1024, 1), nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
-        _initialize(self)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
@@ -272,11 +272,3 @@ def _conv_norm(
 
 def _pooled(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
-
-
-def _initialize(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import Weights, get_model_builder, get_model_weights
 
 from kdq.models.networks import Channels, Renormalize
@@ -38,18 +39,6 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-
-class Renormalized(nn.Module):
-    """A network behind the normalisation that its weights were trained with; see
-    :class:`~kdq.models.networks.Renormalize`."""
-
-    def __init__(self, network: nn.Module, renormalize: Renormalize) -> None:
-        super().__init__()
-        self.renormalize, self.network = renormalize, network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(self.renormalize(x))
 
 
 def torchvision_model(
@@ -165,13 +154,12 @@ def fetched(weights: Weights) -> Path:
 def _renormalized(
     network: nn.Module, mean: Channels, std: Channels, data_mean: Channels, data_std: Channels
 ) -> nn.Module:
-    if mean is None and std is None:
+    """The network behind the normalisation that its weights were trained with, where that is not the images' own."""
+    own, data = ([list(values or ()) for values in pair] for pair in ((mean, std), (data_mean, data_std)))
+    if own in ([[], []], data):
         return network
-    own, data = (mean, std), (data_mean, data_std)
-    alike = [list(values or ()) for values in own] == [list(values or ()) for values in data]
-    if alike or own == (None, None):
-        return network
-    return Renormalized(network, Renormalize(*own, *data, in_channels=len(mean or std or ())))
+    first = Renormalize(mean, std, data_mean, data_std, in_channels=len(mean or std or ()))
+    return nn.Sequential(OrderedDict(renormalize=first, network=network))
 
 
 def _library(target: str) -> str | None:

@@ -46,6 +46,15 @@ def says_what_it_is(builder: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def initialize(network: nn.Module) -> None:
+    """Draw the weights of every convolution anew, as for ReLUs (He et al. 2015, arXiv 1502.01852); biases are zero."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 class Renormalize(nn.Module):
     """Images normalised with ``data_mean`` and ``data_std`` as if with ``mean`` and ``std``, all on the scale 0 to 1,
     one value a channel. A network that begins with it sees what its weights were trained on, whatever its student sees.
@@ -188,9 +197,7 @@ class CifarResNet(nn.Module):
         self.layer3 = stage(planes[1], planes[2], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(planes[2], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.renormalize is not None:

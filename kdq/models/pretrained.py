@@ -22,8 +22,11 @@ def load_imagenet(network: nn.Module, net: Mapping[str, Any]) -> None:
     Raises:
         KdqError: nobody publishes weights for this architecture, or they cannot be fetched.
     """
-    state = adapt(_published(str(net["_target_"]).rpartition(".")[2]), network.state_dict())
-    network.load_state_dict(state)
+    architecture = str(net["_target_"]).rpartition(".")[2]
+    if architecture not in PUBLISHED:
+        raise KdqError(f"there are no ImageNet weights for {architecture}: they exist for {', '.join(PUBLISHED)}")
+    published = read_state_dict(fetched(get_model_weights(architecture)["IMAGENET1K_V1"]))
+    network.load_state_dict(adapt(published, network.state_dict()))
 
 
 def adapt(published: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -43,9 +46,3 @@ def adapt(published: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
         if not name.startswith("fc."):
             state[name] = tensor.contiguous()
     return state
-
-
-def _published(architecture: str) -> dict[str, Tensor]:
-    if architecture not in PUBLISHED:
-        raise KdqError(f"there are no ImageNet weights for {architecture}: they exist for {', '.join(PUBLISHED)}")
-    return read_state_dict(fetched(get_model_weights(architecture)["IMAGENET1K_V1"]))

@@ -52,7 +52,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         KdqError: the file is not a readable checkpoint, or holds something other than tensors by name.
     """
     try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+        safe = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise KdqError(f"cannot read weights from {path}: {one_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever a corrupt zip makes torch raise
@@ -64,10 +65,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise KdqError(f"{path} does not hold a state dict (names to tensors)")
     return {str(name).removeprefix("module."): value for name, value in state.items()}
-
-
-def _load_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def head(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -190,8 +190,10 @@ def fit(
         data = ImageDataModule(images, recipe.batch_size, module.seed, recipe.accumulate)
         with interruptible(lightning, lambda: f"epoch {_finished_epochs(checkpoint) + 1}"):
             lightning.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    finally:
-        _release(lightning)
+    finally:  # what it holds on the device is for the next job of this process
+        lightning.strategy.teardown()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if not best.best:
         raise KdqError("the training ended without a validated epoch")
     trained_images = max(1, steps) * min(recipe.batch_size, len(images.split.train)) * lightning.current_epoch
@@ -221,10 +223,3 @@ def _finished_epochs(checkpoint: Path) -> int:
         raise KdqError(
             f"the checkpoint {checkpoint} is damaged: delete {checkpoint.parent} to train again from the start"
         ) from error
-
-
-def _release(trainer: L.Trainer) -> None:
-    """Give back what the trainer holds on the device, for the next job of this process."""
-    trainer.strategy.teardown()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

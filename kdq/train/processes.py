@@ -14,7 +14,6 @@ process gets a file and does what the module that reads it says:
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from kdq.train import slurm as cluster
 from kdq.train.trainer import ALL_DEVICES
@@ -43,7 +43,7 @@ def _run_here(module: str, job: Path, processes: int) -> list[int]:
     threads = max(1, usable_cores() // processes)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(find_free_network_port()),
         "WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
@@ -61,12 +61,6 @@ def _run_here(module: str, job: Path, processes: int) -> list[int]:
             worker.terminate()
         codes = [cluster.ended(worker) for worker in workers]
     return codes
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def follow_parent() -> None:

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -95,8 +94,10 @@ def check(processes: int) -> None:
 def run(module: str, job: Path) -> list[int]:
     """Run ``python -m module job`` as one process in each task; returns their exit codes, all 0 if it went well."""
     global _number
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
     assert _orders is not None, "several tasks of Slurm train inside of leading()"
-    order, number = {"module": module, "job": str(job), "port": _free_port()}, _number
+    order, number = {"module": module, "job": str(job), "port": find_free_network_port()}, _number
     _number += 1
     _orders.set(f"order-{number}", json.dumps(order))
     names = [f"code-{number}-{rank}" for rank in range(1, tasks())]
@@ -196,9 +197,3 @@ def _place() -> tuple[str, int]:
 
     slurm = SLURMEnvironment(auto_requeue=False)
     return slurm.main_address, slurm.main_port
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

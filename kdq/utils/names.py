@@ -10,36 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def _paths(name: str, *paths: str) -> dict[str, str]:
-    return dict.fromkeys(paths, name)
+def _paths(rooms: str, **objects: str) -> dict[str, str]:
+    """The paths of objects, given by their stable names, in each of these rooms."""
+    return {f"kdq.{room}.{path}": name for room in rooms.split() for name, path in objects.items()}
 
 
 #: Every dotted path that kdq's objects have or had, to the name that never changes. Names hold no dot, so that nothing
 #: that can be imported has one.
 STABLE: dict[str, str] = {
-    **{
-        path: name
-        for name, title, module in (
-            ("cifar_resnet", "CifarResNet", "networks"),
-            ("whitened_net", "WhitenedNet", "networks"),
-            ("wide_resnet", "WideResNet", "cifar"),
-            ("cifar_vgg", "CifarVGG", "cifar"),
-            ("cifar_mobilenet_v2", "CifarMobileNetV2", "cifar"),
-            ("cifar_shufflenet_v1", "CifarShuffleNetV1", "cifar"),
-            ("cifar_shufflenet_v2", "CifarShuffleNetV2", "cifar"),
-            *((name, name, "networks") for name in ("resnet18", "resnet34", "resnet50")),
-            *((name, name, "libraries") for name in ("timm_model", "torchvision_model")),
-        )
-        for path in (f"kdq.models.{title}", f"kdq.models.{module}.{title}")
-    },
-    **_paths(
-        "cross_entropy",
-        "kdq.distill.Baseline",
-        "kdq.distill.module.Baseline",
-        "kdq.distill.CrossEntropy",
-        "kdq.distill.module.CrossEntropy",
-        "kdq.distill.cross_entropy.CrossEntropy",
-    ),
+    **_paths("models models.networks", cifar_resnet="CifarResNet", whitened_net="WhitenedNet"),
+    **_paths("models models.networks", resnet18="resnet18", resnet34="resnet34", resnet50="resnet50"),
+    **_paths("models models.cifar", wide_resnet="WideResNet", cifar_vgg="CifarVGG"),
+    **_paths("models models.cifar", cifar_mobilenet_v2="CifarMobileNetV2"),
+    **_paths("models models.cifar", cifar_shufflenet_v1="CifarShuffleNetV1", cifar_shufflenet_v2="CifarShuffleNetV2"),
+    **_paths("models models.libraries", timm_model="timm_model", torchvision_model="torchvision_model"),
+    **_paths("distill distill.module", cross_entropy="Baseline"),
+    **_paths("distill distill.module distill.cross_entropy", cross_entropy="CrossEntropy"),
     **{
         path: title.lower()
         for title in (
@@ -49,32 +35,26 @@ STABLE: dict[str, str] = {
         )
         for path in (f"kdq.distill.{title}", f"kdq.distill.{title.lower()}.{title}")
     },
-    **_paths("published_vkd", "kdq.distill.published.PublishedVKD"),
-    **_paths("published_dkd", "kdq.distill.published.PublishedDKD"),
-    **_paths("qad", "kdq.distill.QAD", "kdq.distill.qad.QAD"),
-    **_paths("qat", "kdq.distill.QAT", "kdq.distill.qad.QAT"),
-    **_paths("train_config", "kdq.distill.TrainConfig", "kdq.distill.config.TrainConfig"),
+    **_paths("distill.published", published_vkd="PublishedVKD", published_dkd="PublishedDKD"),
+    **_paths("distill distill.qad", qad="QAD", qat="QAT"),
+    **_paths("distill distill.config", train_config="TrainConfig"),
     **{
-        f"kdq.quant{room}.{solver}.{solver}": solver
+        path: solver
         for solver in ("gpfq", "gptq", "qronos", "rtn", "spfq")
-        for room in ("", ".solvers")
+        for path in (f"kdq.quant.{solver}.{solver}", f"kdq.quant.solvers.{solver}.{solver}")
     },
     **{
-        f"kdq.quant{room}.alphabets.{alphabet}": alphabet
+        path: alphabet
         for alphabet in ("uniform", "symmetric", "asymmetric", "ternary", "paper")
-        for room in ("", ".solvers")
+        for path in (f"kdq.quant.alphabets.{alphabet}", f"kdq.quant.solvers.alphabets.{alphabet}")
     },
-    **_paths("sampled_moments", "kdq.quant.sampled.SampledMoments", "kdq.quant.calibrate.sampled.SampledMoments"),
-    **_paths("resized_crop", "kdq.data.photographs.ResizedCrop"),
-    **_paths("quant_config", "kdq.quant.config.QuantConfig"),
-    **_paths("search_config", "kdq.quant.config.SearchConfig"),
-    **_paths("post_training_quantization", "kdq.quant.callback.PostTrainingQuantization"),
-    **_paths("greedy_bit_search", "kdq.quant.callback.GreedyBitSearch", "kdq.quant.bitsearch.callback.GreedyBitSearch"),
-    **{
-        f"kdq.data.{module}.{images}": images
-        for module in ("sets", "folder")
-        for images in ("digits", "fashion_mnist", "cifar10", "cifar100", "image_folder")
-    },
+    **_paths("quant quant.calibrate", sampled_moments="sampled.SampledMoments"),
+    **_paths("quant.config", quant_config="QuantConfig", search_config="SearchConfig"),
+    **_paths("quant", post_training_quantization="callback.PostTrainingQuantization"),
+    **_paths("quant quant.bitsearch", greedy_bit_search="callback.GreedyBitSearch"),
+    **_paths("data.photographs", resized_crop="ResizedCrop"),
+    **_paths("data.sets data.folder", digits="digits", fashion_mnist="fashion_mnist", image_folder="image_folder"),
+    **_paths("data.sets data.folder", cifar10="cifar10", cifar100="cifar100"),
 }
 
 
@@ -87,9 +67,6 @@ def stable(config: Any) -> Any:
     """
     if isinstance(config, Mapping):
         called = ("_target_", "path") if "_target_" in config else ()
-        return {key: _named(value) if key in called else stable(value) for key, value in config.items()}
+        named = {key: STABLE[config[key]] for key in called if config.get(key) in STABLE}
+        return {key: named.get(key) or stable(value) for key, value in config.items()}
     return [stable(part) for part in config] if isinstance(config, (list, tuple)) else config
-
-
-def _named(target: Any) -> Any:
-    return STABLE.get(target, target) if isinstance(target, str) else target

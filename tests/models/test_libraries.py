@@ -16,7 +16,7 @@ from torchvision.models import DenseNet121_Weights, Inception_V3_Weights, ResNet
 import kdq
 from kdq.models import libraries
 from kdq.models.build import build
-from kdq.models.libraries import Renormalized, preprocessing, torchvision_model, weights_of
+from kdq.models.libraries import preprocessing, torchvision_model, weights_of
 from kdq.models.weights import load_weights
 from kdq.utils.errors import KdqError
 
@@ -35,7 +35,7 @@ def test_each_network_sees_its_own_normalisation() -> None:
     data = {"data_mean": [0.4, 0.5, 0.6], "data_std": [0.3, 0.2, 0.1]}
     given = (pixels - torch.tensor(data["data_mean"])[:, None, None]) / torch.tensor(data["data_std"])[:, None, None]
     network = torchvision_model("squeezenet1_1", 5, IMAGENET_MEAN, IMAGENET_STD, **data)
-    assert isinstance(network, Renormalized)
+    assert isinstance(network, nn.Sequential)
     torch.testing.assert_close(logits(network, given), logits(network.network, (pixels - mean) / std))
     same = torchvision_model("squeezenet1_1", 5, IMAGENET_MEAN, IMAGENET_STD, IMAGENET_MEAN, IMAGENET_STD)
     assert type(same) is torchvision.models.SqueezeNet
