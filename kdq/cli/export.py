@@ -83,9 +83,6 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
     Args:
         overrides: of ``kdq``'s config: to name the images that INT8 is calibrated and measured on, and the architecture
             if it is not of this library.
-
-    Raises:
-        KdqError: the network cannot be exported, or INT8 lacks images.
     """
     row, name = source.row, kind.removeprefix("onnx-")
     accuracy, file = getattr(row, f"top1_onnx_{name}", None), source.packed.with_suffix(f".{name}.onnx")
@@ -126,9 +123,6 @@ def share(source: Source, kind: str, target: str, licence: str = "unknown", over
     Args:
         licence: an identifier that the hub knows, such as ``mit``.
         overrides: as of :func:`export`.
-
-    Raises:
-        KdqError: as :func:`export` and :func:`kdq.utils.hub.upload`.
     """
     header, files = read_header(source.packed), {PACKED: "the packed network"}
     with TemporaryDirectory() as name:

@@ -44,9 +44,6 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
     Args:
         overrides: values that are others here, such as ``data.root=FOLDER``.
         trust: call what kdq's own configs do not.
-
-    Raises:
-        KdqError: the row carries no config, or one that calls a stranger's code, or an override names no key of it.
     """
     if row.config is None:
         raise KdqError(

@@ -26,9 +26,6 @@ def histograms(model: Any, tensors: Collection[str], images: Iterable[Tensor]) -
     Args:
         model: the float ``onnx.ModelProto``.
         images: batches ``(batch, channels, height, width)``.
-
-    Raises:
-        KdqError: there are no images.
     """
     import onnx
 

@@ -18,11 +18,7 @@ def session(model: bytes | Path, threads: int | None = None) -> Any:
     """An ``onnxruntime.InferenceSession`` on the CPU with ``threads`` threads, by default one per core.
 
     By ONNX Runtime's default, idle threads wait for the next call without giving up their core, so that two sessions
-    that take turns slow each other down. Here threads wait like this during calls only.
-
-    Raises:
-        KdqError: onnxruntime is not installed.
-    """
+    that take turns slow each other down. Here threads wait like this during calls only."""
     needs("onnxruntime")
     import onnxruntime
 
@@ -35,11 +31,7 @@ def session(model: bytes | Path, threads: int | None = None) -> Any:
 
 
 def logits(runner: Any, images: Tensor) -> np.ndarray:
-    """The network's outputs ``(batch, classes)`` for ``images`` ``(batch, channels, height, width)``.
-
-    Raises:
-        KdqError: the model takes images of another size.
-    """
+    """The network's outputs ``(batch, classes)`` for ``images`` ``(batch, channels, height, width)``."""
     expected = tuple(runner.get_inputs()[0].shape[1:])
     if tuple(images.shape[1:]) != expected:
         given, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], expected))

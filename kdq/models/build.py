@@ -15,11 +15,7 @@ from kdq.utils.errors import KdqError
 def build(net: Mapping[str, Any]) -> nn.Module:
     """Call ``net["_target_"]`` with the other entries that are not None; ``num_classes`` only where it takes that.
 
-    The recipe is kept on the network as ``network.kdq_net``, so that a saved file can say how to rebuild it.
-
-    Raises:
-        KdqError: the target cannot be imported, is not a network, or refuses the arguments.
-    """
+    The recipe is kept on the network as ``network.kdq_net``, so that a saved file can say how to rebuild it."""
     kwargs = {str(key): value for key, value in net.items() if key != "_target_" and value is not None}
     target = str(net.get("_target_"))
     builder = imported("net", target)

@@ -117,11 +117,7 @@ def preprocessing(target: str, name: str, weights: str | None) -> Preprocessing 
 
 def weights_of(source: str, net: Mapping[str, Any]) -> Path | None:
     """The file with the weights that ``source`` names; a library's published ones are fetched into the folder that
-    the library keeps them in. None: they are in no file, but kdq's to make of others.
-
-    Raises:
-        KdqError: there is no such file, or it cannot be fetched.
-    """
+    the library keeps them in. None: they are in no file, but kdq's to make of others."""
     library = _library(str(net["_target_"]))
     if library == "timm_model" and source == IMAGENET:
         config = _timm_config(net["name"])
@@ -135,11 +131,7 @@ def weights_of(source: str, net: Mapping[str, Any]) -> Path | None:
 
 
 def fetched(weights: Weights) -> Path:
-    """The file of torchvision's published ``weights``.
-
-    Raises:
-        KdqError: it is not there and cannot be fetched.
-    """
+    """The file of torchvision's published ``weights``."""
     path = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     if not path.is_file():
         try:

@@ -17,11 +17,7 @@ PUBLISHED = ("resnet18", "resnet34", "resnet50")
 
 
 def load_imagenet(network: nn.Module, net: Mapping[str, Any]) -> None:
-    """Copy torchvision's weights for ``net`` into ``network``, in place; the classifier keeps its random ones.
-
-    Raises:
-        KdqError: nobody publishes weights for this architecture, or they cannot be fetched.
-    """
+    """Copy torchvision's weights for ``net`` into ``network``, in place; the classifier keeps its random ones."""
     architecture = str(net["_target_"]).rpartition(".")[2]
     if architecture not in PUBLISHED:
         raise KdqError(f"there are no ImageNet weights for {architecture}: they exist for {', '.join(PUBLISHED)}")

@@ -128,11 +128,7 @@ def shape_of(net: Mapping[str, Any], tensors: int, values: int) -> nn.Module:
 
 
 def build_small(net: Mapping[str, Any]) -> nn.Module:
-    """The network that a file names, with random weights, where these are read by someone else.
-
-    Raises:
-        KdqError: as :func:`shape_of`, or it is larger than :data:`LARGEST`.
-    """
+    """The network that a file names, with random weights, where these are read by someone else."""
     found = _size(_shaped(net, *LARGEST))
     if found > LARGEST or found[1] > LARGEST[1]:
         raise KdqError(f"the file names a network of {found[0]} tensors with {found[1]} values: build it yourself")

@@ -31,11 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def locate(source: str) -> Path:
-    """The local file behind ``source``: a path, or ``hf:owner/name[:file]``, fetched into the hub's own cache.
-
-    Raises:
-        KdqError: there is no such file, or the hub cannot be reached and holds no cached copy.
-    """
+    """The local file behind ``source``: a path, or ``hf:owner/name[:file]``, fetched into the hub's own cache."""
     if source.startswith(HUB):
         return fetch(source, HUB_FILES)
     path = Path(source).expanduser()

@@ -39,11 +39,7 @@ def labels_of(batch: Any) -> Tensor:
 
 
 def first_pairs(batches: Iterable[Any], count: int) -> list[tuple[Tensor, Tensor]]:
-    """Images and labels of the first ``count`` images.
-
-    Raises:
-        KdqError: there are none.
-    """
+    """Images and labels of the first ``count`` images."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
         if count <= 0:

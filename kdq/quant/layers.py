@@ -57,11 +57,7 @@ def layer_name(parameter: str) -> str:
 
 
 def place_of(network: nn.Module, layer: str) -> tuple[nn.Module, str]:
-    """The module that holds a layer's weight, and the attribute under which.
-
-    Raises:
-        KdqError: the network has no such layer.
-    """
+    """The module that holds a layer's weight, and the attribute under which."""
     for name in (f"{layer}.weight", f"{layer}_weight", layer):
         path, _, attribute = name.rpartition(".")
         try:

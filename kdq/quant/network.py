@@ -126,11 +126,7 @@ def quantize_widths(
 
 def check_network(model: nn.Module, images: Tensor, config: QuantConfig) -> list[str]:
     """The layers of ``model`` that ``config`` quantizes, in the order they run, found by running the first of
-    ``images``.
-
-    Raises:
-        KdqError: as :func:`quantize`.
-    """
+    ``images``."""
     return _running(unwrapped(model), images, config).layers
 
 
@@ -160,11 +156,7 @@ def _left(model: nn.Module, order: Order, config: QuantConfig) -> list[LeftFloat
 
 def check_values(model: nn.Module, layers: Collection[str]) -> None:
     """Refuse a network without numbers to quantize: on the meta device, in half precision, diverged, or quantized
-    before.
-
-    Raises:
-        KdqError: it is one.
-    """
+    before."""
     if getattr(model, "quantized_activations", None):
         raise KdqError("the network rounds its activations already: quantize the float network it was made of")
     for name, value in chain(model.named_parameters(), model.named_buffers()):

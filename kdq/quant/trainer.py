@@ -52,11 +52,7 @@ class Loaders:
 
     @property
     def validation(self) -> Iterable[Any]:
-        """The first validation loader.
-
-        Raises:
-            KdqError: there is none.
-        """
+        """The first validation loader."""
         if self._validation is None:
             raise KdqError(
                 f"{self.user} needs images that are not augmented: pass a validation loader to the Trainer, or "
@@ -65,11 +61,7 @@ class Loaders:
         return self._validation
 
     def calibration(self) -> Iterator[Tensor]:
-        """Calibration images in batches.
-
-        Raises:
-            KdqError: there is none.
-        """
+        """Calibration images in batches."""
         left, found = share(self.count), False
         for batch in self.validation if self._calibration is None else self._calibration:
             if left <= 0:

@@ -206,11 +206,7 @@ def _skip(where: str, error: Exception, skipped: list[str] | None) -> None:
 
 
 def read_row(path: Path) -> Row:
-    """The row in one file.
-
-    Raises:
-        KdqError: it is not there, or is no row.
-    """
+    """The row in one file."""
     try:
         return _row(parse_json(regular(path).read_text()))
     except FileNotFoundError as error:

@@ -51,11 +51,7 @@ STYLES = {
 
 @contextmanager
 def styled(name: str) -> Iterator[None]:
-    """Matplotlib draws in one of :data:`STYLES`, or in a style of its own by name or file.
-
-    Raises:
-        KdqError: there is none of that name.
-    """
+    """Matplotlib draws in one of :data:`STYLES`, or in a style of its own by name or file."""
     from matplotlib import font_manager, rc_context, style
 
     chosen: Any = STYLES.get(name, name)

@@ -26,11 +26,7 @@ from kdq.utils.errors import KdqError
 
 
 def quant_config(quant: DictConfig) -> QuantConfig:
-    """How the ``quant`` config quantizes layers.
-
-    Raises:
-        KdqError: it has an unknown key or a choice that cannot be.
-    """
+    """How the ``quant`` config quantizes layers."""
     refuse_unknown(quant, (*OPTIONS, "name", "bits", "calibration_images", "seed", "search"))
     values = {name: value for name, value in plain(quant).items() if name in OPTIONS}
     return QuantConfig(**hydra.utils.instantiate(values, _convert_="all"))
@@ -46,11 +42,7 @@ def quant_spec(quant: DictConfig) -> dict[str, Any]:
 
 
 def search_config(quant: DictConfig) -> SearchConfig | None:
-    """What the ``quant`` config asks a bit search for; None where it asks for widths.
-
-    Raises:
-        KdqError: as :func:`quant_config`.
-    """
+    """What the ``quant`` config asks a bit search for; None where it asks for widths."""
     if not quant.get("search"):
         return None
     refuse_unknown(quant.search, SEARCH_OPTIONS)
@@ -64,11 +56,7 @@ def search_config(quant: DictConfig) -> SearchConfig | None:
 
 def asked_bits(cell: Cell) -> dict[str, int | None]:
     """What rows are named by: each width of ``quant.bits`` once, or the range of a bit search's candidates, ``2-8``,
-    which has no width yet.
-
-    Raises:
-        KdqError: there is none, or one is not a whole number from 2 to 32.
-    """
+    which has no width yet."""
     if search := search_config(cell.cfg.quant):
         return {f"{min(search.candidates)}-{max(search.candidates)}": None}
     bits = plain(cell.cfg.quant)["bits"]
@@ -102,9 +90,6 @@ def row_keys(cell: Cell, model: Model, tuned: Mapping[str, Model] = MappingProxy
 
     Args:
         tuned: the models of the stage that tunes, by the same names, where there is one.
-
-    Raises:
-        KdqError: it asks for an impossible width or quantizer.
     """
     asked = asked_bits(cell)
     check_quantizer(cell)
@@ -121,11 +106,7 @@ def complete(output: Path, row: Row, columns: Mapping[str, Any]) -> bool:
 
 
 def check_quantizer(cell: Cell) -> None:
-    """Refuse, before anything is trained for it, a quantizer that cannot be.
-
-    Raises:
-        KdqError: it cannot.
-    """
+    """Refuse, before anything is trained for it, a quantizer that cannot be."""
     quant = cell.cfg.quant
     if quant.solver is None:
         return

@@ -33,11 +33,7 @@ QUANT = ("name", "bits", "calibration_images", "seed", "search")
 
 
 def check_config(cfg: DictConfig) -> None:
-    """Refuse a config with a key that nobody reads, or with a value of another type than its reader takes.
-
-    Raises:
-        KdqError: it has one; the line names the nearest that exists, or what the value must be.
-    """
+    """Refuse a config with a key that nobody reads, or with a value of another type than its reader takes."""
     names = [str(name) for name in cfg if name != "hydra"]
     check = _Check({name: _values(cfg[name]) for name in names}, _referred(cfg))
     check.node("", check.config, Config)

@@ -39,11 +39,7 @@ KEPT = ("deployed", "top1_deployed", "latency_ms_deployed")
 
 def asked_columns(cell: Cell) -> dict[str, Any]:
     """The columns of a row that the ``deploy`` config fills: those it measures, each with None, and ``deploy_hash``,
-    with what it will be: cells that were deployed with other settings are deployed again.
-
-    Raises:
-        KdqError: it names an unknown format or rule, or packages are missing.
-    """
+    with what it will be: cells that were deployed with other settings are deployed again."""
     config = plain(cell.cfg.deploy)
     if not config["formats"]:
         return {}
@@ -69,11 +65,7 @@ def _measured(formats: Sequence[str]) -> dict[str, None]:
 
 def deploy(cell: Cell, row: Row) -> Row:
     """``row`` with the asked columns, which are written to its file; the ONNX models, or the one that is kept, lie
-    beside the packed file.
-
-    Raises:
-        KdqError: the packed file is damaged, or the network cannot be exported.
-    """
+    beside the packed file."""
     path = cell.output / row.artifact
     config, network = cell.cfg.deploy, packed_network(cell, path)
     with progress(f"exporting {path.stem}", 4, "step") as bar:

@@ -34,9 +34,6 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
 
     Args:
         job: named in the record that a failure leaves.
-
-    Raises:
-        KdqError: with one line that says what is wrong with the config, the data or a stored file.
     """
     cell = Cell(cfg)
     _ = cell.device  # a wrong setting is refused before anything is trained
@@ -110,11 +107,7 @@ def _again(cell: Cell, before: Row | None, made: Row) -> Row:
 
 
 def train(cfg: DictConfig, key: str, job: Job = Job()) -> None:  # noqa: B008
-    """Make one of the models that the config's rows need, and no row: a job of a sweep's first waves.
-
-    Raises:
-        KdqError: as :func:`run`, or ``key`` is none of them.
-    """
+    """Make one of the models that the config's rows need, and no row: a job of a sweep's first waves."""
     cell = Cell(cfg)
     _ = cell.device
     model = planned(cell)

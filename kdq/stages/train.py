@@ -249,9 +249,6 @@ def _start(cell: Cell, role: Mapping[str, Any]) -> _Start:
 
 def _check_networks(roles: Iterable[Mapping[str, Any]]) -> None:
     """Build the networks, and read their weights, before any image is decoded for them: either may be the user's own.
-
-    Raises:
-        KdqError: one cannot be built, or the weights do not fit it.
     """
     for role in roles:
         named = role["weights"] in (None, BASELINE)

@@ -132,11 +132,7 @@ def train(
 
 
 def made_module(spec: TrainingSpec, networks: Mapping[str, nn.Module], num_classes: int) -> DistillationModule:
-    """The module that ``spec`` trains, around ``networks``.
-
-    Raises:
-        KdqError: there is no such method, or it does not take an option or its value.
-    """
+    """The module that ``spec`` trains, around ``networks``."""
     target, options = spec.method["_target_"], {key: v for key, v in spec.method.items() if key != "_target_"}
     kind = hydra.utils.get_class(target)
     for path in called(options):
@@ -151,11 +147,7 @@ def made_module(spec: TrainingSpec, networks: Mapping[str, nn.Module], num_class
 
 
 def check_module(spec: TrainingSpec, num_classes: int) -> None:
-    """Make the module once around random networks, so that what it refuses is refused before anything is trained.
-
-    Raises:
-        KdqError: as :func:`made_module`.
-    """
+    """Make the module once around random networks, so that what it refuses is refused before anything is trained."""
     _check_module(json.dumps(asdict(spec)), num_classes)
 
 
@@ -172,11 +164,7 @@ def _check_module(spec_json: str, num_classes: int) -> None:
 
 
 def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:
-    """The user's; checkpoints that they keep lie in a folder for each training, unless they say where.
-
-    Raises:
-        KdqError: one cannot be made.
-    """
+    """The user's; checkpoints that they keep lie in a folder for each training, unless they say where."""
     callbacks = []
     for name, config in plain(cell.cfg.callbacks).items():
         callback = made(f"callbacks.{name}", config, Callback)
@@ -208,11 +196,7 @@ def log_model(
 
 
 def check_fit(cell: Cell, network: nn.Module, name: str) -> None:
-    """Run one image through ``network``.
-
-    Raises:
-        KdqError: it cannot take the images, or gives another number of logits than there are classes.
-    """
+    """Run one image through ``network``."""
     data = cell.cfg.data
     image = torch.zeros(1, data.in_channels, cell.images.height, cell.images.width)
     try:

@@ -52,9 +52,6 @@ def tuned_models(cell: Cell, model: Model) -> dict[str, Model]:
 
     Args:
         model: whose weights the cell quantizes.
-
-    Raises:
-        KdqError: nothing is quantized that could be tuned, or an option cannot be.
     """
     tune = cell.cfg.tune
     if tune._target_ is None:

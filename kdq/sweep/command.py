@@ -32,9 +32,6 @@ def sweep(
     Args:
         cells: the overrides of each.
         dry_run: only say what would be done.
-
-    Raises:
-        KdqError: some rows are missing at the end; why is printed first, one line for each cause.
     """
     output = Path(cfg.paths.output_dir)
     plan = make_plan([tuple(cell) for cell in cells], compose, output)

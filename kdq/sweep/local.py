@@ -87,9 +87,6 @@ def shares(gpus: Sequence[str], cpus: int, jobs: int | None, jobs_per_gpu: int, 
         jobs: at most so many at once; None: as many as the GPUs take, or as there are cores.
         jobs_per_gpu: so many jobs share one GPU, or one group of ``devices`` GPUs.
         devices: GPUs that one job takes.
-
-    Raises:
-        KdqError: a job needs more GPUs than there are.
     """
     if gpus and devices > len(gpus):
         raise KdqError(f"trainer.devices={devices}, but {len(gpus)} GPUs can be used here")

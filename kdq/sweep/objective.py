@@ -19,9 +19,6 @@ def directions(objective: str | Sequence[str] | None) -> str | list[str]:
 
     >>> directions(["val_top1", "size_bytes"])
     ['maximize', 'minimize']
-
-    Raises:
-        KdqError: as :func:`names`, or there is no objective.
     """
     if objective is None:
         raise KdqError("a search needs to know what for: give kdq.objective=val_top1")
@@ -46,11 +43,7 @@ def names(objective: str | Sequence[str]) -> list[str]:
 
 
 def value(objective: str | Sequence[str], rows: Sequence[Row]) -> float | list[float]:
-    """What one cell gives; a list where ``objective`` is one.
-
-    Raises:
-        KdqError: the cell has several rows, or its row lacks a column.
-    """
+    """What one cell gives; a list where ``objective`` is one."""
     if len(rows) != 1:
         raise KdqError(f"kdq.objective needs one row a cell, not {len(rows)}: give one width in quant.bits")
     values = []

@@ -17,22 +17,14 @@ from kdq.utils.errors import KdqError
 
 
 def check_trial(cfg: DictConfig) -> None:
-    """Refuse, before anything is trained, a command of which ``wandb agent`` would learn nothing.
-
-    Raises:
-        KdqError: nothing is logged to W&B's server.
-    """
+    """Refuse, before anything is trained, a command of which ``wandb agent`` would learn nothing."""
     if AGENT and (plain(cfg.logger).get("wandb") or {}).get("mode") != "online":
         raise KdqError("wandb agent learns nothing of this run: give logger=wandb logger.wandb.mode=online")
 
 
 def log_trial(cfg: DictConfig, rows: Sequence[Row]) -> None:
     """Log the columns of :data:`kdq.sweep.objective.OBJECTIVES` in the run that the agent waits for; the sweep's
-    ``metric`` is one of them. A row that was there already is told, too. Without an agent nothing is logged.
-
-    Raises:
-        KdqError: there are several rows.
-    """
+    ``metric`` is one of them. A row that was there already is told, too. Without an agent nothing is logged."""
     if not AGENT:
         return
     if len(rows) != 1:

@@ -36,9 +36,6 @@ def tracked(loggers: Mapping[str, Any], runs: Path, about: RunInfo) -> Iterator[
         loggers: the ``logger`` config, each logger under its name: ``wandb`` is a
             :class:`kdq.tracking.config.WandbConfig`, every other a ``_target_`` with its arguments.
         runs: folder below which the logs are written.
-
-    Raises:
-        KdqError: a logger cannot be made.
     """
     check_loggers(loggers)
     track = RunLogger()
@@ -55,11 +52,7 @@ def tracked(loggers: Mapping[str, Any], runs: Path, about: RunInfo) -> Iterator[
 
 
 def check_loggers(loggers: Any) -> None:
-    """Refuse a ``logger`` config that cannot work, before anything is trained.
-
-    Raises:
-        KdqError: a key of no logger, an option of none, or a package that is not installed.
-    """
+    """Refuse a ``logger`` config that cannot work, before anything is trained."""
     if not isinstance(loggers, Mapping):
         raise KdqError(f"logger={loggers} is no choice of loggers: use logger=wandb, logger=[wandb,csv] or logger=none")
     for name, config in loggers.items():

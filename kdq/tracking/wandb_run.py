@@ -54,11 +54,7 @@ _server = _Server()
 def wandb_run(config: WandbConfig, runs: Path, about: RunInfo) -> Iterator[WandbLog]:
     """A run that is closed when the block ends: as failed if the block raises.
 
-    Everything that it leaves lies below ``runs``, also what W&B would keep in the home folder until it is uploaded.
-
-    Raises:
-        KdqError: even an offline run cannot start.
-    """
+    Everything that it leaves lies below ``runs``, also what W&B would keep in the home folder until it is uploaded."""
     runs.mkdir(parents=True, exist_ok=True)
     kept = str((runs / "wandb-data").absolute())
     with _environment({"WANDB_DATA_DIR": kept, "WANDB_CACHE_DIR": kept}):

@@ -210,11 +210,7 @@ def fit(
 
 
 def _finished_epochs(checkpoint: Path) -> int:
-    """How far the training got whose last checkpoint this is; 0 without one.
-
-    Raises:
-        KdqError: the file is there but damaged.
-    """
+    """How far the training got whose last checkpoint this is; 0 without one."""
     if not checkpoint.is_file():
         return 0
     try:

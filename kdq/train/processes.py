@@ -74,11 +74,7 @@ def _end_with_parent() -> None:
 
 
 def count_devices(devices: Any, accelerator: str) -> int:
-    """How many devices ``trainer.devices`` means: a number, or -1 / ``auto`` for all there are.
-
-    Raises:
-        KdqError: it is neither, or that many do not exist.
-    """
+    """How many devices ``trainer.devices`` means: a number, or -1 / ``auto`` for all there are."""
     on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
     present = torch.cuda.device_count()
     if devices in ALL_DEVICES:
@@ -93,11 +89,7 @@ def count_devices(devices: Any, accelerator: str) -> int:
 
 
 def refuse_torchrun() -> None:
-    """Several processes of torchrun would each start their own processes.
-
-    Raises:
-        KdqError: this process is one of several.
-    """
+    """Several processes of torchrun would each start their own processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise KdqError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes, but kdq starts those of a training itself: "

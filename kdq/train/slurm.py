@@ -79,11 +79,7 @@ def leading() -> Iterator[bool]:
 
 
 def check(processes: int) -> None:
-    """See to it that Slurm started as many tasks as a training has processes.
-
-    Raises:
-        KdqError: it did not.
-    """
+    """See to it that Slurm started as many tasks as a training has processes."""
     if tasks() != processes:
         raise KdqError(
             f"trainer.devices x trainer.num_nodes is {processes}, but this is one of {tasks()} tasks: let Slurm start "

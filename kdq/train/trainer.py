@@ -64,11 +64,7 @@ REFUSED = {
 
 
 def check_trainer(config: Mapping[str, Any]) -> None:
-    """Refuse a ``trainer`` config that could not train what was asked for.
-
-    Raises:
-        KdqError: a flag is unknown, or refused; the message says why, and what to do.
-    """
+    """Refuse a ``trainer`` config that could not train what was asked for."""
     known = [*inspect.signature(L.Trainer).parameters, *OWN]
     for name, value in config.items():
         if name == "_target_":

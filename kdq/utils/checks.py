@@ -45,11 +45,7 @@ def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
 
 
 def check_types(instance: Any, prefix: str) -> None:
-    """The fields of a dataclass hold what their annotations say; see :func:`check_type`.
-
-    Raises:
-        KdqError: one does not; ``prefix`` goes before its name.
-    """
+    """The fields of a dataclass hold what their annotations say; see :func:`check_type`."""
     hints = get_type_hints(type(instance))
     for field in fields(instance):
         check_type(f"{prefix}{field.name}", getattr(instance, field.name), hints[field.name])

@@ -52,9 +52,6 @@ def thread_numbers(threads: int | str = AUTO) -> list[int]:
 
     >>> thread_numbers(3)
     [3]
-
-    Raises:
-        KdqError: ``threads`` is neither.
     """
     import torch
 

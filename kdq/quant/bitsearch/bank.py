@@ -79,9 +79,6 @@ class Bank:
 
         Args:
             top1: the float network's, which ``max_drop`` is counted from.
-
-        Raises:
-            KdqError: no choice is so small.
         """
         limits: list[tuple[Costs, float]] = []
         avg_bits, size_bytes = search.avg_bits, None if search.size_bytes is None else search.size_bytes - spare
@@ -118,9 +115,6 @@ def fill_bank(
         widths: ascending.
         folder: where it is kept as packed files, one for each width, for searches of the same arguments. It is read
             if every process sees all of them.
-
-    Raises:
-        KdqError: a file in the folder is damaged, or of another network.
     """
     start = time.perf_counter()
     files = {bits: folder / f"{bits}.kdq" for bits in widths} if folder else {}
@@ -147,9 +141,6 @@ def check_average(model: nn.Module, layers: Sequence[str], search: SearchConfig,
 
     Args:
         layers: those to quantize, or what may be one.
-
-    Raises:
-        KdqError: it is.
     """
     if search.avg_bits is None:
         return

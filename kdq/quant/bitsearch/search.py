@@ -245,11 +245,7 @@ def check_reachable(costs: Costs, limit: float) -> None:
 
 
 def check_candidates(widths: Sequence[int]) -> list[int]:
-    """Candidate widths, each once, ascending.
-
-    Raises:
-        KdqError: there are fewer than two.
-    """
+    """Candidate widths, each once, ascending."""
     found = sorted(set(widths))
     if len(found) < 2:
         raise KdqError(f"the bit search needs at least two candidate widths, not {list(widths)}")

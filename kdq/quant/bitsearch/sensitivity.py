@@ -46,9 +46,6 @@ def exact(costs: Costs, table: Table, cost: float) -> Assignment:
     >>> costs = {"conv": {2: 20.0, 8: 80.0}, "fc": {2: 20.0, 8: 80.0}}
     >>> exact(costs, {"conv": {2: 1.0, 8: 0.0}, "fc": {2: 0.1, 8: 0.0}}, cost=100.0)
     {'conv': 8, 'fc': 2}
-
-    Raises:
-        KdqError: no assignment is that cheap.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -72,11 +69,7 @@ def exact(costs: Costs, table: Table, cost: float) -> Assignment:
 
 def sensitivity_once(costs: Costs, table: Table, cost: float) -> Assignment:
     """All steps sorted once by loss per cost saved, a layer's own steps in order; the shortest list that meets
-    ``cost`` is taken.
-
-    Raises:
-        KdqError: no assignment is that cheap.
-    """
+    ``cost`` is taken."""
     check_reachable(costs, cost)
     steps: list[tuple[float, str, int]] = []
     for layer, widths in costs.items():
@@ -102,11 +95,7 @@ METHODS: dict[str, Callable[[Costs, Table, float], Assignment]] = {
 
 
 def from_table(method: str, trace: Trace, budget: Budget) -> Found:
-    """The assignment that ``method`` of :data:`METHODS` chooses for the budget's one limit, measured.
-
-    Raises:
-        KdqError: the budget is not one limit.
-    """
+    """The assignment that ``method`` of :data:`METHODS` chooses for the budget's one limit, measured."""
     if len(budget.limits) != 1 or budget.max_drop is not None:
         raise KdqError(f"method={method} takes one budget, avg_bits or size_bytes; max_drop and several need greedy")
     ((costs, limit),) = budget.limits

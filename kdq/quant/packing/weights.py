@@ -126,11 +126,7 @@ def float_entries(network: nn.Module, weights: Collection[str]) -> dict[str, Ten
 
 
 def check_float_dtype(name: object) -> str:
-    """``name`` itself.
-
-    Raises:
-        KdqError: it is not one of :data:`FLOAT_DTYPES`.
-    """
+    """``name`` itself."""
     if not isinstance(name, str) or name not in FLOAT_DTYPES:
         raise KdqError(f"float_dtype={name!r} is unknown: use one of {', '.join(FLOAT_DTYPES)}, or null for float32")
     return name
