@@ -37,9 +37,9 @@ from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import TrainLoader
 from kdq.data.source import Resident
 from kdq.models.build import build
+from kdq.quant.operations import multiply_adds
 from kdq.utils.config import choices
 from kdq.utils.files import write_text
-from kdq.utils.operations import multiply_adds
 
 #: Those that the loops beside kdq's have, too.
 METHODS = ("baseline", "vkd", "mixup", "dkd", "dml")

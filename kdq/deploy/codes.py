@@ -23,11 +23,7 @@ TYPES = {2: ("uint2", 25, 13), 4: ("uint4", 21, 10), 8: ("uint8", 13, 7), 16: ("
 
 def codes_graph(source: FloatGraph, weights: Mapping[str, Coded]) -> tuple[Any, dict[str, int]]:
     """The model, and by layer the bits in which its codes are stored; layers of more than 16 bits stay float.
-
-    Args:
-        source: the float graph.
-        weights: the quantized network's, by layer.
-    """
+    ``weights`` are the quantized network's, by layer."""
     import ml_dtypes
 
     build, stored = Builder(source, weights), {}

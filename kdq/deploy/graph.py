@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import re
@@ -18,8 +17,9 @@ from torch.fx import Node
 
 from kdq.deploy.extra import needs
 from kdq.deploy.fold import folded
-from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.activations import ActivationQuantizer, remove_hooks
 from kdq.quant.packing.packed import keep_decoded
+from kdq.quant.packing.weights import copied
 from kdq.utils.errors import KdqError
 
 #: The newest that ONNX Runtime fuses INT8 graphs of.
@@ -56,9 +56,7 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
     needs("onnx", "onnxscript")
     plain = _decoded(network)
     for module in plain.modules():
-        hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, ActivationQuantizer)]:
-            del hooks[key]
+        remove_hooks(module, ActivationQuantizer)
     program = _exported(plain, shape)
     with _quietly():
         factors = _fold(program, plain)
@@ -77,9 +75,7 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
 
 def _decoded(network: nn.Module) -> nn.Module:
     """A copy on the CPU with every weight decoded."""
-    weights = getattr(network, "quantized_weights", {})
-    plain = copy.deepcopy(network, {id(weight): weight for weight in weights.values()})
-    plain = plain.cpu().to(memory_format=torch.contiguous_format).eval()
+    plain = copied(network).cpu().to(memory_format=torch.contiguous_format).eval()
     for module in list(plain.modules()):
         keep_decoded(module)
     return plain

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.quant.distributed import summed
-from kdq.utils.errors import KdqError
+from kdq.utils.checks import one_of
 
 #: A histogram bin spans a factor of 2^(1/64), 1 %, and the bins reach from 2^-20 to 2^20.
 _PER_OCTAVE, _OCTAVES = 64, 20
@@ -34,6 +34,13 @@ class ActivationQuantizer:
         return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero, 0, 2**self.bits - 1)
 
 
+def remove_hooks(layer: nn.Module, kind: type) -> None:
+    """Take the forward pre-hooks of a ``kind`` off a layer."""
+    hooks = layer._forward_pre_hooks
+    for handle in [handle for handle, hook in hooks.items() if isinstance(hook, kind)]:
+        del hooks[handle]
+
+
 class Histogram:
     """Where the values of a tensor lie, summed over batches: counts by sign and logarithm of the size."""
 
@@ -51,8 +58,7 @@ class Histogram:
         """The quantizer for these values: ``choice="mse"`` has the least squared error of 60 clipping points,
         ``"percentile"`` clips the largest 0.01 % of those that are not zero, ``"percentile_99.9"`` the largest 0.1 %.
         Values that are never negative, such as a ReLU's, get all codes for themselves."""
-        if choice not in RANGES:
-            raise KdqError(f"act_range={choice!r} is unknown: use one of {', '.join(RANGES)}")
+        one_of("act_range", choice, RANGES)
         assert self.counts is not None
         positive, negative = summed(self.counts).cpu().chunk(2)
         signed = bool(negative.any())
@@ -67,9 +73,6 @@ class Histogram:
             below = counts.cumsum(0) / counts.sum()
             return ActivationQuantizer(float(sizes[int((below < 1 - _CLIPPED[choice]).sum())]) / steps, zero, bits)
 
-        def error(scale: float) -> float:
-            q = torch.fake_quantize_per_tensor_affine(torch.cat([sizes, -sizes]), scale, zero, 0, 2**bits - 1)
-            return float(((q - torch.cat([sizes, -sizes])).square() * torch.cat([positive, negative])).sum())
-
-        scales = [largest / steps * 2 ** (-i / 8) for i in range(60)]
-        return ActivationQuantizer(min(scales, key=error), zero, bits)
+        values, weights = torch.cat([sizes, -sizes]), torch.cat([positive, negative])
+        tried = [ActivationQuantizer(largest / steps * 2 ** (-i / 8), zero, bits) for i in range(60)]
+        return min(tried, key=lambda q: float(((q.nearest(values) - values).square() * weights).sum()))

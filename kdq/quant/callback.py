@@ -139,9 +139,6 @@ class QuantizationCallback(Callback, ABC):
         if trainer.state.fn == TrainerFn.VALIDATING:  # not within a fit
             self._stand_in(trainer, pl_module)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._step_back(trainer, pl_module)
-
     def _find(self, module: L.LightningModule) -> nn.Module:
         if self.network:
             try:
@@ -186,12 +183,14 @@ class QuantizationCallback(Callback, ABC):
                 self._make(network, trainer, pl_module)
             self._standing_in.enter_context(standing_in(network, self.results[self._measured].network))
 
-    def _step_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _step_back(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException | None = None
+    ) -> None:
         with torch.inference_mode(False):
             self._standing_in.close()
 
     on_test_start = on_predict_start = _stand_in
-    on_validation_end = on_test_end = on_predict_end = _step_back
+    on_validation_end = on_test_end = on_predict_end = on_exception = _step_back
 
 
 class PostTrainingQuantization(QuantizationCallback):

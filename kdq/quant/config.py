@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdq.quant.activations import RANGES
 from kdq.quant.calibrate.correction import CORRECTIONS
-from kdq.quant.packing.weights import check_float_dtype
+from kdq.quant.packing.weights import FLOAT_DTYPES
 from kdq.quant.solvers.alphabet import Alphabet, check_bits
 from kdq.quant.solvers.alphabets import ALPHABETS, AlphabetChoice, per_layer, rescale
 from kdq.quant.solvers.gpfq import gpfq
@@ -114,11 +114,11 @@ class QuantConfig:
         check_types(self, "")
         _named(PRESETS, self.solver, "solver")
         _named(ALPHABETS, self.alphabet, "alphabet")
-        for name, value, choices in (("order", self.order, ORDERS), ("scale", self.scale, SCALES)):
-            if value is not None:
-                one_of(name, value, choices)
+        one_of("order", self.order, (*ORDERS, None))
+        one_of("scale", self.scale, (*SCALES, None))
         one_of("act_range", self.act_range, RANGES)
         one_of("correct", self.correct, CORRECTIONS)
+        one_of("float_dtype", self.float_dtype, (*FLOAT_DTYPES, None))
         within("refine", self.refine or 0, 0)
         within("ridge", self.ridge or 0, 0)
         if self.refine and not self.per_channel:
@@ -129,8 +129,6 @@ class QuantConfig:
             check_bits(self.first_last_bits, "first_last_bits")
         if self.act_bits is not None:
             within("act_bits", self.act_bits, 2, 8)
-        if self.float_dtype is not None:
-            check_float_dtype(self.float_dtype)
         if isinstance(self.keep_float, str) or not all(isinstance(name, str) for name in self.keep_float):
             raise KdqError(f"keep_float={self.keep_float!r}: give a list of names, [{self.keep_float}]")
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
@@ -241,15 +239,11 @@ def configured(config: QuantConfig | None, options: Mapping[str, Any], others: C
     """
     if config is not None and not isinstance(config, QuantConfig):
         raise KdqError(f"config={config!r} is no QuantConfig: options have names, such as solver={config!r}")
-    refuse_unknown(options, (*others, *OPTIONS))
-    return replace(config or QuantConfig(), **options)
-
-
-def refuse_unknown(options: Collection[str], known: Collection[str]) -> None:
-    """Raise a :class:`KdqError` that names the nearest of ``known`` for an option that is none of them."""
+    known = (*others, *OPTIONS)
     for name in options:
         if name not in known:
             raise KdqError(f"unknown option {name}{nearest(name, known)}: {', '.join(known)}")
+    return replace(config or QuantConfig(), **options)
 
 
 def _named(known: Mapping[str, Any], value: Any, what: str) -> Any:

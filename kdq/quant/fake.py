@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.activations import ActivationQuantizer, remove_hooks
 from kdq.quant.layers import holders, layer_name, place_of, weight_of
 from kdq.quant.packing.packed import keep_decoded
-from kdq.quant.packing.weights import QuantizedWeight, with_float_dtype, with_quantized_weights
+from kdq.quant.packing.weights import QuantizedWeight, copied, with_float_dtype, with_quantized_weights
 from kdq.quant.solvers.alphabet import decode
 from kdq.utils.errors import KdqError
 
@@ -183,7 +183,7 @@ def fake_quantized(network: nn.Module) -> nn.Module:
     activations: Mapping[str, ActivationQuantizer] = getattr(network, "quantized_activations", {})
     if not weights:
         raise KdqError("the network has no quantized weights: give what kdq.quantize or kdq.load returned")
-    trainable = copy.deepcopy(network, {id(weight): weight for weight in weights.values()})
+    trainable = copied(network)
     places = holders(trainable)
     for name, weight in weights.items():
         module, attribute = place_of(trainable, name)
@@ -196,7 +196,7 @@ def fake_quantized(network: nn.Module) -> nn.Module:
         _round_weight(module, attribute, rounding)
     for name, quantizer in activations.items():
         layer = trainable.get_submodule(name)
-        _remove_hooks(layer, ActivationQuantizer)
+        remove_hooks(layer, ActivationQuantizer)
         _round_input(layer, FakeQuantizeInput(torch.tensor(quantizer.scale), quantizer.zero, quantizer.bits))
     del trainable.quantized_weights, trainable.quantized_activations
     return trainable
@@ -213,7 +213,7 @@ def quantized(network: nn.Module) -> nn.Module:
     for name, layer in plain.named_modules():
         if (of_input := _input_rounding(layer)) is not None:
             activations[name] = of_input.quantizer()
-            _remove_hooks(layer, FakeQuantizeInput)
+            remove_hooks(layer, FakeQuantizeInput)
             del layer.input_rounding
     made = with_quantized_weights(plain, weights, activations)
     dtype: str | None = getattr(network, "kdq_float_dtype", None)
@@ -282,9 +282,3 @@ def _weight_roundings(network: nn.Module) -> list[tuple[str, nn.Module, str, Fak
 def _input_rounding(layer: nn.Module) -> FakeQuantizeInput | None:
     found = layer._modules.get("input_rounding")
     return found if isinstance(found, FakeQuantizeInput) else None
-
-
-def _remove_hooks(layer: nn.Module, kind: type) -> None:
-    hooks = layer._forward_pre_hooks
-    for handle in [handle for handle, hook in hooks.items() if isinstance(hook, kind)]:
-        del hooks[handle]

@@ -14,26 +14,12 @@ from torch import Tensor, nn
 from kdq.quant.batches import images_of
 from kdq.quant.calibrate.order import Order, running_order
 from kdq.quant.calibrate.walk import Walk
-from kdq.quant.config import SOLVERS, QuantConfig, Solver, configured
+from kdq.quant.config import QuantConfig, configured
 from kdq.quant.layers import LeftFloat, left_float, quantizable_layers, unwrapped, weight_of
-from kdq.quant.packing.weights import QuantizedWeight, with_float_dtype, with_quantized_weights
-from kdq.quant.report import LayerReport, Report
+from kdq.quant.packing.weights import with_float_dtype, with_quantized_weights
+from kdq.quant.report import Report
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.utils.errors import KdqError
-
-__all__ = [
-    "SOLVERS",
-    "LayerReport",
-    "QuantConfig",
-    "Quantized",
-    "QuantizedWeight",
-    "Report",
-    "Solver",
-    "quantizable_layers",
-    "quantize",
-    "quantize_widths",
-    "with_quantized_weights",
-]
 
 #: One width for every layer, or the width of each layer by name.
 Bits = int | Mapping[str, int]
@@ -67,7 +53,7 @@ def quantize(
 
     Returns:
         A copy of the model whose weights take only their alphabets' values, with the codes in its attribute
-        ``quantized_weights`` (name to :class:`QuantizedWeight`), and the per-layer report.
+        ``quantized_weights`` (name to :class:`~kdq.quant.packing.weights.QuantizedWeight`), and the per-layer report.
 
     Raises:
         KdqError: an option is unknown, there is no calibration image, no layer runs on it, a layer's weight is

@@ -1,20 +1,32 @@
-"""What the layers of a network cost in a forward pass, at their widths."""
+"""What one forward pass of a network costs, and each of its layers at its width."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdq.quant.calibrate.lanes import Lanes, Tape
 from kdq.quant.calibrate.layer import layer_call
 from kdq.quant.calibrate.order import eager
 from kdq.quant.layers import weight_of
-from kdq.utils.operations import multiply_adds
+from kdq.quant.packing.weights import copied
+
+
+def multiply_adds(network: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulate operations of one forward pass on ``image`` ``(1, channels, height, width)``."""
+    fused = torch.backends.mha.get_fastpath_enabled()  # counts nothing
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            copied(network).eval()(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops() // 2
 
 
 def bit_operations(network: nn.Module, image: Tensor) -> int:
@@ -48,8 +60,7 @@ def multiply_adds_by_layer(network: nn.Module, image: Tensor, layers: Collection
         return tape.watch(outputs)
 
     tape = Tape(meet)
-    codes = getattr(network, "quantized_weights", {}).values()  # not copied: they are larger than the network
-    plain = copy.deepcopy(network, {id(weight): weight for weight in codes}).to("cpu").eval()
+    plain = copied(network).to("cpu").eval()
     with torch.no_grad(), eager(), parametrize.cached():
         weights = {name: weight_of(plain, name) for name in layers}
         names = {id(weight): name for name, weight in weights.items()}

@@ -49,11 +49,7 @@ class Job:
 
 @contextmanager
 def recorded(output: Path, made: Mapping[str, str], job: Job) -> Iterator[None]:
-    """Record what the block fails to make, and forget earlier failures when it makes it.
-
-    Args:
-        made: key to name.
-    """
+    """Record what of ``made`` (key to name) the block fails to make, and forget earlier failures when it makes it."""
     try:
         yield
     except Exception as error:

@@ -22,10 +22,7 @@ NAMELESS_SECONDS = 2.0
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock ``path`` while the block runs. Whoever holds it is waited for, and taken over from when dead.
-
-    Args:
-        what: is made under the lock; waiting says so.
-    """
+    Waiting says ``what`` is made under the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lease = SoftFileLease(path, lease_duration=LEASE_SECONDS)
     try:

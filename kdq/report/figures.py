@@ -115,10 +115,7 @@ def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]])
 
 def _lines(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any], x: str, whole: Any, y: str = "top1") -> None:
     """One line per model with bars of one standard deviation over seeds, and its float model, hollow, behind its end.
-
-    Args:
-        whole: the float model's place on the axis: a column, or a number; None leaves it out.
-    """
+    ``whole``: the float model's place on the axis: a column, or a number; None leaves it out."""
     for model, group in part.sort_values(x).groupby(["method", "arch"], sort=True):
         spread = group[f"{y}_std"].fillna(0)
         panel.errorbar(group[x], group[y], spread, capsize=1.5, elinewidth=0.7, **style[model])

@@ -33,11 +33,7 @@ def write_report(output: Path, style: str = "screen") -> Written:
     """Rebuild results.csv, results.parquet and report/ below ``output`` from its rows.
 
     A part that cannot be written is told in a warning and in the result, and the others are: the cells' own rows are
-    safe whatever becomes of the report.
-
-    Args:
-        style: of the figures, see :func:`kdq.report.style.styled`.
-    """
+    safe whatever becomes of the report. ``style``: of the figures, see :func:`kdq.report.style.styled`."""
     material, folder = Material(output), output / "report"
     written = Written(material.rows, lacking=material.lacking)
 

@@ -12,8 +12,8 @@ import hydra.utils
 from omegaconf import DictConfig
 
 from kdq.quant.bitsearch.bank import check_average
-from kdq.quant.bitsearch.config import SEARCH_OPTIONS, SearchConfig
-from kdq.quant.config import OPTIONS, SOLVERS, Preset, QuantConfig, refuse_unknown
+from kdq.quant.bitsearch.config import SearchConfig
+from kdq.quant.config import OPTIONS, SOLVERS, Preset, QuantConfig
 from kdq.quant.layers import quantizable_layers
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.records.rows import Row, has, whole
@@ -27,7 +27,6 @@ from kdq.utils.errors import KdqError
 
 def quant_config(quant: DictConfig) -> QuantConfig:
     """How the ``quant`` config quantizes layers."""
-    refuse_unknown(quant, (*OPTIONS, "name", "bits", "calibration_images", "seed", "search"))
     values = {name: value for name, value in plain(quant).items() if name in OPTIONS}
     return QuantConfig(**hydra.utils.instantiate(values, _convert_="all"))
 
@@ -45,7 +44,6 @@ def search_config(quant: DictConfig) -> SearchConfig | None:
     """What the ``quant`` config asks a bit search for; None where it asks for widths."""
     if not quant.get("search"):
         return None
-    refuse_unknown(quant.search, SEARCH_OPTIONS)
     if quant.bits is not None:
         raise KdqError(
             f"quant.bits={quant.bits} but quant={quant.name} chooses the bits: give quant.bits=null, and its choices "
@@ -86,11 +84,7 @@ def row_spec(cell: Cell, model: Model | Entry, bits: int | None, tuned: Model | 
 
 
 def row_keys(cell: Cell, model: Model, tuned: Mapping[str, Model] = MappingProxyType({})) -> dict[str, str]:
-    """The ``config_hash`` of each row that the cell asks for, by :func:`asked_bits`.
-
-    Args:
-        tuned: the models of the stage that tunes, by the same names, where there is one.
-    """
+    """The ``config_hash`` of each row that the cell asks for, by the names of :func:`asked_bits`, as ``tuned`` has."""
     asked = asked_bits(cell)
     check_quantizer(cell)
     return {name: key_of(row_spec(cell, model, bits, tuned.get(name))) for name, bits in asked.items()}
@@ -121,11 +115,7 @@ def check_quantizer(cell: Cell) -> None:
 
 
 def row_axes(cell: Cell, arch: str) -> dict[str, Any]:
-    """The columns that tell the cell's rows from others, but for their bits.
-
-    Args:
-        arch: of the stored model; see :func:`kdq.stages.quantize.arch_of`.
-    """
+    """The columns that tell the cell's rows from others, but for their bits; ``arch`` is the stored model's."""
     cfg, quant, tune = cell.cfg, cell.cfg.quant, cell.cfg.tune
     alphabet, images = "", ""
     if quant.solver is not None:  # a function is known by its own name

@@ -106,11 +106,7 @@ def best(
     cell: Cell, network: nn.Module, sessions: Mapping[str, Any], times: Mapping[str, float], tolerance: float
 ) -> str:
     """The fastest of ``sessions`` whose top-1 on validation images is at most ``tolerance`` points below that of the
-    packed ``network``, so that no test image chooses; the most accurate one if none is.
-
-    Args:
-        times: milliseconds of each.
-    """
+    packed ``network``, so that no test image chooses; the most accurate one if none is."""
     images = cell.images.evaluation("val", torch.device("cpu"))
     least = evaluate(network, images, cell.cfg.data.num_classes)["top1"] - tolerance
     accuracies = {name: top1(runner, images) for name, runner in sessions.items()}

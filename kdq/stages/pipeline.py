@@ -30,11 +30,7 @@ FOUND = ("top1_float", "top1", "top5", "nll", "ece", "avg_bits", "weight_bits_to
 
 def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     """The rows that the config asks for, one per width: those on disk, and the missing ones, made in one pass; then the
-    columns of ``deploy`` that they lack.
-
-    Args:
-        job: named in the record that a failure leaves.
-    """
+    columns of ``deploy`` that they lack. ``job``: named in the record that a failure leaves."""
     cell = Cell(cfg)
     _ = cell.device  # a wrong setting is refused before anything is trained
     model = planned(cell)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from kdq.data.module import ImageDataModule
 from kdq.distill import CrossEntropy
 from kdq.quant.callback import GreedyBitSearch, PostTrainingQuantization, QuantizationCallback
-from kdq.quant.network import Quantized, Report
-from kdq.quant.operations import bit_operations
+from kdq.quant.network import Quantized
+from kdq.quant.operations import bit_operations, multiply_adds
 from kdq.quant.packing.file import save_packed
 from kdq.quant.packing.weights import with_float_dtype
+from kdq.quant.report import Report
 from kdq.records.rows import Row, write_row
 from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
@@ -33,7 +34,6 @@ from kdq.utils.config import plain
 from kdq.utils.cpu import settle_threads
 from kdq.utils.files import parse_json, regular, write_text
 from kdq.utils.latency import of_networks
-from kdq.utils.operations import multiply_adds
 from kdq.utils.progress import progress
 from kdq.utils.version import __version__, git_sha, versions
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from kdq.quant.bitsearch.mixed import MixedPrecision
-from kdq.quant.network import Report
+from kdq.quant.report import Report
 from kdq.records.rows import COLUMNS, Row
 from kdq.records.store import key_of
 from kdq.stages.asked import row_axes

@@ -248,8 +248,7 @@ def _start(cell: Cell, role: Mapping[str, Any]) -> _Start:
 
 
 def _check_networks(roles: Iterable[Mapping[str, Any]]) -> None:
-    """Build the networks, and read their weights, before any image is decoded for them: either may be the user's own.
-    """
+    """Build the networks and read their weights, which may be the user's own, before any image is decoded for them."""
     for role in roles:
         named = role["weights"] in (None, BASELINE)
         checked_network(json.dumps(role["net"]), None if named else weights_of(role["weights"], role["net"]))

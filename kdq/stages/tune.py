@@ -23,9 +23,10 @@ from torch import Tensor
 
 from kdq.models.build import build
 from kdq.quant.fake import fake_quantized, layout, quantized, with_layout
-from kdq.quant.network import LayerReport, Quantized, Report
+from kdq.quant.network import Quantized
 from kdq.quant.packing.file import save_packed
 from kdq.quant.packing.weights import with_float_dtype
+from kdq.quant.report import LayerReport, Report
 from kdq.records.store import Entry, Make, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.asked import asked_bits, quant_spec
@@ -48,11 +49,7 @@ TEACHERS = ("self", "cell")
 
 
 def tuned_models(cell: Cell, model: Model) -> dict[str, Model]:
-    """The tuned model of each row that the cell asks for, by :func:`asked_bits`; none with ``tune=none``.
-
-    Args:
-        model: whose weights the cell quantizes.
-    """
+    """The tuned model of each row that the cell asks for, by :func:`asked_bits`; none with ``tune=none``."""
     tune = cell.cfg.tune
     if tune._target_ is None:
         return {}

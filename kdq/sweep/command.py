@@ -27,12 +27,8 @@ if TYPE_CHECKING:
 def sweep(
     cfg: DictConfig, cells: Sequence[Sequence[str]], compose: Compose, launcher: Launcher, dry_run: bool
 ) -> list[Row]:
-    """The jobs of ``kdq -m``: what is missing of the cells, in waves.
-
-    Args:
-        cells: the overrides of each.
-        dry_run: only say what would be done.
-    """
+    """The jobs of ``kdq -m``: what is missing of the cells, given by their overrides, in waves; with ``dry_run`` only
+    said. Where rows are missing at the end, why is printed first, one line for each cause."""
     output = Path(cfg.paths.output_dir)
     plan = make_plan([tuple(cell) for cell in cells], compose, output)
     if dry_run:

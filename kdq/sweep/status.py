@@ -45,11 +45,7 @@ class _Watched:
 
 
 class Status:
-    """Shows one plan while its waves are launched.
-
-    Args:
-        live: jobs do not write to this terminal.
-    """
+    """Shows one plan while its waves are launched. ``live``: jobs do not write to this terminal."""
 
     def __init__(self, console: Console, plan: Plan, live: bool) -> None:
         self.console, self.plan = console, plan

@@ -93,11 +93,7 @@ def with_trainer_flags(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
 
 def training_trainer(config: Mapping[str, Any], epochs: int, **ours: Any) -> L.Trainer:
-    """A Trainer for one training of ``epochs``.
-
-    Args:
-        ours: what kdq gives it: ``callbacks``, ``logger``, ``default_root_dir``, ``log_every_n_steps``, ``plugins``.
-    """
+    """A Trainer for one training of ``epochs``, with what kdq gives it: ``callbacks``, ``logger`` and the like."""
     check_trainer(config)
     strategy: Any = config["strategy"]
     if strategy == "ddp" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -137,12 +133,8 @@ def evaluation_trainer(config: Mapping[str, Any], callbacks: Iterable[L.Callback
 def interruptible(trainer: L.Trainer, where: Callable[[], str] = str) -> Iterator[None]:
     """Run ``trainer.fit`` or ``trainer.test`` so that Ctrl-C stays a KeyboardInterrupt.
 
-    Lightning answers it by leaving Python with exit code 1, deaf to further ones from then on, or by a quiet end of
-    the fit.
-
-    Args:
-        where: what the KeyboardInterrupt is to say: where the same command goes on.
-    """
+    Lightning answers it by leaving Python with exit code 1, deaf to further ones from then on, or by a quiet end of the
+    fit. The KeyboardInterrupt says ``where`` the same command goes on."""
     heeds = signal.getsignal(signal.SIGINT)
     try:
         yield

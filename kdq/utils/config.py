@@ -24,11 +24,8 @@ def choices(group: str) -> list[str]:
 
 
 def compose(overrides: list[str], *defaults: str) -> Any:
-    """The config as ``kdq`` would have it with these overrides, outside of a Hydra application.
-
-    Args:
-        defaults: overrides that the given ones may replace.
-    """
+    """The config as ``kdq`` would have it with these overrides, outside of a Hydra application; they may replace the
+    ``defaults``."""
     with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
         return hydra.compose("config", [*defaults, *overrides])
 

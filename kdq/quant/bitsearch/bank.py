@@ -61,11 +61,7 @@ class Bank:
         return self.other_bytes + round(cost_of(self.bytes, assignment))
 
     def prices(self, cost: str, model: nn.Module, image: Tensor) -> Costs:
-        """What a step of the search saves, by the name of the ``cost``, one of those of SearchConfig.
-
-        Args:
-            image: one input of ``model`` ``(1, ...)``.
-        """
+        """What a step of the search saves, by the name of the ``cost``, for one ``image`` ``(1, ...)``."""
         if cost == "bops":
             counts = multiply_adds_by_layer(model, image, self.weights)
             return {
@@ -75,25 +71,20 @@ class Bank:
         return {"weight_bits": self.bits, "bytes": self.bytes}[cost]
 
     def budget(self, search: SearchConfig, spare: int, top1: float) -> Budget:
-        """The limits of ``search``, ``spare`` bytes less, as what the choices may cost.
-
-        Args:
-            top1: the float network's, which ``max_drop`` is counted from.
-        """
+        """The limits of ``search``, ``spare`` bytes less, as what the choices may cost; drops count from ``top1``."""
         limits: list[tuple[Costs, float]] = []
-        avg_bits, size_bytes = search.avg_bits, None if search.size_bytes is None else search.size_bytes - spare
-        smallest = self.other_bytes + sum(min(sizes.values()) for sizes in self.bytes.values())
-        if size_bytes is not None and size_bytes < smallest:
-            raise KdqError(
-                f"the bit search cannot meet its budget of {size_bytes:.0f} bytes: the smallest packed file with these "
-                f"candidates takes {smallest:.0f}"
-            )
-        if avg_bits is not None:
+        if search.avg_bits is not None:
             least = (sum(min(costs.values()) for costs in self.bits.values()) + self.float_bits) / self.count
-            _check_average(avg_bits, least, self.float_weights)
-            limits.append((self.bits, avg_bits * self.count - self.float_bits))
-        if size_bytes is not None:
-            limits.append((self.bytes, size_bytes - self.other_bytes))
+            _check_average(search.avg_bits, least, self.float_weights)
+            limits.append((self.bits, search.avg_bits * self.count - self.float_bits))
+        if search.size_bytes is not None:
+            size, smallest = search.size_bytes - spare, sum(min(sizes.values()) for sizes in self.bytes.values())
+            if size < self.other_bytes + smallest:
+                raise KdqError(
+                    f"the bit search cannot meet its budget of {size} bytes: the smallest packed file with these "
+                    f"candidates takes {self.other_bytes + smallest:.0f}"
+                )
+            limits.append((self.bytes, size - self.other_bytes))
         return Budget(limits, search.max_drop, top1)
 
 
@@ -111,10 +102,8 @@ def fill_bank(
     to 4 bits, the losses of such stitched networks follow those of the networks finally quantized less closely
     (correlation of log losses at equal average bits 0.59 against 0.77, measured once).
 
-    Args:
-        widths: ascending.
-        folder: where it is kept as packed files, one for each width, for searches of the same arguments. It is read
-            if every process sees all of them.
+    ``folder`` keeps them as packed files, one for each width, for searches of the same arguments. It is read if every
+    process sees all of them.
     """
     start = time.perf_counter()
     files = {bits: folder / f"{bits}.kdq" for bits in widths} if folder else {}
@@ -137,11 +126,7 @@ def fill_bank(
 
 
 def check_average(model: nn.Module, layers: Sequence[str], search: SearchConfig, config: QuantConfig) -> None:
-    """Refuse, before anything is quantized, an average that the layers left float put out of reach.
-
-    Args:
-        layers: those to quantize, or what may be one.
-    """
+    """Refuse, before anything is quantized, an average that what is left float beside ``layers`` puts out of reach."""
     if search.avg_bits is None:
         return
     left = sum(math.prod(x.shape) for x in left_float(model, layers))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
-from kdq.quant.bitsearch.search import CONTEXTS, check_candidates, check_reachable
+from kdq.quant.bitsearch.search import CONTEXTS, check_reachable
 from kdq.quant.bitsearch.sensitivity import METHODS
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.utils.checks import check_types, one_of, within
@@ -50,14 +49,15 @@ class SearchConfig:
         one_of("method", self.method, ("greedy", *METHODS))
         one_of("context", self.context, CONTEXTS)
         candidates = self.candidates if isinstance(self.candidates, (tuple, list)) else (self.candidates,)
-        widths = check_candidates([check_bits(width, "candidates") for width in candidates])
+        widths = sorted({check_bits(width, "candidates") for width in candidates})
+        if len(widths) < 2:
+            raise KdqError(f"the bit search needs at least two candidate widths, not {widths}")
         object.__setattr__(self, "candidates", tuple(widths))
         if self.avg_bits is None and self.size_bytes is None and self.max_drop is None:
             raise KdqError("the bit search has no budget: give avg_bits, size_bytes or max_drop")
         for name, least in (("avg_bits", 0), ("size_bytes", 1), ("max_drop", 0), ("validation_images", 1)):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(within(name, value, least)):
-                raise KdqError(f"{name}={value} must be a finite number")
+            if (value := getattr(self, name)) is not None:
+                within(name, value, least)
         if self.avg_bits is not None:
             check_reachable({"of a weight": {widths[0]: widths[0]}}, self.avg_bits)
 

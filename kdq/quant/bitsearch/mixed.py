@@ -26,7 +26,8 @@ from kdq.quant.bitsearch.stitch import Stitched
 from kdq.quant.bitsearch.trace import Trace
 from kdq.quant.config import QuantConfig
 from kdq.quant.distributed import share
-from kdq.quant.network import Report, quantize
+from kdq.quant.network import quantize
+from kdq.quant.report import Report
 from kdq.utils.errors import KdqError
 from kdq.utils.files import write_text
 

@@ -77,8 +77,6 @@ class Budget:
     def __post_init__(self) -> None:
         if not self.limits and self.max_drop is None:
             raise KdqError("the bit search has no budget: give avg_bits, size_bytes or max_drop")
-        if self.max_drop is not None and self.max_drop < 0:
-            raise KdqError(f"max_drop={self.max_drop} must not be negative")
         for costs, limit in self.limits:
             check_reachable(costs, limit)
 
@@ -223,7 +221,7 @@ class _Greedy:
     def _measured(self, point: Point) -> Point:
         """The chosen point with its measurement, and, should steps taken on trust have dropped too far, the last point
         that did not."""
-        for candidate in [*reversed(self.points)]:
+        for candidate in reversed(self.points):
             measure = candidate.measure or self.evaluate(candidate.assignment)
             if not self.budget.drops_too_far(measure):
                 return Point(candidate.assignment, candidate.cost, measure, candidate.step)
@@ -242,11 +240,3 @@ def check_reachable(costs: Costs, limit: float) -> None:
             f"the bit search cannot meet its budget: the narrowest candidates cost {least:.6g}, the budget is "
             f"{limit:.6g}; allow narrower widths or more"
         )
-
-
-def check_candidates(widths: Sequence[int]) -> list[int]:
-    """Candidate widths, each once, ascending."""
-    found = sorted(set(widths))
-    if len(found) < 2:
-        raise KdqError(f"the bit search needs at least two candidate widths, not {list(widths)}")
-    return found

@@ -70,8 +70,12 @@ class Stitched:
         self._assigned = dict(assignment)
         # Outputs are valid up to the first call of a changed layer.
         self._valid = next((i for i, name in enumerate(self._calls) if name in changed), len(self._calls))
-        sums = self._sums()
-        for log_p, reference, (_, labels) in zip(self._answers(), self.reference, self.batches, strict=True):
+        return self._measured(self._answers())
+
+    def _measured(self, answers: list[Tensor]) -> Measure:
+        # Process groups of GPUs add up nothing that is elsewhere.
+        sums = torch.zeros(3, dtype=torch.float64, device=self.batches[0][0].device)
+        for log_p, reference, (_, labels) in zip(answers, self.reference, self.batches, strict=True):
             sums[0] += F.kl_div(log_p, reference, reduction="sum", log_target=True)
             sums[1] += (log_p.argmax(1) == labels).sum()
             sums[2] += len(labels)
@@ -86,12 +90,7 @@ class Stitched:
 
     def accuracy(self) -> float:
         """Top-1 of the float network on the same images, in percent."""
-        sums = self._sums()
-        for log_p, (_, labels) in zip(self.reference, self.batches, strict=True):
-            sums[1] += (log_p.argmax(1) == labels).sum()
-            sums[2] += len(labels)
-        _, right, count = summed(sums).tolist()
-        return 100 * right / count
+        return self._measured(self.reference).top1
 
     def digest(self) -> str:
         """SHA-256 of everything that the measures depend on; the same in every process."""
@@ -106,10 +105,6 @@ class Stitched:
             for tensor in (images, labels, log_p):
                 sha.update(_bytes(tensor))
         return hashlib.sha256(repr(gathered(sha.hexdigest())).encode()).hexdigest()
-
-    def _sums(self) -> Tensor:
-        """Loss, right answers and images, on the device: process groups of GPUs add up nothing that is elsewhere."""
-        return torch.zeros(3, dtype=torch.float64, device=self.batches[0][0].device)
 
     @torch.no_grad()
     def _answers(self) -> list[Tensor]:

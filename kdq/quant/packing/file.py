@@ -41,10 +41,9 @@ DECODE = ("once", "layer")
 
 def stored_bytes(weight: QuantizedWeight) -> int:
     """Bytes that a layer's tensors take in the file: codes, scales, and zeros where they differ."""
-    offsets = _offsets(weight)
-    constant = bool((weight.zero == weight.zero[0]).all())
-    zeros = 0 if constant else (weight.zero if offsets is None else offsets).nbytes
-    return packed_bytes(weight.codes.numel(), weight.bits) + weight.scale.nbytes + zeros
+    zeros = _zeros(weight)
+    stored = zeros.nbytes if isinstance(zeros, Tensor) else 0
+    return packed_bytes(weight.codes.numel(), weight.bits) + weight.scale.nbytes + stored
 
 
 def save_packed(
@@ -80,12 +79,13 @@ def save_packed(
         layers[name] = {"shape": list(packed.shape), "levels": weight.levels}
         tensors[f"{name}.codes"] = packed.packed
         tensors[f"{name}.scale"] = weight.scale
-        if bool((weight.zero == weight.zero[0]).all()):
-            layers[name]["zero"] = weight.zero[0].item()
-        elif (offsets := _offsets(weight)) is not None:
-            near.append(offsets)
+        zeros = _zeros(weight)
+        if not isinstance(zeros, Tensor):
+            layers[name]["zero"] = zeros
+        elif zeros.dtype == torch.int8:
+            near.append(zeros)
         else:
-            tensors[f"{name}.zero"] = weight.zero
+            tensors[f"{name}.zero"] = zeros
     if near:
         tensors[ZEROS] = torch.cat(near)
     quantizers = getattr(network, "quantized_activations", {})
@@ -258,11 +258,14 @@ def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -
     return weight
 
 
-def _offsets(weight: QuantizedWeight | PackedWeight) -> Tensor | None:
-    """How many half steps the zeros lie off the middle of the alphabet, int8, where that says it all."""
+def _zeros(weight: QuantizedWeight | PackedWeight) -> float | Tensor:
+    """The zeros as they are stored: the one that all channels have; else how many half steps they lie off the middle of
+    the alphabet, int8, where that says it all; else themselves."""
+    if bool((weight.zero == weight.zero[0]).all()):
+        return weight.zero[0].item()
     offsets = 2 * weight.zero.double() - (weight.levels - 1)
     fits = weight.levels <= 2**20 and bool((offsets == offsets.round()).all()) and bool(offsets.abs().max() <= 127)
-    return offsets.to(torch.int8) if fits else None
+    return offsets.to(torch.int8) if fits else weight.zero
 
 
 def _with_zeros(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.layers import place_of, weight_of
 from kdq.quant.packing.packed import is_packed
 from kdq.quant.solvers.alphabet import decode
+from kdq.utils.checks import one_of
 from kdq.utils.errors import KdqError
 
 #: What values that are not quantized may be rounded to.
@@ -42,6 +43,12 @@ class QuantizedWeight:
     def decode(self) -> Tensor:
         rows = self.codes.flatten(1)
         return decode(rows, self.scale[:, None], self.zero[:, None], self.levels).view(self.codes.shape)
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` that shares its codes, which never change and take more memory than itself."""
+    codes = getattr(network, "quantized_weights", {}).values()
+    return copy.deepcopy(network, {id(weight): weight for weight in codes})
 
 
 def with_quantized_weights(
@@ -98,10 +105,9 @@ def with_float_dtype(network: nn.Module, name: str) -> nn.Module:
     Raises:
         KdqError: the name is unknown, or a value is too large for it.
     """
-    dtype = FLOAT_DTYPES[check_float_dtype(name)]
-    weights = getattr(network, "quantized_weights", {})
-    rounded = copy.deepcopy(network, {id(weight): weight for weight in weights.values()})
-    for entry, value in float_entries(rounded, weights).items():
+    dtype = FLOAT_DTYPES[one_of("float_dtype", name, FLOAT_DTYPES)]
+    rounded = copied(network)
+    for entry, value in float_entries(rounded, getattr(network, "quantized_weights", {})).items():
         if value.is_floating_point():
             value.copy_(value.to(dtype))
             if not value.isfinite().all():
@@ -123,10 +129,3 @@ def float_entries(network: nn.Module, weights: Collection[str]) -> dict[str, Ten
     )
     state = network.state_dict()
     return {name: value for name, value in state.items() if name not in aliases and not name.startswith(packed)}
-
-
-def check_float_dtype(name: object) -> str:
-    """``name`` itself."""
-    if not isinstance(name, str) or name not in FLOAT_DTYPES:
-        raise KdqError(f"float_dtype={name!r} is unknown: use one of {', '.join(FLOAT_DTYPES)}, or null for float32")
-    return name

@@ -133,17 +133,18 @@ def _search(weight: Tensor, levels: int, zeros: Sequence[float]) -> Alphabet:
     for zero in zeros:
         full = torch.maximum(high / (levels - 1 - zero), -low / zero).clamp_min(torch.finfo(weight.dtype).tiny * levels)
         found.append(_shrink(weight, full, torch.full_like(full, float(zero)), levels))
-    return _best(found, lambda alphabet: (alphabet.nearest(weight) - weight).square().sum(-1, keepdim=True))
+    return _best(found, _squared_error(weight))
 
 
 def _shrink(weight: Tensor, full: Tensor, zero: Tensor, levels: int) -> Alphabet:
     if levels >= 2**8:  # the step is so fine that clipping never pays
         return Alphabet(full, zero, levels)
     shares = [1 - 0.95 * step / _CANDIDATES for step in range(_CANDIDATES)]
-    return _best(
-        [Alphabet(full * share, zero, levels) for share in shares],
-        lambda alphabet: (alphabet.nearest(weight) - weight).square().sum(-1, keepdim=True),
-    )
+    return _best([Alphabet(full * share, zero, levels) for share in shares], _squared_error(weight))
+
+
+def _squared_error(weight: Tensor) -> Callable[[Alphabet], Tensor]:
+    return lambda alphabet: (alphabet.nearest(weight) - weight).square().sum(-1, keepdim=True)
 
 
 def _best(candidates: Sequence[Alphabet], error: Callable[[Alphabet], Tensor]) -> Alphabet:

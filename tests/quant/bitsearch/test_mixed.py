@@ -23,10 +23,11 @@ from kdq.quant.bitsearch.mixed import search_bits
 from kdq.quant.bitsearch.stitch import Stitched
 from kdq.quant.bitsearch.trace import Measure
 from kdq.quant.config import QuantConfig
-from kdq.quant.layers import left_float
-from kdq.quant.network import quantizable_layers, quantize, quantize_widths, with_quantized_weights
+from kdq.quant.layers import left_float, quantizable_layers
+from kdq.quant.network import quantize, quantize_widths
+from kdq.quant.operations import multiply_adds
+from kdq.quant.packing.weights import with_quantized_weights
 from kdq.utils.errors import KdqError
-from kdq.utils.operations import multiply_adds
 
 WIDTHS = (2, 3, 4, 6, 8)
 

@@ -14,10 +14,7 @@ from kdq.utils.errors import KdqError
 
 class KdqSweeper(BasicSweeper):
     """Launches what is missing of a grid through the configured launcher: models first, each once, then rows.
-
-    Args:
-        dry_run: print the plan and launch nothing.
-    """
+    ``dry_run``: print the plan and launch nothing."""
 
     def __init__(
         self,

@@ -12,8 +12,7 @@ import kdq
 from kdq.models import CifarResNet, resnet18, resnet50
 from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize_widths
-from kdq.quant.operations import bit_operations
-from kdq.utils.operations import multiply_adds
+from kdq.quant.operations import bit_operations, multiply_adds
 from tests.quant.conftest import ReluNet, trained_norms
 
 
