@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,14 @@ def split_options(arguments: Sequence[str], **defaults: str) -> tuple[dict[str, 
 def best_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def peak_mb() -> float:
+    """Megabytes that this process held at most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss begins with what the parent held when it started this process
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def timed(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[Any, float]:

@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.bench.common import show, split_options
-from kdq.bench.memory import peak_mb
+from kdq.bench.common import peak_mb, show, split_options
 from kdq.bench.runtimes import others
 from kdq.deploy.runtime import session
 from kdq.quant.packing.file import DECODE, load_packed

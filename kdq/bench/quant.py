@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.bench import literal
-from kdq.bench.common import best_device, show, timed
-from kdq.bench.memory import peak_mb
+from kdq.bench.common import best_device, peak_mb, show, timed
 from kdq.bench.peers import brevitas
 from kdq.models import resnet18
 from kdq.quant.calibrate.layer import patches

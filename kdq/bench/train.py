@@ -30,9 +30,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdq.bench.common import best_device, line, show, timed
+from kdq.bench.common import best_device, line, peak_mb, show, timed
 from kdq.bench.loops import Step, bare, images_per_second, plain
-from kdq.bench.memory import peak_mb
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import TrainLoader
 from kdq.data.source import Resident

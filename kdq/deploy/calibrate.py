@@ -21,12 +21,8 @@ SAMPLE = 8192
 
 
 def histograms(model: Any, tensors: Collection[str], images: Iterable[Tensor]) -> dict[str, Histogram]:
-    """The values of each of ``tensors``.
-
-    Args:
-        model: the float ``onnx.ModelProto``.
-        images: batches ``(batch, channels, height, width)``.
-    """
+    """The values of each of ``tensors`` of a float ``onnx.ModelProto`` on ``images``, batches ``(batch, channels,
+    height, width)``."""
     import onnx
 
     probe = onnx.ModelProto()

@@ -47,15 +47,8 @@ class Int8Weight:
 
 def folded(weight: Tensor, bias: Tensor | None, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """The layer that does what the given one and ``norm``, in eval mode, after it do: torch's own fusion, in float64.
-
-    Args:
-        weight: ``(out_channels, ...)``.
-        bias: ``(out_channels,)`` or None.
-
-    Returns:
-        Weight and bias in the weight's dtype, and the factors ``(out_channels,)``, float64, that the weight's channels
-        were multiplied by.
-    """
+    Its weight and bias have the weight's dtype; the third are the factors ``(out_channels,)``, float64, that the
+    channels of the weight ``(out_channels, ...)`` were multiplied by."""
     mean, variance, scale, shift, offset = (
         None if value is None else value.detach().double()
         for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias, bias)

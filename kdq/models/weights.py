@@ -41,12 +41,8 @@ def locate(source: str) -> Path:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of a torch checkpoint, which is loaded weights-only: no code in
-    it runs. A Lightning-like ``{"state_dict": ...}`` wrapper and a ``module.`` prefix are taken off.
-
-    Raises:
-        KdqError: the file is not a readable checkpoint, or holds something other than tensors by name.
-    """
+    """The tensors of a ``.safetensors`` file or of a torch checkpoint, which is loaded weights-only: no code in it
+    runs. A Lightning-like ``{"state_dict": ...}`` wrapper and a ``module.`` prefix are taken off."""
     try:
         safe = path.suffix == ".safetensors"
         state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -85,14 +81,8 @@ def fitting_state(network: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, path: Path, new_head: bool = False) -> None:
-    """Copy the tensors of ``path`` into ``network``, every name and shape matching.
-
-    Args:
-        new_head: whether a classifier of another number of classes keeps its random weights, which is logged.
-
-    Raises:
-        KdqError: names are missing, unexpected or of another shape; the message lists them.
-    """
+    """Copy the tensors of ``path`` into ``network``, every name and shape matching; with ``new_head`` a classifier of
+    another number of classes keeps its random weights, which is logged. A complaint lists what does not fit."""
     state, own = fitting_state(network, path), network.state_dict()
     if new_head and (replaced := head(state, own)):
         classes = (len(x[replaced[0]]) for x in (state, own))

@@ -229,14 +229,8 @@ OPTIONS = tuple(field.name for field in fields(QuantConfig))
 
 
 def configured(config: QuantConfig | None, options: Mapping[str, Any], others: Collection[str] = ()) -> QuantConfig:
-    """``config``, or the default one, with ``options`` in place of its own.
-
-    Args:
-        others: what the caller takes beside them, for the complaint.
-
-    Raises:
-        KdqError: an option is unknown or has a value that cannot be.
-    """
+    """``config``, or the default one, with ``options`` in place of its own; where one is unknown, the complaint names
+    the ``others`` that the caller takes, too."""
     if config is not None and not isinstance(config, QuantConfig):
         raise KdqError(f"config={config!r} is no QuantConfig: options have names, such as solver={config!r}")
     known = (*others, *OPTIONS)

@@ -10,7 +10,7 @@ import os
 import reprlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 
 from kdq.utils.errors import KdqError
-from kdq.utils.files import parse_json, regular, replacing, write_text
+from kdq.utils.files import parse_json, regular, write_text
 from kdq.utils.hub import HUB, ROW, fetch
 
 log = logging.getLogger(__name__)
@@ -217,11 +217,7 @@ def read_row(path: Path) -> Row:
 
 def find_row(name: str, output: Path) -> Row:
     """The row that ``name`` means: its file, that of a model shared as ``hf:owner/name``, or its ``config_hash`` or the
-    start of it among the rows below ``output``.
-
-    Raises:
-        KdqError: there is none, or several; the message names what is near.
-    """
+    start of it among the rows below ``output``; a complaint names what is near."""
     if name.startswith(HUB):
         return read_row(fetch(name, (ROW,)))
     if name.endswith(".json"):
@@ -246,7 +242,7 @@ def _row(values: Any) -> Row:
     try:
         row = _schema().validate_python(values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the row"
         raise ValueError(f"{where} is {reprlib.repr(first['input'])}: {first['msg']}") from None
     if len(os.fsencode(row.file_name)) > LONGEST_NAME:
@@ -254,9 +250,8 @@ def _row(values: Any) -> Row:
     return row
 
 
-@cache
-def _schema() -> TypeAdapter[Row]:
-    return TypeAdapter(Row)
+#: Made when it is first asked for, and once.
+_schema = cache(partial(TypeAdapter, Row))
 
 
 def whole(output: Path, row: Row) -> bool:
@@ -272,12 +267,11 @@ def without_artifacts(output: Path, rows: Iterable[Row]) -> list[str]:
     none the worse for it: nothing is missing where there is no store."""
     if not (output / "store").is_dir():
         return []
-    kept = [row for row in rows if row.artifact and (output / "rows" / row.file_name).is_file()]
     return [
         f"{row.artifact} is {'cut short' if (output / row.artifact).exists() else 'gone'}: the row's own command makes "
         "it again"
-        for row in kept
-        if not whole(output, row)
+        for row in rows
+        if row.artifact and (output / "rows" / row.file_name).is_file() and not whole(output, row)
     ]
 
 
@@ -289,21 +283,3 @@ def table(rows: Iterable[Row]) -> pd.DataFrame:
     numbers = {name: "float64" for name, kind in kinds.items() if float in kind}
     numbers |= {name: "Int64" if len(kind) > 1 else "int64" for name, kind in kinds.items() if int in kind}
     return frame.astype(numbers)
-
-
-#: What makes spreadsheets take a text for a formula, and the mark itself.
-_FORMULA = tuple("=+-@\t\r\n＝＋－＠'")
-
-
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Write the merged table atomically.
-
-    A text that a spreadsheet would run as a formula (it begins with one of ``= + - @``, a tab or a new line) gets a
-    ``'`` before it, and so does one that begins with ``'``: whoever reads the file takes one leading ``'`` off. The
-    rows themselves and results.parquet hold every text as it is.
-    """
-    frame = table(rows)
-    for name in frame.select_dtypes(exclude="number").columns:
-        frame[name] = [f"'{x}" if isinstance(x, str) and x.startswith(_FORMULA) else x for x in frame[name]]
-    with replacing(path) as temporary:
-        frame.to_csv(temporary, index=False)

@@ -105,13 +105,8 @@ class Store:
         return Entry(path, key_of(spec), metrics)
 
     def get_or_make(self, spec: Mapping[str, Any], slug: str, make: Make) -> Entry:
-        """The entry made from ``spec``; ``make`` is called when there is none.
-
-        Args:
-            spec: everything that affects the weights, as plain JSON values.
-            slug: a readable prefix for the folder's name.
-            make: gets a work folder that survives crashes (it resumes from what it finds there).
-        """
+        """The entry made from ``spec``, everything that affects the weights as plain JSON values; where there is none,
+        ``make`` gets a work folder that survives crashes: it resumes from what it finds there."""
         entry, key = self.get(spec, slug), key_of(spec)
         if entry is not None:
             # Left by a holder that was killed after it had published.

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from kdq.quant.solvers.alphabet import code_bits
 from kdq.records.rows import Row
 from kdq.report.cells import printable
 from kdq.report.tables import markdown_table, markdown_text
@@ -25,17 +26,8 @@ def card(
     files: Mapping[str, str] | None = None,
     licence: str = "unknown",
 ) -> str:
-    """The text of the card.
-
-    Args:
-        repository: ``owner/name``.
-        header: of the packed file, see :func:`kdq.quant.packing.file.read_header`.
-        size: bytes of the packed file.
-        row: what was measured of it.
-        answer: of the study that it is from.
-        files: the other files by name, with what is to be said of each; a ``.png`` is shown.
-        licence: an identifier that the hub knows, such as ``mit``.
-    """
+    """The text of the card of ``repository``, ``owner/name``: from the packed file's ``header`` and ``size``, its row,
+    the answer of its study, and the other files by name, with what is to be said of each; a ``.png`` is shown."""
     name, files = repository.partition("/")[2], files or {}
     parts = [f"---\n{_metadata(name, row, licence).to_yaml()}\n---", "", f"# {markdown_text(name)}", ""]
     parts += [f"{markdown_text(_sentence(header, size, row))}", "", *_loading(repository, header), ""]
@@ -117,6 +109,6 @@ def _facts(header: Mapping[str, Any], size: int, row: Row | None) -> list[tuple[
 
 def _bits(header: Mapping[str, Any]) -> float:
     """The bits of a quantized weight on average; 32 where nothing is quantized."""
-    layers = [(math.prod(layer["shape"]), math.ceil(math.log2(layer["levels"]))) for layer in header["layers"].values()]
+    layers = [(math.prod(layer["shape"]), code_bits(layer["levels"])) for layer in header["layers"].values()]
     count = sum(weights for weights, _ in layers)
     return sum(weights * bits for weights, bits in layers) / count if count else 32.0

@@ -35,15 +35,10 @@ class Curve:
 
 
 def curve(model: pd.DataFrame) -> Curve | None:
-    """The curve of one model under one quantizer: its widths, and the float model as the largest file.
+    """The curve of one model under one quantizer, from its lines of :func:`kdq.report.cells.by_seed`: its widths, and
+    the float model as the largest file. None where no size and accuracy is known.
 
     Only seeds that have every width of the fullest seed count, so that means compare like with like.
-
-    Args:
-        model: its lines of :func:`kdq.report.cells.by_seed`.
-
-    Returns:
-        None where no size and accuracy is known.
     """
     model = model[(model["size_bytes"] > 0) & np.isfinite(model["top1"])]
     if model.empty:

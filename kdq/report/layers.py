@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdq.quant.solvers.alphabet import code_bits
 from kdq.records.rows import Row
 from kdq.utils.files import parse_json, regular
 
@@ -77,7 +78,7 @@ def _widths(path: Path) -> Widths:
 
     with safe_open(path, framework="numpy") as file:
         layers = parse_json(file.metadata()["kdq"])["layers"]
-    bits = [math.ceil(math.log2(layer["levels"])) for layer in layers.values()]
+    bits = [code_bits(layer["levels"]) for layer in layers.values()]
     return Widths([str(name) for name in layers], bits, [math.prod(layer["shape"]) for layer in layers.values()])
 
 

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kdq.records.rows import Row, write_csv
-from kdq.report.write import Written
+from kdq.records.rows import Row
+from kdq.report.write import Written, write_csv
 from kdq.utils.files import write_text
 
 _FIGURES = (".png", ".svg", ".pdf")

@@ -240,19 +240,21 @@ def _speed(rows: pd.DataFrame, name: Callable[[Model], str]) -> list[str]:
 def _line(comparison: Comparison, name: Callable[[Model], str], several: bool) -> Line:
     verdicts: dict[str, list[str]] = {"higher": [], "undecided": [], "lower": []}
     for verdict, group in groupby(comparison.places, key=lambda place: _verdict(place.difference)):
-        verdicts[verdict].append(_where(comparison.kind, list(group)))
+        places = [_at(comparison.kind, place) for place in group]
+        verdicts[verdict].append(_to(places[0], places[-1]))
     named = f"{name(comparison.a)} vs {name(comparison.b)}" + (f", {comparison.quantizer}" if several else "")
-    cells = [named, *("; ".join(places) or "–" for places in verdicts.values())]
+    cells = [named, *("; ".join(told) or "–" for told in verdicts.values())]
     if comparison.places:
         first = comparison.places[0]
+        by = first.difference
         untested = "" if any(place.difference.tested for place in comparison.places) else ", untested"
-        seeds = f"{first.difference.n_a} + {first.difference.n_b}{untested}"
-        cells += [f"{_difference(first.difference)} at {_at(comparison.kind, first)}", seeds]
+        interval = f" ({_number(by.low)} to {_number(by.high)})" if by.tested else ""
+        cells += [f"{_signed(by.value)}{interval} at {_at(comparison.kind, first)}", f"{by.n_a} + {by.n_b}{untested}"]
     else:
         cells += ["nothing in common", "–"]
-    places = tuple(_place(comparison.kind, place) for place in comparison.places)
+    every = tuple(_place(comparison.kind, place) for place in comparison.places)
     methods = comparison.a.method, comparison.b.method
-    return Line(comparison.quantizer, KINDS[comparison.kind], methods, tuple(cells), places)
+    return Line(comparison.quantizer, KINDS[comparison.kind], methods, tuple(cells), every)
 
 
 def _place(kind: str, place: Place) -> tuple[str, ...]:
@@ -269,22 +271,14 @@ def _verdict(by: Difference) -> str:
     return "higher" if by.value > 0 else "lower"
 
 
-def _where(kind: str, places: Sequence[Place]) -> str:
-    """``295 to 301 kB``, ``2 to 8 bits``."""
-    return _to(_at(kind, places[0]), _at(kind, places[-1]))
-
-
 def _to(first: str, last: str) -> str:
+    """``295 to 301 kB``, ``2 to 8 bits``."""
     unit = f" {last.rpartition(' ')[2]}"
     return first if first == last else f"{first.removesuffix(unit)} to {last}"
 
 
 def _at(kind: str, place: Place) -> str:
     return size_name(place.at) if kind == "bytes" else width_name(place.at, place.searched)
-
-
-def _difference(by: Difference) -> str:
-    return _signed(by.value) + (f" ({_number(by.low)} to {_number(by.high)})" if by.tested else "")
 
 
 def _range(values: Iterable[float], form: str = "g") -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdq.records.rows import Row, table, write_csv
+from kdq.records.rows import Row, table
 from kdq.report.markdown import markdown
 from kdq.report.material import Material
 from kdq.report.words import Answer
@@ -30,33 +30,29 @@ class Written:
 
 
 def write_report(output: Path, style: str = "screen") -> Written:
-    """Rebuild results.csv, results.parquet and report/ below ``output`` from its rows.
+    """Rebuild results.csv, results.parquet and report/ below ``output`` from its rows; figures in the ``style`` of
+    :func:`kdq.report.style.styled`.
 
     A part that cannot be written is told in a warning and in the result, and the others are: the cells' own rows are
-    safe whatever becomes of the report. ``style``: of the figures, see :func:`kdq.report.style.styled`."""
+    safe whatever becomes of the report.
+    """
     material, folder = Material(output), output / "report"
     written = Written(material.rows, lacking=material.lacking)
 
-    def csv(path: Path) -> list[Path]:
-        write_csv(path, material.rows)
-        return [path]
-
-    def parquet(path: Path) -> list[Path]:
+    def parquet(path: Path) -> None:
         with replacing(path) as temporary:
             table(material.rows).to_parquet(temporary, index=False)
-        return [path]
 
     def figures(path: Path) -> list[Path]:
         from kdq.report.figures import write_figures
 
         return write_figures(material, path, style)
 
-    def text(path: Path) -> list[Path]:
+    def text(path: Path) -> None:
         write_text(path, markdown(material, [file for file in written.files if file.suffix == ".png"]))
-        return [path]
 
-    parts: dict[str, tuple[Path, Callable[[Path], Sequence[Path]]]] = {
-        "the table": (output / "results.csv", csv),
+    parts: dict[str, tuple[Path, Callable[[Path], list[Path] | None]]] = {
+        "the table": (output / "results.csv", lambda path: write_csv(path, material.rows)),
         "the Parquet table": (output / "results.parquet", parquet),
         "the figures": (folder, figures),
         "the page": (folder / "report.html", lambda path: write_page(path, material)),
@@ -64,7 +60,8 @@ def write_report(output: Path, style: str = "screen") -> Written:
     }
     for name, (path, write) in parts.items():
         try:
-            written.files += write(path)
+            made = write(path)
+            written.files += [path] if made is None else made
         except Exception as error:  # whatever it is, it must not take the other parts or a sweep's end with it
             written.failures.append(f"{name} could not be written to {path}: {type(error).__name__}: {error}")
             log.warning(written.failures[-1])
@@ -76,9 +73,26 @@ def write_report(output: Path, style: str = "screen") -> Written:
     return written
 
 
-def write_page(path: Path, material: Material) -> list[Path]:
+def write_page(path: Path, material: Material) -> None:
     """Write report.html alone."""
     from kdq.report.html import page
 
     write_text(path, page(material))
-    return [path]
+
+
+#: What makes spreadsheets take a text for a formula, and the mark itself.
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠'")
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Write the merged table atomically.
+
+    A text that a spreadsheet would run as a formula (it begins with one of ``= + - @``, a tab or a new line) gets a
+    ``'`` before it, and so does one that begins with ``'``: whoever reads the file takes one leading ``'`` off. The
+    rows themselves and results.parquet hold every text as it is.
+    """
+    frame = table(rows)
+    for name in frame.select_dtypes(exclude="number").columns:
+        frame[name] = [f"'{x}" if isinstance(x, str) and x.startswith(_FORMULA) else x for x in frame[name]]
+    with replacing(path) as temporary:
+        frame.to_csv(temporary, index=False)

@@ -27,11 +27,7 @@ def directions(objective: str | Sequence[str] | None) -> str | list[str]:
 
 
 def names(objective: str | Sequence[str]) -> list[str]:
-    """The columns that ``objective`` names.
-
-    Raises:
-        KdqError: it names none, or one that may not be searched for: what is measured on test images selects nothing.
-    """
+    """The columns that ``objective`` names; what is measured on test images may not be searched for."""
     asked = [objective] if isinstance(objective, str) else list(objective)
     for name in asked:
         if name not in OBJECTIVES:

@@ -18,14 +18,8 @@ Launch = Callable[[list[list[str]], int], Sequence[Any]]
 
 
 def run_plan(plan: Plan, launch: Launch, folder: Path, status: Status) -> list[Failure]:
-    """Make everything that can be made; one failed job takes with it only those that need what it makes.
-
-    Args:
-        folder: every job gets a folder of its own below it.
-
-    Returns:
-        What was not made, a model before the rows that needed it.
-    """
+    """Make everything that can be made, each job in a folder of its own below ``folder``; one that fails takes with it
+    only those that need what it makes. Returns what was not made, a model before the rows that needed it."""
     forget(plan.output, {_cell_key(cell) for cell in plan.cells})
     for cell, cause in plan.impossible:
         record(plan.output, Failure("cell", _cell_key(cell), cause, "", list(cell)))

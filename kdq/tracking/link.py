@@ -8,15 +8,10 @@ from wandb import Api
 
 
 def link(api: Api, path: str, sweep: str | None, tell: Callable[[str], None]) -> int:
-    """Make every run of the project take the models that its config names as ``inputs``; what is linked stays so.
+    """Make every run of the project ``path``, ``entity/project``, or of one sweep, take the models that its config
+    names as ``inputs``; what is linked stays so. Returns how many models are not on the server.
 
-    Args:
-        path: ``entity/project``.
-        sweep: only runs of this sweep; None: of all.
-        tell: gets a line for every run that changes and for every model that is missing.
-
-    Returns:
-        how many models are not on the server.
+    ``tell`` gets a line for every run that changes and for every model that is missing.
     """
     missing = 0
     for run in api.runs(path, filters={} if sweep is None else {"group": sweep}):

@@ -20,13 +20,8 @@ def report(
     sweep: str | None = None,
     deployed: frozenset[str] = frozenset(),
 ) -> wr.Report:
-    """The report, to be saved with ``.save()``.
-
-    Args:
-        texts: for each data set its answer in Markdown; the panels of its runs follow it.
-        sweep: only runs of this sweep.
-        deployed: the data sets that have exported models, whose latency is drawn.
-    """
+    """The report, to be saved with ``.save()``: for each data set its answer in Markdown and the panels of its runs, or
+    of those of one sweep; where models are ``deployed``, their latency is drawn."""
     blocks: list[object] = []
     for data, text in texts.items():
         filters = [ws.Tags().isin([data]), *([ws.Metric("Group") == sweep] if sweep else [])]

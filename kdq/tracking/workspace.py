@@ -15,12 +15,8 @@ STEP = "trainer/global_step"
 
 
 def workspace(entity: str, project: str, data: str, sweep: str | None = None, deployed: bool = True) -> ws.Workspace:
-    """The view for one data set, to be saved with ``.save()``.
-
-    Args:
-        sweep: only the runs of this sweep; models that another sweep trained are then missing.
-        deployed: there are exported models, whose latency and throughput are measured.
-    """
+    """The view for one data set, to be saved with ``.save()``, of all runs or those of one sweep: models that another
+    one trained are then missing. Where models are ``deployed``, their latency and throughput are drawn."""
     filters = [ws.Tags().isin([data])]
     if sweep is not None:
         filters.append(ws.Metric("Group") == sweep)

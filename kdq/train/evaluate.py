@@ -23,16 +23,9 @@ def evaluate(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], num_cl
 
 
 def test(trainer: L.Trainer, module: L.LightningModule, data: Any) -> dict[str, float]:
-    """What ``trainer.test`` finds of one of kdq's modules, in float32 (convolutions without TF32).
-
-    Args:
-        data: a loader or a datamodule.
-
-    Returns:
-        ``top1`` and ``top5`` in percent (top5 is top-k with k = the number of classes where there are fewer than
-        five), ``ece``, the expected calibration error with 15 bins in percent, and ``nll``, the mean cross-entropy in
-        nats.
-    """
+    """What ``trainer.test`` finds of one of kdq's modules on a loader or a datamodule, in float32 (convolutions without
+    TF32): ``top1``, ``top5`` (of fewer classes, all of them) and ``ece``, the expected calibration error with 15 bins,
+    in percent, and ``nll``, the mean cross-entropy in nats."""
     with exact_kernels(trainer.strategy.root_device), interruptible(trainer):
         trainer.test(module, data, verbose=False)
     values = {name: float(trainer.callback_metrics[f"test/{name}"]) for name in ("top1", "top5", "ece", "loss")}

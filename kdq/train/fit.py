@@ -148,14 +148,9 @@ def fit(
     """Train ``module`` and return its learners at their best (by validation accuracy) and how it went.
 
     Args:
-        module: carries its networks, its seed and its losses.
         trainer: the ``trainer`` config, see :mod:`kdq.train.trainer`. With several devices this process must be one of
             :mod:`kdq.train.processes`.
         work: where the checkpoint of the last finished epoch lives; a training found there is continued.
-        callbacks: the user's.
-
-    Raises:
-        KdqError: the loss became NaN, or the checkpoint in ``work`` cannot be read.
     """
     best, checkpoint, probe = KeepBest(), work / "last.ckpt", ThreadProbe(trainer.get("threads", "auto"))
     steps = len(images.split.train) // recipe.batch_size

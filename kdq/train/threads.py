@@ -25,14 +25,10 @@ class ThreadProbe(Callback):
     number: ``threads``, or OMP_NUM_THREADS. Such a number is never changed. Nothing is tried on a GPU, and nothing with
     several processes, of which each has its share of the cores.
 
-    OMP_WAIT_POLICY is left alone: threads that sleep while they wait (``PASSIVE``) make a ResNet-20's step on two quiet
-    cores 1.5 times as long (60 ms instead of 40), and beside a busy loop none shorter (two tries each).
+    >>> trainer = L.Trainer(callbacks=[ThreadProbe()], logger=False, accelerator="cpu")
 
     Args:
         threads: the option ``trainer.threads``, ``auto`` or a number (for each process).
-
-    Example:
-        >>> trainer = L.Trainer(callbacks=[ThreadProbe()], logger=False, accelerator="cpu")
     """
 
     def __init__(self, threads: int | str = AUTO) -> None:

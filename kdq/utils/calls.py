@@ -33,11 +33,7 @@ def called(config: Any) -> Iterator[str]:
 
 
 def imported(option: str, path: str) -> Any:
-    """The object at the dotted ``path`` that ``option`` names.
-
-    Raises:
-        KdqError: there is none.
-    """
+    """The object at the dotted ``path`` that ``option`` names, or a KdqError that says why there is none."""
     try:
         return hydra.utils.get_object(path)
     except Exception as error:
@@ -47,11 +43,7 @@ def imported(option: str, path: str) -> Any:
 
 
 def made(option: str, config: Mapping[str, Any], kind: type[T]) -> T:
-    """What ``config``, the value of ``option``, makes: an instance of ``kind``.
-
-    Raises:
-        KdqError: it cannot be made, or is something else.
-    """
+    """What ``config``, the value of ``option``, makes; refused unless it is an instance of ``kind``."""
     try:
         found = hydra.utils.instantiate(config)
     except Exception as error:

@@ -17,13 +17,10 @@ LARGEST = 2**31 - 1
 
 
 def within(option: str, value: float, low: float, high: float = math.inf) -> float:
-    """``value``, a number from ``low`` to ``high``.
+    """``value``, refused unless it is a number from ``low`` to ``high``; ``option`` is its name for people.
 
     >>> within("method.alpha", 0.9, 0, 1)
     0.9
-
-    Raises:
-        KdqError: it is not; ``option`` is its name for people.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         allowed = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
@@ -32,11 +29,7 @@ def within(option: str, value: float, low: float, high: float = math.inf) -> flo
 
 
 def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
-    """``value``, which must be one of ``known``.
-
-    Raises:
-        KdqError: it is not; the message lists them.
-    """
+    """``value``, refused unless it is one of ``known``."""
     choices = list(known)
     if value not in choices:
         listed = ", ".join("null" if choice is None else str(choice) for choice in choices)
@@ -52,12 +45,10 @@ def check_types(instance: Any, prefix: str) -> None:
 
 
 def check_type(option: str, value: Any, hint: Any) -> None:
-    """``value`` is what ``hint`` says: of plain types, ``None`` and lists of them; other hints are not looked at.
+    """Refuse a ``value`` that is not what ``hint`` says, or a number that is not finite or fits no tensor. Hints other
+    than plain types, ``None`` and lists of them are not looked at.
 
     >>> check_type("data.mean", [0.5], list[float] | None)
-
-    Raises:
-        KdqError: it is not, or no number that is finite and fits a tensor.
     """
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     plain = [get_origin(option) or option for option in options]

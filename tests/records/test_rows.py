@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kdq.records.rows import COLUMNS, Row, read_rows, table, without_artifacts, write_csv, write_row
+from kdq.records.rows import COLUMNS, Row, read_rows, table, without_artifacts, write_row
 from kdq.report import print_results, write_report
+from kdq.report.write import write_csv
 from tests.rows import ROW
 
 

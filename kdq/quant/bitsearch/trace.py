@@ -31,14 +31,8 @@ class Trace:
     torch.distributed runs, the file is the first process's and all remember the same: a process that remembered more
     would leave the others alone with their sums.
 
-    Args:
-        evaluate: the measurement.
-        path: a JSON file, rewritten after every evaluation.
-        key: identifies everything the measurements depend on.
-        anew: whether a file of another key is begun anew.
-
-    Raises:
-        KdqError: the file is damaged, or belongs to another key.
+    ``path`` is a JSON file, rewritten after every evaluation; ``key`` identifies everything that they depend on. A file
+    of another key is begun ``anew``, or else refused.
     """
 
     def __init__(

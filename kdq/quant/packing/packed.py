@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kdq.quant.packing.bits import pack_bits, unpack_bits
-from kdq.quant.solvers.alphabet import decode
+from kdq.quant.solvers.alphabet import code_bits, decode
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class PackedWeight:
 
     @classmethod
     def of(cls, codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> PackedWeight:
-        return cls(pack_bits(codes.flatten(), max(1, (levels - 1).bit_length())), codes.shape, scale, zero, levels)
+        return cls(pack_bits(codes.flatten(), code_bits(levels)), codes.shape, scale, zero, levels)
 
     @property
     def bits(self) -> int:
-        return max(1, (self.levels - 1).bit_length())
+        return code_bits(self.levels)
 
     @property
     def codes(self) -> Tensor:
@@ -44,9 +44,8 @@ class PackedWeight:
 
     def decode(self) -> Tensor:
         """The weight, the same bits as the unpacked one's."""
-        return decode(self._unpacked().flatten(1), self.scale[:, None], self.zero[:, None], self.levels).view(
-            self.shape
-        )
+        rows = self._unpacked().flatten(1)
+        return decode(rows, self.scale[:, None], self.zero[:, None], self.levels).view(self.shape)
 
     def _unpacked(self) -> Tensor:
         return unpack_bits(self.packed, self.shape.numel(), self.bits).view(self.shape)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.layers import place_of, weight_of
 from kdq.quant.packing.packed import is_packed
-from kdq.quant.solvers.alphabet import decode
+from kdq.quant.solvers.alphabet import code_bits, decode
 from kdq.utils.checks import one_of
 from kdq.utils.errors import KdqError
 
@@ -38,7 +38,7 @@ class QuantizedWeight:
 
     @property
     def bits(self) -> int:
-        return max(1, (self.levels - 1).bit_length())
+        return code_bits(self.levels)
 
     def decode(self) -> Tensor:
         rows = self.codes.flatten(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +37,7 @@ class Alphabet:
 
     @property
     def bits(self) -> int:
-        """Bits that a code takes: ``ceil(log2(levels))``."""
-        return math.ceil(math.log2(self.levels))
+        return code_bits(self.levels)
 
     def encode(self, values: Tensor) -> Tensor:
         """The codes, int64, of the alphabet's values nearest to ``values`` ``(..., rows, any)``."""
@@ -63,6 +61,11 @@ class Alphabet:
         return values.dtype if self.levels <= _FLOAT32_LEVELS else torch.float64
 
 
+def code_bits(levels: int) -> int:
+    """Bits that a code of so many takes: ``ceil(log2(levels))``."""
+    return max(1, (levels - 1).bit_length())
+
+
 def decode(codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
     """``scale * (codes - zero)``, rounded once to the scale's dtype: the same bits wherever it is computed."""
     dtype = scale.dtype if levels <= _FLOAT32_LEVELS else torch.float64
@@ -70,11 +73,7 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
 
 
 def check_bits(bits: object, name: str = "bits") -> int:
-    """``bits`` as an int; ``name`` is what the complaint calls them.
-
-    Raises:
-        KdqError: it is not a whole number from 2 to 32.
-    """
+    """``bits``, called ``name`` for people, refused unless they are a whole number from 2 to 32."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise KdqError(f"{name}={bits!r} must be a whole number from {MIN_BITS} to {MAX_BITS}")
     return bits

@@ -11,13 +11,8 @@ cut to 0 and 1: as much of the correction as holds elsewhere (a closed-form shri
 share gamma of D is what moments with ``G + gamma (C - G)`` in place of C lead to, whatever the solver.
 
 Where there are fewer patches than columns, nothing but the weights themselves says what the layer does elsewhere:
-several ridges are tried, and plain rounding, and the one of least held-out error is taken.
-
-Measured on a ResNet-32 (CIFAR-10, 2 bits, 48 images, divergence from the float network on held-out training images,
-three draws): .0306, without held-out images .0382. Layers of the first stage get a gamma of 1, those of the last 0.3 to
-0.8. On networks of linear layers with 96 inputs, 4 bits, the error beside rounding's on other inputs from 4, 12 and 40
-images (median of six): 0.86, 0.75 and 0.67, without held-out images 1.20, 1.21 and 0.97. Scratch scripts printed these;
-``python -m kdq.bench peers`` prints accuracies.
+several ridges are tried, and plain rounding, and the one of least held-out error is taken. (On networks of linear
+layers with 96 inputs, 4 bits and 12 images, the error on other inputs is 0.75 of rounding's with it and 1.21 without.)
 """
 
 from __future__ import annotations
