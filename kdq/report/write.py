@@ -48,6 +48,11 @@ def write_report(output: Path, style: str = "screen") -> Written:
 
         return write_figures(material, path, style)
 
+    def html(path: Path) -> None:
+        from kdq.report.html import page
+
+        write_text(path, page(material))
+
     def text(path: Path) -> None:
         write_text(path, markdown(material, [file for file in written.files if file.suffix == ".png"]))
 
@@ -55,7 +60,7 @@ def write_report(output: Path, style: str = "screen") -> Written:
         "the table": (output / "results.csv", lambda path: write_csv(path, material.rows)),
         "the Parquet table": (output / "results.parquet", parquet),
         "the figures": (folder, figures),
-        "the page": (folder / "report.html", lambda path: write_page(path, material)),
+        "the page": (folder / "report.html", html),
         "the Markdown report": (folder / "report.md", text),
     }
     for name, (path, write) in parts.items():
@@ -71,13 +76,6 @@ def write_report(output: Path, style: str = "screen") -> Written:
         for line in material.averaged:
             log.warning(line)
     return written
-
-
-def write_page(path: Path, material: Material) -> None:
-    """Write report.html alone."""
-    from kdq.report.html import page
-
-    write_text(path, page(material))
 
 
 #: What makes spreadsheets take a text for a formula, and the mark itself.

@@ -15,10 +15,10 @@ from torch import nn
 
 import kdq
 from kdq.records.rows import Row
-from kdq.report import write_report
+from kdq.report import html, write_report
 from kdq.report.cells import cells, named, pareto
 from kdq.report.material import Material
-from kdq.report.write import write_page
+from kdq.utils.files import write_text
 
 CHROMIUM = shutil.which("chromium")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -60,7 +60,8 @@ class Page:
 
     def __init__(self, browser: Any, output: Path) -> None:
         self.browser = browser
-        (path,) = write_page(output / "report" / "report.html", Material(output))
+        path = output / "report" / "report.html"
+        write_text(path, html.page(Material(output)))
         browser.get(path.as_uri())
         assert self.run("return document.body.dataset.ready") == "yes"
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from kdq.records.rows import Row, read_rows
 from kdq.report import write_report
+from kdq.report.html import page
 from kdq.report.material import Material
 from kdq.report.tables import accuracy_table
-from kdq.report.write import write_page
 
 
 class _Elements(HTMLParser):
@@ -35,8 +35,7 @@ class _Elements(HTMLParser):
 
 
 def _page(output: Path) -> _Elements:
-    (path,) = write_page(output / "report" / "report.html", Material(output))
-    return _Elements(path.read_text("utf-8"))
+    return _Elements(page(Material(output)))
 
 
 def test_it_needs_no_network(tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]) -> None:
@@ -81,5 +80,4 @@ def test_ten_thousand_rows(
     monkeypatch.setattr("kdq.report.material.read_rows", lambda folder, skipped: rows_of(10_000))
     material = Material(tmp_path)
     assert material.summary.startswith("10,000 rows, 600 cells, 4 data sets, 6 methods, 5 quantizers, 17 seeds.")
-    (path,) = write_page(tmp_path / "report.html", material)
-    assert path.stat().st_size - len(get_plotlyjs().encode()) < 1_000_000
+    assert len(page(material).encode()) - len(get_plotlyjs().encode()) < 1_000_000
