@@ -1,4 +1,4 @@
-"""Augmentation of photographs: random resized crops, mirrored, their colours jittered; on the device of the images."""
+"""Augmentation of photographs: random resized crops, mirrored, colours jittered, RandAugment; on the images' device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
 from kdq.utils.errors import KdqError
 
@@ -68,6 +69,43 @@ class ResizedCrop:
             scaled = F.interpolate(part, size=(self.size, self.size), mode="bilinear", antialias=True)[0].round()
             scaled = scaled.flip(2) if mirrored else scaled
             target.copy_((_jittered(scaled, *drawn[5:]) if self.jitter else scaled).permute(1, 2, 0))
+        return cut
+
+
+@dataclass(frozen=True)
+class RandAugment(ResizedCrop):
+    """:class:`ResizedCrop`, then for each image ``ops`` of RandAugment's 14 operations (Cubuk et al. 2019, arXiv
+    1909.13719), torchvision's, each of which is drawn for it alone.
+
+    Args:
+        ops: operations, one after the other.
+        magnitude: how strong they are, from 0 to 30.
+
+    >>> augment, images = RandAugment(size=24), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    >>> augment(images, augment.draw(2, 32, 32, torch.Generator())).shape
+    torch.Size([2, 24, 24, 3])
+    """
+
+    ops: int = 2
+    magnitude: int = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ops < 0 or not 0 <= self.magnitude <= 30:
+            raise KdqError(f"data.augment={self}: ops >= 0, magnitude from 0 to 30")
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """``(count, 9)``: those of :class:`ResizedCrop`, and a seed for what torchvision draws itself."""
+        crops = super().draw(count, height, width, generator)
+        return torch.cat([crops, torch.randint(2**24, (count, 1), generator=generator).float()], dim=1)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        cut = super().__call__(images, draws[:, :8])
+        operations = v2.RandAugment(self.ops, self.magnitude)
+        with torch.random.fork_rng(devices=[]):
+            for image, seed in zip(cut, draws[:, 8].long().tolist(), strict=True):
+                torch.default_generator.manual_seed(seed)
+                image.copy_(operations(image.permute(2, 0, 1)).permute(1, 2, 0))
         return cut
 
 

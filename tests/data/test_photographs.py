@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import kdq.cli.app  # noqa: F401  the resolvers of conf/
 from kdq.data.images import Images
-from kdq.data.photographs import GREY, ResizedCrop
+from kdq.data.photographs import GREY, RandAugment, ResizedCrop
 from kdq.utils.config import compose, plain
 from kdq.utils.errors import KdqError
 
@@ -61,10 +61,29 @@ def test_colours_are_brightened_then_contrasted_then_saturated() -> None:
         assert np.abs(found.numpy() - pixels).max() < 0.51
 
 
+def test_randaugment_is_what_torchvision_makes_of_pillow_s_images() -> None:
+    images, augment = photographs(60, 24), RandAugment(size=24, scale=1, ratio=1, ops=1, magnitude=12)
+    images = tv.resize(images.permute(0, 3, 1, 2)[..., :6, :6], [24, 24]).permute(0, 2, 3, 1)  # smooth
+    draws = augment.draw(60, 24, 24, torch.Generator().manual_seed(3))
+    before = torch.random.get_rng_state()
+    found = augment(images, draws)
+    assert torch.equal(torch.random.get_rng_state(), before)  # a training's own draws do not move
+    assert torch.equal(found[20:30], augment(images[20:30], draws[20:30]))
+    cropped = ResizedCrop(size=24, scale=1, ratio=1)(images, draws[:, :8])
+    assert (found != cropped).flatten(1).any(1).sum() > 40  # one of the 14 operations does nothing, others may
+    operations = v2.RandAugment(1, 12)
+    for image, made, seed in zip(cropped, found, draws[:, 8].long().tolist(), strict=True):
+        torch.manual_seed(seed)
+        expected = np.asarray(operations(Image.fromarray(image.numpy())), np.int64)
+        assert np.median(np.abs(made.numpy() - expected)) <= 1
+
+
 @pytest.mark.parametrize("options", [{"size": 0}, {"scale": 0}, {"ratio": 0.5}, {"jitter": 1}])
 def test_impossible_crops_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(KdqError, match=r"data\.augment"):
         ResizedCrop(**options)  # type: ignore[arg-type]
+    with pytest.raises(KdqError, match="magnitude from 0 to 30"):
+        RandAugment(magnitude=31)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
