@@ -103,6 +103,7 @@ class _Single(Dataset[tuple[Tensor, int]]):
     def __init__(self, images: ImageSet) -> None:
         from torchvision import transforms
 
+        assert isinstance(images.train_images, Tensor)
         self.images, self.labels = images.train_images.numpy(), images.train_labels.tolist()
         normalise = transforms.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
         steps: list[Callable[[Any], Any]] = [transforms.ToPILImage(), transforms.RandomCrop(32, padding=4)]

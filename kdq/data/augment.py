@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +54,12 @@ def _filling(fill: tuple[int, ...], device: torch.device) -> Tensor:
 class Augmentation(Protocol):
     """What changes each training image in its own way; uint8 in and out."""
 
-    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """What is drawn for ``count`` images of this size: a row for each."""
+    def draw(self, count: int, height: Any, width: Any, generator: torch.Generator) -> Tensor:
+        """What is drawn for ``count`` images of this size, or of sizes ``(count,)``: a row for each."""
 
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """``images`` ``(batch, height, width, channels)`` changed by their rows of ``draws``."""
+    def __call__(self, images: Any, draws: Tensor) -> Tensor:
+        """``images`` ``(batch, height, width, channels)``, or a list of images of their own sizes, changed by their
+        rows of ``draws``."""
 
 
 @dataclass(frozen=True)

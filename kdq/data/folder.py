@@ -20,6 +20,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from kdq.data.decoded import KEPT_EVERY, OneShape, Photographs, Shapes, Writer
 from kdq.data.image_set import ImageSet
 from kdq.data.split import split as divided
 from kdq.utils.cpu import usable_cores
@@ -46,9 +47,6 @@ EXTREME = 16
 #: Pixels that a side may have, which is what JPEG can say: a line of one pixel takes twelve bytes of memory.
 LONGEST = 2**16
 
-#: Images after which decoding can be killed without losing them.
-KEPT_EVERY = 512
-
 
 def class_names(root: str | Path) -> list[str]:
     """The class folders of ``root/train``, sorted: label ``i`` is the i-th name.
@@ -72,19 +70,22 @@ def image_folder(
     cache: str,
     split: Mapping[str, Any] | None = None,
     interpolation: str = "bilinear",
+    whole: bool = False,
 ) -> ImageSet:
     """Read an image folder, at ``image_size`` x ``image_size`` pixels with ``in_channels`` (1 grey, 3 RGB).
 
     Images are turned as their EXIF orientation says. Those of another size are scaled so that the shorter side fits and
-    cropped in the centre. The decoded arrays are kept below ``cache`` and memory-mapped from then on. The cache is
-    found by the list of file names, sizes and modification times, so any change to the folder makes a new one; what a
-    model's key remembers is the
-    digests of the decoded pixels (:attr:`ImageSet.train_digest`), which are the same wherever the folder lies.
+    cropped in the centre, unless they are kept whole. The decoded arrays are kept below ``cache`` and memory-mapped
+    from then on. The cache is found by the list of file names, sizes and modification times, so any change to the
+    folder makes a new one; what a model's key remembers is the digests of the decoded pixels
+    (:attr:`ImageSet.train_digest`), which are the same wherever the folder lies.
 
     Args:
         split: ``val_fraction``, ``seed`` and ``train_limit`` of :func:`kdq.data.split.split`: with a limit, training
             images that are in no part are not decoded, and are black.
         interpolation: how images are scaled: ``nearest``, ``bilinear`` or ``bicubic``.
+        whole: training images keep what is beyond the centre of their longer side, for
+            :class:`kdq.data.photographs.ResizedCrop` to train on: see :class:`kdq.data.decoded.Photographs`.
 
     Raises:
         KdqError: a folder is missing or empty, train and test differ in their classes, or an image is corrupt.
@@ -97,15 +98,15 @@ def image_folder(
     source, classes = Path(root).expanduser(), class_names(root)
     parts = {part: _list_images(source / part, classes) for part in ("train", "test")}
     rows = {part: range(len(files)) for part, files in parts.items()} | _limited(len(parts["train"]), split)
-    folder = Path(cache) / _listing_key(source, parts, decode, rows)
+    folder = Path(cache) / _listing_key(source, parts, decode, rows, whole)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _decode_into(folder, parts, rows, decode, classes)
-    (train, train_labels), (test, test_labels) = (
-        _mapped(folder, part, [label for _, label in files], image_size, in_channels) for part, files in parts.items()
-    )
+                _decode_into(folder, parts, rows, decode, classes, whole)
+    labels = {part: [label for _, label in files] for part, files in parts.items()}
+    train, train_labels = _mapped(folder, "train", labels["train"], image_size, in_channels, whole)
+    test, test_labels = _mapped(folder, "test", labels["test"], image_size, in_channels)
     return ImageSet(train, train_labels, test, test_labels, tuple(classes))
 
 
@@ -139,9 +140,10 @@ def _listing_key(
     parts: dict[str, list[tuple[Path, int]]],
     decode: partial[np.ndarray],
     rows: Mapping[str, Sequence[int]],
+    whole: bool,
 ) -> str:
     size, in_channels, resampling = decode.keywords.values()
-    how = "" if resampling == RESAMPLING["bilinear"] else f" {resampling.name}"
+    how = ("" if resampling == RESAMPLING["bilinear"] else f" {resampling.name}") + (" whole" if whole else "")
     sha = hashlib.sha256(f"2 {size} {in_channels}{how}".encode())
     if not isinstance(rows["train"], range):
         sha.update(repr(rows["train"]).encode())
@@ -164,29 +166,31 @@ def _decode_into(
     rows: Mapping[str, Sequence[int]],
     decode: partial[np.ndarray],
     classes: list[str],
+    whole: bool,
 ) -> None:
-    """Decode the images of ``rows`` into ``.npy`` files in a temporary folder, then rename it to ``folder``. A process
+    """Decode the images of ``rows`` into files in a temporary folder, then rename it to ``folder``. A process
     that is killed leaves the temporary folder, and the next one goes on there."""
     temporary = folder.parent / f".decode-{folder.name}"  # this process alone: it holds the lock
     temporary.mkdir(exist_ok=True)
     size, in_channels, _ = decode.keywords.values()
     try:
         for part, files in parts.items():
-            array, counter = temporary / f"{part}_images.npy", temporary / f"{part}_decoded"
-            pixels, done = _begun(array, counter, (len(files), size, size, in_channels))
+            kept: Writer = OneShape(temporary, part, (len(files), size, size, in_channels))
+            if all_of_it := whole and part == "train":
+                kept = Shapes(temporary, part, len(files), rows[part], in_channels)
             with (
                 ThreadPoolExecutor(max_workers=usable_cores()) as pool,
                 progress(f"decoding {part} images", len(rows[part]), "image") as bar,
             ):
-                bar.update(done)
-                asked = rows[part][done:]
-                decoded = pool.map(decode, [files[row][0] for row in asked])
-                for count, (row, image) in enumerate(zip(asked, decoded, strict=True), done + 1):
-                    pixels[row] = image
+                bar.update(kept.done)
+                asked = rows[part][kept.done :]
+                decoded = pool.map(partial(decode, whole=all_of_it), [files[row][0] for row in asked])
+                for done, (row, image) in enumerate(zip(asked, decoded, strict=True), kept.done + 1):
+                    kept.put(row, image)
                     bar.update()
-                    if count % KEPT_EVERY == 0 or count == len(rows[part]):
-                        pixels.flush()
-                        write_text(counter, str(count))
+                    if done % KEPT_EVERY == 0 or done == len(rows[part]):
+                        kept.keep()
+                        write_text(temporary / f"{part}_decoded", str(done))
             np.save(temporary / f"{part}_labels.npy", np.array([label for _, label in files], np.int64))
         (temporary / "classes.json").write_text(json.dumps(classes))
         temporary.chmod(0o755)  # others may share the cache
@@ -196,26 +200,19 @@ def _decode_into(
         raise
 
 
-def _begun(array: Path, counter: Path, shape: tuple[int, ...]) -> tuple[np.memmap[Any, Any], int]:
-    """The array to decode into, and how many images are there from a process that was killed."""
-    try:
-        pixels, done = np.lib.format.open_memmap(array, "r+"), int(counter.read_text())
-        if pixels.shape == shape:
-            return pixels, done
-    except (OSError, ValueError):  # not begun, or not far
-        pass
-    return np.lib.format.open_memmap(array, "w+", np.uint8, shape), 0
-
-
 def _shown(path: Path) -> str:
     """``path`` as text that can be written anywhere: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def decode_image(
-    file: Path, size: int, in_channels: int, resampling: Image.Resampling = RESAMPLING["bilinear"]
+    file: Path,
+    size: int,
+    in_channels: int,
+    resampling: Image.Resampling = RESAMPLING["bilinear"],
+    whole: bool = False,
 ) -> np.ndarray:
-    """One image, upright (by its EXIF orientation), scaled and cropped."""
+    """One image, upright (by its EXIF orientation), scaled and, unless ``whole``, cropped."""
     try:
         with Image.open(file, formats=FORMATS) as opened:
             if opened.mode.startswith("I") or opened.mode == "F":
@@ -231,8 +228,8 @@ def decode_image(
                 shape = [max(size, round(scale * side)) for side in image.size]
                 left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
                 image = image.resize((shape[0], shape[1]), resampling, reducing_gap=2.0)
-                image = image.crop((left, top, left + size, top + size))
-            return np.asarray(image, np.uint8).reshape(size, size, in_channels)
+                image = image if whole else image.crop((left, top, left + size, top + size))
+            return np.asarray(image, np.uint8).reshape(image.height, image.width, in_channels)
     except BROKEN as error:
         raise KdqError(f"cannot read the image {_shown(file)} ({one_line(error)}): mend or remove it") from error
 
@@ -247,7 +244,9 @@ def _square_enough(image: Image.Image) -> Image.Image:
     return image.crop((left, top, min(width, left + most), min(height, top + most)))
 
 
-def _mapped(folder: Path, part: str, labels: list[int], size: int, in_channels: int) -> tuple[Tensor, Tensor]:
+def _mapped(
+    folder: Path, part: str, labels: list[int], size: int, in_channels: int, whole: bool = False
+) -> tuple[Any, Tensor]:
     """The images and labels of a part, from the cache.
 
     Raises:
@@ -257,11 +256,15 @@ def _mapped(folder: Path, part: str, labels: list[int], size: int, in_channels: 
         # Copy-on-write: pages are shared with the file, and torch gets an array it may call writable.
         images, found = (
             torch.from_numpy(np.load(folder / f"{part}_{kind}.npy", mmap_mode="c", allow_pickle=False))
-            for kind in ("images", "labels")
+            for kind in ("sizes" if whole else "images", "labels")
         )
-        shape = (len(labels), size, size, in_channels)
-        if images.dtype != torch.uint8 or images.shape != shape or found.tolist() != labels:
+        shape = (len(labels), 2) if whole else (len(labels), size, size, in_channels)
+        kind = torch.int64 if whole else torch.uint8
+        if images.dtype != kind or images.shape != shape or found.tolist() != labels:
             raise ValueError(f"{part} is not {len(labels)} images of {size} x {size}")
+        if whole:
+            pixels = torch.from_numpy(np.memmap(folder / f"{part}_pixels", np.uint8, "c"))
+            return Photographs(pixels, images, size, in_channels), found
     except PermissionError as error:
         raise KdqError(f"{error.filename} may not be read: it belongs to another user") from error
     except Exception as error:  # numpy evaluates the header: whatever Python makes of broken source

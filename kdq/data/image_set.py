@@ -9,18 +9,21 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
+from kdq.data.decoded import Photographs
+
 
 @dataclass(frozen=True)
 class ImageSet:
     """A classification data set in memory (or memory-mapped).
 
     Attributes:
-        train_images, test_images: uint8 ``(images, height, width, channels)``.
+        train_images, test_images: uint8 ``(images, height, width, channels)``; those for training may be whole
+            photographs.
         train_labels, test_labels: int64 ``(images,)``, values in ``0 .. len(classes) - 1``.
         classes: names, in label order.
     """
 
-    train_images: Tensor
+    train_images: Tensor | Photographs
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
@@ -29,7 +32,9 @@ class ImageSet:
     @cached_property
     def train_digest(self) -> str:
         """SHA-256 over the training pixels and labels: what a stored model's key says about its data."""
-        return _digest(self.train_images, self.train_labels)
+        images = self.train_images
+        parts = (images.sizes, images.pixels) if isinstance(images, Photographs) else (images,)
+        return _digest(*parts, self.train_labels)
 
     @cached_property
     def test_digest(self) -> str:

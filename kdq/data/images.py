@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdq.data.augment import Augment, Augmentation, Preprocess
+from kdq.data.decoded import Photographs
 from kdq.data.image_set import ImageSet
 from kdq.data.loader import EvalLoader
 from kdq.data.source import Source, source
@@ -48,6 +49,8 @@ class Images:
         )
         self.preprocess = self._preprocess()
         self.augment = self._augment(dict(config["augment"]))
+        if isinstance(images.train_images, Photographs) and isinstance(self.augment, Augment):
+            raise KdqError("data.source.whole=true keeps images of several shapes: data.augment must be a ResizedCrop")
         if crop := getattr(self.augment, "size", None):
             if crop > min(self.height, self.width):
                 raise KdqError(f"data.augment.size={crop} is more than images of {self.height} x {self.width} have")
@@ -120,7 +123,7 @@ class Images:
         return EvalLoader(found, indices, EVAL_BATCH, preprocess=self.preprocess, rank=rank, world_size=world_size)
 
 
-def _channel_moments(images: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
+def _channel_moments(images: Tensor | Photographs, indices: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of the uint8 images ``(n, h, w, c)`` at ``indices``, on the scale 0 to 1,
     from histograms: exact, and without a copy of images that lie in a file."""
     counts = torch.zeros(images.shape[-1], 256, dtype=torch.int64)

@@ -59,10 +59,10 @@ class TrainLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         order = torch.randperm(len(self.indices), generator=generator)
-        draws = self.augment.draw(len(order), *self.source.size, generator)
+        draws = self.augment.draw(len(order), *self.source.size(self.indices[order]), generator)
         places = self._own(order)
         own = (values.to(self.source.device).split(self.local) for values in (self._own(draws), places))
-        batches = self.source.batches(self.indices[places], self.local)
+        batches = self.source.batches(self.indices[places], self.local, whole=True)
         for (images, labels), drawn, place in zip(batches, *own, strict=True):
             inputs = self.preprocess(self.augment(images, drawn))
             yield (inputs, labels, place) if self.indexed else (inputs, labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,27 +46,30 @@ class ResizedCrop:
         if not (self.size > 0 and 0 < self.scale <= 1 <= self.ratio and 0 <= self.jitter < 1):
             raise KdqError(f"data.augment={self}: size > 0, 0 < scale <= 1 <= ratio, 0 <= jitter < 1")
 
-    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    def draw(self, count: int, height: Any, width: Any, generator: torch.Generator) -> Tensor:
         """``(count, 8)`` float32: top, left, height and width of the rectangle, 1 where it is mirrored, and the factors
         of brightness, contrast and saturation. A rectangle that is longer than the image ends with it."""
         uniform = torch.rand(count, 8, generator=generator)
         area = height * width * (self.scale + (1 - self.scale) * uniform[:, 0])
         ratio = torch.exp(math.log(self.ratio) * (2 * uniform[:, 1] - 1))
-        sides = [(area / ratio).sqrt().round().clamp(1, height), (area * ratio).sqrt().round().clamp(1, width)]
-        rest = [(side + 1 - part) for side, part in zip((height, width), sides, strict=True)]
+        whole = [torch.as_tensor(side, dtype=torch.float32) for side in (height, width)]
+        sides = [(area / ratio).sqrt().round(), (area * ratio).sqrt().round()]
+        sides = [part.clamp(min=1).minimum(side) for part, side in zip(sides, whole, strict=True)]
+        rest = [(side + 1 - part) for side, part in zip(whole, sides, strict=True)]
         starts = [(drawn * left).floor() for drawn, left in zip(uniform[:, 2:4].T, rest, strict=True)]
         factors = 1 + self.jitter * (2 * uniform[:, 5:] - 1)
         return torch.stack([*starts, *sides, uniform[:, 4].round(), *factors.T], dim=1)
 
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """uint8 ``(batch, height, width, channels)`` by ``draws`` ``(batch, 8)``, to ``size`` x ``size`` pixels."""
-        batch, *_, channels = images.shape
-        cut = torch.empty(batch, self.size, self.size, channels, dtype=torch.uint8, device=images.device)
+    def __call__(self, images: Tensor | list[Tensor], draws: Tensor) -> Tensor:
+        """uint8 ``(batch, height, width, channels)``, or a list of images of their own sizes, by ``draws``
+        ``(batch, 8)``, to ``size`` x ``size`` pixels."""
+        device, channels = draws.device, images[0].shape[-1]
+        cut = torch.empty(len(images), self.size, self.size, channels, dtype=torch.uint8, device=device)
         for image, drawn, target in zip(images, draws.tolist(), cut, strict=True):
             top, left, height, width, mirrored = map(int, drawn[:5])
             part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
             # Of whole numbers there is a kernel for CPUs alone, and it is ten times as fast there.
-            part = part if images.device.type == "cpu" else part.float()
+            part = part if device.type == "cpu" else part.float()
             scaled = F.interpolate(part, size=(self.size, self.size), mode="bilinear", antialias=True)[0].round()
             scaled = scaled.flip(2) if mirrored else scaled
             target.copy_((_jittered(scaled, *drawn[5:]) if self.jitter else scaled).permute(1, 2, 0))
@@ -94,12 +98,12 @@ class RandAugment(ResizedCrop):
         if self.ops < 0 or not 0 <= self.magnitude <= 30:
             raise KdqError(f"data.augment={self}: ops >= 0, magnitude from 0 to 30")
 
-    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    def draw(self, count: int, height: Any, width: Any, generator: torch.Generator) -> Tensor:
         """``(count, 9)``: those of :class:`ResizedCrop`, and a seed for what torchvision draws itself."""
         crops = super().draw(count, height, width, generator)
         return torch.cat([crops, torch.randint(2**24, (count, 1), generator=generator).float()], dim=1)
 
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+    def __call__(self, images: Tensor | list[Tensor], draws: Tensor) -> Tensor:
         cut = super().__call__(images, draws[:, :8])
         operations = v2.RandAugment(self.ops, self.magnitude)
         with torch.random.fork_rng(devices=[]):

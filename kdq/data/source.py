@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from kdq.data.decoded import Photographs
 
 #: Batches that are read before they are asked for, and threads that read them. The images are decoded already: reading
 #: is copying, which frees Python's lock, so that threads do what a DataLoader's processes would, also inside the jobs
@@ -21,17 +24,27 @@ class Source:
     """Raw images and their labels.
 
     Args:
-        images: uint8 ``(images, height, width, channels)``.
+        images: uint8 ``(images, height, width, channels)``, or whole photographs.
         labels: int64 ``(images,)``.
         device: where batches are wanted.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
+    def __init__(self, images: Tensor | Photographs, labels: Tensor, device: torch.device) -> None:
         self.images, self.labels, self.device = images, labels, device
-        self.size: tuple[int, int] = (images.shape[1], images.shape[2])
 
-    def batches(self, indices: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(images, labels)`` of ``indices`` in order, ``batch_size`` at a time; the last batch may be smaller."""
+    def size(self, indices: Tensor) -> tuple[Any, Any]:
+        """Height and width: numbers, or, of photographs, tensors ``(indices,)``."""
+        if isinstance(self.images, Photographs):
+            height, width = self.images.sizes[indices].T
+            return height, width
+        return self.images.shape[1], self.images.shape[2]
+
+    def batches(self, indices: Tensor, batch_size: int, whole: bool = False) -> Iterator[tuple[Any, Tensor]]:
+        """``(images, labels)`` of ``indices`` in order, ``batch_size`` at a time; the last batch may be smaller.
+
+        Args:
+            whole: photographs are lists of images of their own shapes, and not the centres of these.
+        """
         raise NotImplementedError
 
 
@@ -41,7 +54,7 @@ class Resident(Source):
     def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
         super().__init__(images.to(device), labels.to(device), device)
 
-    def batches(self, indices: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, indices: Tensor, batch_size: int, whole: bool = False) -> Iterator[tuple[Any, Tensor]]:
         for chosen in indices.to(self.device).split(batch_size):
             yield self.images[chosen], self.labels[chosen]
 
@@ -50,11 +63,11 @@ class Streamed(Source):
     """The same batches from images that stay where they are: gathered by threads, page-locked, and copied to a GPU
     while it computes."""
 
-    def batches(self, indices: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        readers, waiting = ThreadPoolExecutor(READERS), deque[Future[tuple[Tensor, Tensor]]]()
+    def batches(self, indices: Tensor, batch_size: int, whole: bool = False) -> Iterator[tuple[Any, Tensor]]:
+        readers, waiting = ThreadPoolExecutor(READERS), deque[Future[tuple[Any, Tensor]]]()
         try:
             for chosen in indices.cpu().split(batch_size):
-                waiting.append(readers.submit(self._read, chosen))
+                waiting.append(readers.submit(self._read, chosen, whole))
                 if len(waiting) > AHEAD:
                     yield self._placed(*waiting.popleft().result())
             while waiting:
@@ -62,18 +75,31 @@ class Streamed(Source):
         finally:  # also when nobody wants the rest
             readers.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        images, labels = self.images[chosen], self.labels[chosen]
-        return (images.pin_memory(), labels.pin_memory()) if self.device.type == "cuda" else (images, labels)
+    def _read(self, chosen: Tensor, whole: bool) -> tuple[Any, Tensor]:
+        read = self.images.whole if whole and isinstance(self.images, Photographs) else self.images.__getitem__
+        images, labels = read(chosen), self.labels[chosen]
+        return (
+            (_each(images, Tensor.pin_memory), labels.pin_memory()) if self.device.type == "cuda" else (images, labels)
+        )
 
-    def _placed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def _placed(self, images: Any, labels: Tensor) -> tuple[Any, Tensor]:
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        return _each(images, place), place(labels)
 
 
-def source(images: Tensor, labels: Tensor, device: torch.device) -> Source:
-    """:class:`Resident` where the images take at most half of the device's memory, else :class:`Streamed`."""
-    kind = Resident if 2 * images.nbytes <= memory(device) else Streamed
-    return kind(images, labels, device)
+def _each(images: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``function`` of a batch, or of each of its images."""
+    return [function(image) for image in images] if isinstance(images, list) else function(images)
+
+
+def source(images: Tensor | Photographs, labels: Tensor, device: torch.device) -> Source:
+    """:class:`Resident` where the images are of one shape and take at most half of the device's memory, else
+    :class:`Streamed`."""
+    if isinstance(images, Tensor) and 2 * images.nbytes <= memory(device):
+        return Resident(images, labels, device)
+    return Streamed(images, labels, device)
 
 
 def memory(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import kdq.cli.app  # noqa: F401  the resolvers of conf/
 from kdq.data.images import Images
+from kdq.data.loader import TrainLoader
 from kdq.data.photographs import GREY, RandAugment, ResizedCrop
 from kdq.utils.config import compose, plain
 from kdq.utils.errors import KdqError
@@ -109,7 +110,7 @@ def test_evaluation_sees_the_centre_as_published(tmp_path: Path, interpolation: 
     )
     file = tmp_path / "root" / "test" / "a" / "0.png"
     torch.testing.assert_close(inputs[0], published(Image.open(file)), atol=1e-4, rtol=1e-4)
-    drawn = images.augment.draw(4, *images.source("train", cpu).size, torch.Generator())
+    drawn = images.augment.draw(4, *images.source("train", cpu).size(torch.arange(4)), torch.Generator())
     assert images.augment(images.set.train_images[:4], drawn).shape == (4, 32, 32, 3)
     with pytest.raises(KdqError, match="size=41 is more than images of 40 x 40"):
         Images(
@@ -123,3 +124,56 @@ def test_sizes_are_those_of_the_teachers_weights(tmp_path: Path) -> None:
     assert (data.image_size, data.augment.size, data.interpolation) == (232, 224, "bicubic")
     data = compose(["data=photographs", "data.root=x"]).data
     assert (data.image_size, data.augment.size, data.interpolation) == (256, 224, "bilinear")
+
+
+def test_whole_photographs_are_cropped_from_all_of_them_and_evaluated_at_their_centres(tmp_path: Path) -> None:
+    rng, shapes = np.random.default_rng(0), [(60, 90), (120, 60), (60, 60), (61, 75)]
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (folder := tmp_path / "root" / part / name).mkdir(parents=True)
+            for i, (height, width) in enumerate(shapes):
+                smooth = Image.fromarray(rng.integers(256, size=(6, 6, 3), dtype=np.uint8)).resize((width, height))
+                smooth.save(folder / f"{i}.png")
+    asked = [f"data.root={tmp_path / 'root'}", f"paths.output_dir={tmp_path}", f"paths.data_dir={tmp_path}"]
+    asked += ["data.image_size=40", "data.augment.size=32", "data.val_fraction=0.25", "data.train_limit=5"]
+    cut, whole = (
+        Images(instantiate(config.data.source), plain(config.data))
+        for config in (compose(["data=photographs", *asked, *more]) for more in ([], ["data.source.whole=true"]))
+    )
+    cpu, (train, val) = torch.device("cpu"), (whole.split.train, whole.split.val)
+    for part in ("val", "test"):
+        pairs = zip(cut.evaluation(part, cpu), whole.evaluation(part, cpu), strict=True)
+        assert all(torch.equal(mine, other) for pair in pairs for mine, other in zip(*pair, strict=True))
+    assert torch.equal(cut.set.train_images[train], whole.set.train_images[train])
+    assert cut.set.train_digest != whole.set.train_digest
+    unused = set(range(8)) - {*train.tolist(), *val.tolist()}
+    assert len(unused) == 1
+    assert all(whole.set.train_images.sizes[row].tolist() == [0, 0] for row in unused)
+    for row, image in zip(train.tolist(), whole.set.train_images.whole(train), strict=True):
+        file = tmp_path / "root" / "train" / "ab"[row // 4] / f"{row % 4}.png"
+        height, width = shapes[row % 4]
+        scale = 40 / min(height, width)
+        resized = Image.open(file).resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
+        assert np.array_equal(image.numpy(), np.asarray(resized))
+
+    loader = TrainLoader(
+        whole.source("train", cpu), train, 5, preprocess=whole.preprocess, augment=(crop := ResizedCrop(32)), seed=1,
+        epoch=lambda: 2, indexed=True,
+    )  # fmt: skip
+    ((inputs, labels, places),) = loader
+    generator = torch.Generator().manual_seed(1_000_005)
+    order = torch.randperm(5, generator=generator)
+    assert torch.equal(order, places)
+    drawn = crop.draw(5, *whole.set.train_images.sizes[train[order]].T, generator)
+    for image, x, (top, left, height, width, mirrored, *_) in zip(
+        whole.set.train_images.whole(train[order]), inputs, drawn.tolist(), strict=True
+    ):
+        box = [int(side) for side in (top, left, height, width)]
+        assert top + height <= image.shape[0]
+        assert left + width <= image.shape[1]
+        expected = tv.resized_crop(image.permute(2, 0, 1), *box, [32, 32], antialias=True)
+        expected = tv.horizontal_flip(expected) if mirrored else expected
+        assert torch.allclose(x, whole.preprocess(expected.permute(1, 2, 0)[None])[0])
+    assert torch.equal(labels, whole.set.train_labels[train[order]])
+    with pytest.raises(KdqError, match="must be a ResizedCrop"):
+        Images(whole.set, plain(compose(["data=photographs", *asked]).data) | {"augment": {"pad": 4}})
