@@ -175,16 +175,19 @@ def _decode_into(
     size, in_channels, _ = decode.keywords.values()
     try:
         for part, files in parts.items():
-            kept: Writer = OneShape(temporary, part, (len(files), size, size, in_channels))
-            if all_of_it := whole and part == "train":
-                kept = Shapes(temporary, part, len(files), rows[part], in_channels)
+            several = whole and part == "train"
+            kept: Writer = (
+                Shapes(temporary, part, len(files), rows[part], in_channels)
+                if several
+                else OneShape(temporary, part, (len(files), size, size, in_channels))
+            )
             with (
                 ThreadPoolExecutor(max_workers=usable_cores()) as pool,
                 progress(f"decoding {part} images", len(rows[part]), "image") as bar,
             ):
                 bar.update(kept.done)
                 asked = rows[part][kept.done :]
-                decoded = pool.map(partial(decode, whole=all_of_it), [files[row][0] for row in asked])
+                decoded = pool.map(partial(decode, whole=several), [files[row][0] for row in asked])
                 for done, (row, image) in enumerate(zip(asked, decoded, strict=True), kept.done + 1):
                     kept.put(row, image)
                     bar.update()

@@ -102,6 +102,7 @@ folder.image_folder({str(root)!r}, 6, 3, {str(tmp_path / "cache")!r}, whole={who
     assert found.train_digest == expected.train_digest
     names = [{path.name for path in (tmp_path / cache).glob("*/*")} for cache in ("cache", "other")]
     assert names[0] == names[1]
+    assert ("train_pixels" in names[0], "train_images.npy" in names[0]) == (whole, not whole)
 
 
 def test_images_of_16_bits_are_not_cut_off_at_8(root: Path, tmp_path: Path) -> None:
