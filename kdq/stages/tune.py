@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kdq.models.build import build
 from kdq.quant.fake import fake_quantized, layout, quantized, with_layout
+from kdq.quant.layers import LeftFloat
 from kdq.quant.network import Quantized
 from kdq.quant.packing.file import save_packed
 from kdq.quant.packing.weights import with_float_dtype
@@ -142,10 +143,12 @@ def _start(cell: Cell, entry: Entry, name: str, work: Path) -> tuple[Path, dict[
 
 def tuned(cell: Cell, entry: Entry, made: Entry) -> Tuned:
     """The network of a row, from the float model's ``entry`` and the tuned one that was ``made`` of it."""
-    report = made.metrics["report"] | {"layers": [LayerReport(**layer) for layer in made.metrics["report"]["layers"]]}
+    report = Report(**made.metrics["report"])
+    report.layers = [LayerReport(**values) for values in made.metrics["report"]["layers"]]
+    report.left = [LeftFloat(**values) for values in made.metrics["report"].get("left", ())]
     network = with_layout(build(cell.net_of(cell.role, entry)), made.metrics["layout"])
     network.load_state_dict(made.weights())
     network = quantized(network).to(cell.device).to(memory_format=torch.channels_last)
     if cell.cfg.quant.float_dtype is not None:
         network = with_float_dtype(network, cell.cfg.quant.float_dtype)
-    return Tuned(Quantized(network, Report(**report)), made.metrics["train_seconds"], made.metrics["epochs"])
+    return Tuned(Quantized(network, report), made.metrics["train_seconds"], made.metrics["epochs"])

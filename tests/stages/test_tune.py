@@ -42,6 +42,13 @@ def config(output: Path, *overrides: str) -> Any:
         return hydra.compose("config", [*ASKED, *tune, *overrides, f"paths.output_dir={output}"])
 
 
+def test_what_is_left_float_counts_in_the_row(tmp_path: Path) -> None:
+    (row,) = run(config(tmp_path, "quant.bits=2", "quant.keep_float=[conv1]"))
+    (plain,) = run(config(tmp_path, "quant.bits=2", "quant.keep_float=[conv1]", "tune=none"))
+    assert (row.avg_bits, row.weight_bits_total) == (plain.avg_bits, plain.weight_bits_total)
+    assert row.avg_bits > 2
+
+
 def test_rows_say_what_was_trained_and_what_it_computes(tmp_path: Path) -> None:
     cfg = config(tmp_path, "quant.bits=[2,4]")
     rows = run(cfg)
