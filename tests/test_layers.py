@@ -161,6 +161,7 @@ SHOWN = {
             "VID",
             "ReviewKD",
             "OFD",
+            "SimKD",
             "BYOT",
             "CTKD",
             "DIST",

@@ -25,6 +25,7 @@ from kdq.distill.qad import QAD, QAT
 from kdq.distill.reviewkd import ReviewKD
 from kdq.distill.rkd import RKD
 from kdq.distill.rld import RLD
+from kdq.distill.simkd import SimKD
 from kdq.distill.sp import SP
 from kdq.distill.teacher_student import TeacherStudent
 from kdq.distill.terms import Terms
@@ -60,6 +61,7 @@ __all__ = [
     "FitNets",
     "Mixup",
     "ReviewKD",
+    "SimKD",
     "TeacherStudent",
     "Terms",
     "TfKD",

@@ -118,6 +118,32 @@ def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
     return found
 
 
+def averaged_maps(network: nn.Module, images: Tensor) -> tuple[str, list[int], str]:
+    """The outermost layer that gives the maps whose means over their pixels the last linear layer takes; their shape,
+    without the batch; that linear layer.
+
+    >>> from kdq.models import CifarResNet
+    >>> averaged_maps(CifarResNet(8, num_classes=10).eval(), torch.randn(1, 3, 32, 32))
+    ('layer3', [64, 8, 8], 'fc')
+
+    Raises:
+        KdqError: it takes something else.
+    """
+    (embedding,) = found_layers(network, images, "embedding")
+    features = looked_at(network, images, [name for name, _ in network.named_modules() if name] + [embedding])
+    taken = features[embedding][0]
+    means = {name: x for name, (x, changed) in features.items() if x.ndim == 4 and not changed}
+    means = {name: x for name, x in means.items() if x.shape[:2] == taken.shape and _close(x.mean((2, 3)), taken)}
+    if not means:
+        raise KdqError(f"{type(network).__name__}'s classifier takes no means of a layer's maps over their pixels")
+    maps = max(reversed(means), key=lambda name: means[name].shape[2:].numel())
+    return maps, list(means[maps].shape[1:]), embedding.removesuffix(INPUT)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
 def looked_at(network: nn.Module, images: Tensor, names: Iterable[str]) -> dict[str, tuple[Tensor, bool]]:
     """The features at ``names`` that are tensors, without gradient, and whether what follows changes them in place."""
     first = next(network.parameters())

@@ -93,6 +93,12 @@ class DistillationModule(L.LightningModule):
         """The network that is validated and that the training is for: the averaged one where ``config.ema`` is set."""
         return self.student.eval_network
 
+    @staticmethod
+    def product(student: nn.Module, teacher: nn.Module, images: Tensor) -> nn.Module:
+        """The network that is trained and kept where ``student`` is given: itself, unless a method makes another one of
+        it by a look at what both make of ``images``."""
+        return student
+
     def networks(self) -> list[nn.Module]:
         """Every network that a step runs, the frozen ones too: what ``trainer.compile`` compiles."""
         return [learner.network for learner in self.learners.values()]

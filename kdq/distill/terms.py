@@ -115,6 +115,7 @@ def method_of(key: str, given: Mapping[str, Any]) -> tuple[type[TeacherStudent],
         kind = waiting.pop()
         waiting += kind.__subclasses__()
         path = f"{kind.__module__}.{kind.__qualname__}"
-        if kind.losses is TeacherStudent.losses and kind not in (TeacherStudent, Terms):
+        only_terms = kind.losses is TeacherStudent.losses and kind.product is TeacherStudent.product
+        if only_terms and kind not in (TeacherStudent, Terms):
             kinds[STABLE.get(path, path)] = kind
     return kinds[one_of(f"method.terms.{key}", STABLE.get(target, target), sorted(kinds))], options

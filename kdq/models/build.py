@@ -13,7 +13,8 @@ from kdq.utils.errors import KdqError
 
 
 def build(net: Mapping[str, Any]) -> nn.Module:
-    """Call ``net["_target_"]`` with the other entries that are not None; ``num_classes`` only where it takes that.
+    """Call ``net["_target_"]`` with the other entries that are not None, a ``net`` among them built first;
+    ``num_classes`` only where it takes that.
 
     The recipe is kept on the network as ``network.kdq_net``, so that a saved file can say how to rebuild it."""
     kwargs = {str(key): value for key, value in net.items() if key != "_target_" and value is not None}
@@ -25,8 +26,12 @@ def build(net: Mapping[str, Any]) -> nn.Module:
         inspect.signature(builder).bind(**kwargs)
     except TypeError as error:
         raise KdqError(f"{target} does not take these arguments ({error}): {sorted(kwargs)}") from error
+    said = dict(kwargs)
+    if isinstance(kwargs.get("net"), Mapping):
+        kwargs["net"] = build(kwargs["net"])
+        said["net"] = kwargs["net"].kdq_net
     network = builder(**kwargs)
     if not isinstance(network, nn.Module):
         raise KdqError(f"{target} returned {type(network).__name__}, not a torch.nn.Module")
-    network.kdq_net = {"_target_": target, **kwargs}  # type: ignore[assignment]
+    network.kdq_net = {"_target_": target, **said}  # type: ignore[assignment]
     return network

@@ -221,13 +221,13 @@ class CifarShuffleNetV2(nn.Module):
             nn.Sequential(_ShuffleDown(into, out), *(_ShuffleV2(out) for _ in range(count)))
             for into, out, count in ((24, 116, 3), (116, 232, 7), (232, 464, 3))
         )
-        self.conv2, self.bn2 = _conv(464, 1024, 1), nn.BatchNorm2d(1024)
+        self.conv2, self.bn2, self.relu = _conv(464, 1024, 1), nn.BatchNorm2d(1024), nn.ReLU()
         self.linear = nn.Linear(1024, num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(_pooled(F.relu(self.bn2(self.conv2(x)))))
+        return self.linear(_pooled(self.relu(self.bn2(self.conv2(x)))))
 
 
 class _ShuffleV2(nn.Module):

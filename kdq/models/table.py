@@ -19,11 +19,12 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kdq.models import cifar, libraries, networks
+from kdq.models import cifar, libraries, networks, reused
 from kdq.utils.errors import KdqError
 from kdq.utils.names import STABLE
 
-#: How an argument is checked: the type it has (a list is one of numbers), or the words or numbers it may be.
+#: How an argument is checked: the type it has (a list is one of numbers, a dict names a network of the table that takes
+#: no other), or the words or numbers it may be.
 Kind = type | tuple[str | int, ...]
 
 
@@ -79,6 +80,8 @@ def table() -> dict[str, Entry]:
         },
     }
     listed = torchvision.models.list_models(module=torchvision.models)
+    inside: dict[str, Kind] = {"net": dict, "maps": str, "classifier": str, "channels": int, "features": int}
+    entries["reused_classifier"] = Entry("kdq.models.reused_classifier", reused.reused_classifier, inside)
     by_name: dict[str, Kind] = {**_TORCHVISION, **_NORMALIZED, "name": tuple(listed)}
     del by_name["in_channels"]
     entries["torchvision_model"] = Entry("kdq.models.torchvision_model", libraries.torchvision_model, by_name)
@@ -94,7 +97,8 @@ def stored_name(net: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if net is None:
         return None
     entry = table().get(STABLE.get(str(net.get("_target_")), str(net.get("_target_"))))
-    return dict(net) if entry is None else {**net, "_target_": entry.target}
+    named = {name: stored_name(value) if isinstance(value, Mapping) else value for name, value in net.items()}
+    return named if entry is None else {**named, "_target_": entry.target}
 
 
 def is_in_table(net: Mapping[str, Any]) -> bool:
@@ -132,8 +136,15 @@ def build_small(net: Mapping[str, Any]) -> nn.Module:
     found = _size(_shaped(net, *LARGEST))
     if found > LARGEST or found[1] > LARGEST[1]:
         raise KdqError(f"the file names a network of {found[0]} tensors with {found[1]} values: build it yourself")
+    return _built(net)
+
+
+def _built(net: Mapping[str, Any]) -> nn.Module:
+    """The network of :func:`_entry`, which says what it is."""
     entry, arguments = _entry(net)
-    network = entry.build(**arguments)
+    network = entry.build(
+        **{k: _built(value) if isinstance(value, Mapping) else value for k, value in arguments.items()}
+    )
     network.kdq_net = {"_target_": entry.target, **arguments}  # type: ignore[assignment]
     return network
 
@@ -145,12 +156,10 @@ def _shaped(net: Mapping[str, Any], tensors: int, values: int) -> nn.Module:
         _check_size(entry, name, value, tensors, values)
     try:
         with torch.device("meta"), NumbersOnCpu():
-            network = entry.build(**arguments)
+            return _built(net)
     except Exception as error:  # constructors raise anything where numbers do not fit each other
         said = str(error) if isinstance(error, KdqError) else reprlib.repr(" ".join(str(error).split()))
         raise KdqError(f"the file names a {entry.target} that cannot be built: {said}") from None
-    network.kdq_net = {"_target_": entry.target, **arguments}  # type: ignore[assignment]
-    return network
 
 
 def _size(network: nn.Module) -> tuple[int, int]:
@@ -190,22 +199,28 @@ def _entry(net: Mapping[str, Any]) -> tuple[Entry, dict[str, Any]]:
 def _fits(kind: Kind | None, value: Any) -> bool:
     if isinstance(kind, tuple):
         return value in kind
+    if kind is dict:
+        return isinstance(value, Mapping) and is_in_table(value) and dict not in _entry(value)[0].takes.values()
     if kind is list:
         return isinstance(value, (list, tuple)) and all(type(x) in (int, float) and abs(x) < math.inf for x in value)
     if kind is float:
         return type(value) in (int, float) and 0 <= value < math.inf
     if kind is int:
         return type(value) is int and value > 0
-    return kind is bool and type(value) is bool
+    return kind in (bool, str) and type(value) is kind
 
 
 def _check_size(entry: Entry, name: str, value: Any, tensors: int, values: int) -> None:
     """Refuse a number that makes more than the file holds, so that even shapes are quickly made: a layer of the depth
     has a tensor; a class, channel or pixel a value; and a layer of n channels n² values."""
+    if isinstance(value, Mapping):
+        inner, arguments = _entry(value)
+        for part, number in arguments.items():
+            _check_size(inner, part, number, tensors, values)
     if entry.takes[name] not in (int, float):
         return
     asked = value
-    if name in ("width", "width_mult", "width_per_group"):
+    if name in ("width", "width_mult", "width_per_group", "features"):
         value, limit = value * entry.widest, math.sqrt(values)
     else:
         limit = tensors if name == "depth" else values

@@ -108,7 +108,7 @@ def check_quantizer(cell: Cell) -> None:
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:
         raise KdqError(f"quant.calibration_images={images} must be at least 1")
     config, search = quant_config(quant), search_config(quant)
-    network = checked_network(json.dumps(plain(cell.cfg[cell.role].net)), None)
+    network = checked_network(json.dumps(cell.net(cell.role)), None)
     layers = quantizable_layers(network, config.keep_float)
     if search is not None:
         check_average(network, layers, search, config)

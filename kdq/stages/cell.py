@@ -18,6 +18,7 @@ from torch import nn
 
 from kdq.data.image_set import ImageSet
 from kdq.data.images import Images
+from kdq.distill.module import DistillationModule
 from kdq.models.build import build
 from kdq.records.store import Entry, Store
 from kdq.stages.check import check_config
@@ -52,7 +53,7 @@ class Cell:
 
     def of_role(self, role: str) -> dict[str, Any]:
         """The config of ``teacher`` or ``student``; what ``trainer`` says for all trainings is in its recipe."""
-        config = plain(self.cfg[role])
+        config = plain(self.cfg[role]) | {"net": self.net(role)}
         return config | {"recipe": with_trainer_flags(config["recipe"], plain(self.cfg.trainer))}
 
     def training_flags(self) -> dict[str, Any]:
@@ -107,9 +108,19 @@ class Cell:
         tuned = "" if cfg.tune._target_ is None else f"-{cfg.tune.name}"
         return f"{cfg.data.name}-{cfg.method.name}-{role.name}-s{role.seed}-{cfg.quant.name}{tuned}"
 
+    def net(self, role: str) -> dict[str, Any]:
+        """How the network of a role is built: as the config says, or as the method makes it of that."""
+        net, target = plain(self.cfg[role].net), self.cfg.method._target_
+        if role == "teacher" or target is None:
+            return net
+        kind, own = hydra.utils.get_class(target), DistillationModule.product
+        if getattr(kind, "product", own) is own:
+            return net
+        return _product(kind, json.dumps(net), json.dumps(plain(self.cfg.teacher.net)), self.shape)
+
     def net_of(self, role: str, entry: Entry) -> dict[str, Any]:
         """How the stored network of a role is built."""
-        own, peers = plain(self.cfg[role].net), peers_of(plain(self.cfg.method)).values()
+        own, peers = self.net(role), peers_of(plain(self.cfg.method)).values()
         # Of networks that were trained together another one may be the best. Nothing else that a stored file names is
         # called.
         stored = stable(entry.metrics.get("net", own))
@@ -162,3 +173,12 @@ class Cell:
 def _image_set(source: str) -> ImageSet:
     """The images that ``source`` (JSON) describes, read and hashed once for all cells of a process."""
     return hydra.utils.instantiate(json.loads(source))
+
+
+@lru_cache(maxsize=16)
+def _product(kind: Any, student: str, teacher: str, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The net of what the method ``kind`` makes of two (JSON)."""
+    with torch.random.fork_rng(devices=[]):
+        images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        product = kind.product(*(build(json.loads(net)) for net in (student, teacher)), images)
+    return dict(product.kdq_net)

@@ -120,7 +120,7 @@ def best(
 
 def packed_network(cell: Cell, path: Path) -> nn.Module:
     """The packed network. One that files may not name (:mod:`kdq.models.table`) is built as the config says."""
-    net = plain(cell.cfg[cell.role].net)
+    net = cell.net(cell.role)
     return load_packed(path, None if is_in_table(net) else build(net))
 
 

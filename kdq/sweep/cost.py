@@ -11,7 +11,6 @@ from kdq.models.build import build
 from kdq.quant.operations import multiply_adds
 from kdq.stages.cell import Cell
 from kdq.stages.train import Model
-from kdq.utils.config import plain
 
 
 def model_work(cell: Cell, model: Model) -> float:
@@ -32,7 +31,7 @@ def row_work(cell: Cell, rows: int) -> float:
     data, images = cell.cfg.data, cell.images
     tested = min(len(images.set.test_images), data.test_limit or len(images.set.test_images))
     calibrated = 0 if cell.cfg.quant.solver is None else cell.cfg.quant.calibration_images
-    net = json.dumps(plain(cell.cfg[cell.role].net))
+    net = json.dumps(cell.net(cell.role))
     return (rows + 1) * (calibrated + tested) * _forward(net, (data.in_channels, images.height, images.width))
 
 

@@ -23,6 +23,7 @@ STABLE: dict[str, str] = {
     **_paths("models models.cifar", wide_resnet="WideResNet", cifar_vgg="CifarVGG"),
     **_paths("models models.cifar", cifar_mobilenet_v2="CifarMobileNetV2"),
     **_paths("models models.cifar", cifar_shufflenet_v1="CifarShuffleNetV1", cifar_shufflenet_v2="CifarShuffleNetV2"),
+    **_paths("models models.reused", reused_classifier="reused_classifier"),
     **_paths("models models.libraries", timm_model="timm_model", torchvision_model="torchvision_model"),
     **_paths("distill distill.module", cross_entropy="Baseline"),
     **_paths("distill distill.module distill.cross_entropy", cross_entropy="CrossEntropy"),
@@ -30,7 +31,7 @@ STABLE: dict[str, str] = {
         path: title.lower()
         for title in (
             *("VKD", "Mixup", "DKD", "DML", "FitNets", "AT", "SP", "RKD", "PKT", "NST", "VID", "ReviewKD", "CTKD"),
-            *("BYOT", "CRD", "MLKD", "OFD"),
+            *("BYOT", "CRD", "MLKD", "OFD", "SimKD"),
             *("DIST", "NKD", "TTM", "RLD", "TfKD", "Terms"),
         )
         for path in (f"kdq.distill.{title}", f"kdq.distill.{title.lower()}.{title}")

@@ -16,6 +16,10 @@ from kdq.models.build import build
 from kdq.models.table import LARGEST, _shaped, build_small, is_in_table, shape_of, stored_name, table
 from kdq.utils.errors import KdqError
 
+SMALL = {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3, "in_channels": 1, "width": 0.25}
+REUSED = {"_target_": "kdq.models.reused_classifier", "net": SMALL, "maps": "layer3", "classifier": "fc"}
+REUSED |= {"channels": 16, "features": 8}
+
 
 def _held(network: nn.Module) -> tuple[int, int]:
     state = network.state_dict()
@@ -40,6 +44,14 @@ def _held(network: nn.Module) -> tuple[int, int]:
         {"_target_": "torchvision.models.resnet18", "num_classes": 4},
         {"_target_": "torchvision.models.mobilenet_v2", "num_classes": 4, "width_mult": 0.25, "dropout": 0},
         {"_target_": "torchvision.models.regnet_y_400mf"},
+        {
+            "_target_": "kdq.models.reused_classifier",
+            "maps": "layer3",
+            "classifier": "fc",
+            "channels": 64,
+            "features": 24,
+        }
+        | {"net": {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3}},
         {"_target_": "kdq.models.torchvision_model", "name": "mobilenet_v2", "width_mult": 0.25, "num_classes": 4}
         | {"mean": [0.5] * 3, "std": [0.2] * 3, "data_mean": [0.4] * 3, "data_std": [0.3] * 3},
     ],
@@ -57,7 +69,7 @@ def test_every_network_that_a_config_builds_is_shaped_like_it(net: dict[str, Any
 
 def test_classification_networks_of_torchvision_are_filled_by_a_state_dict_alone() -> None:
     listed = torchvision.models.list_models(module=torchvision.models)
-    assert len(table()) == len(listed) + 11
+    assert len(table()) == len(listed) + 12
     for name in listed[::5]:  # of every family
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -88,6 +100,8 @@ def test_one_name_for_a_network_whatever_path_it_was_called_by() -> None:
         {"_target_": "kdq.models.resnet18", "num_classes": {"_target_": "os.getpid"}},
         *({"_target_": "kdq.models.resnet18", "num_classes": n} for n in (True, -1, 0, 2.0, "4", None, math.nan)),
         *({"_target_": "kdq.models.WhitenedNet", "num_classes": 3, "width": w} for w in (-1, math.nan, math.inf, "1")),
+        *(REUSED | {"net": net} for net in (REUSED, {"_target_": "os.getpid"}, "kdq.models.resnet18", None)),
+        *(REUSED | {name: 3.5} for name in ("maps", "classifier", "channels", "features")),
         {"num_classes": 4},
         [],
         None,
@@ -114,6 +128,22 @@ def test_what_is_not_what_the_file_holds(changes: dict[str, Any]) -> None:
     held = _held(build(net))
     with pytest.raises(KdqError, match="file"):
         shape_of({**net, **changes}, *held)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"features": features} for features in (9, 10**5, 10**400)),
+        *({"channels": channels} for channels in (17, 10**9)),
+        *({"maps": name} for name in ("layer9", "layer3.0.conv1.weight", "")),
+        *({"classifier": name} for name in ("layer3", "__class__")),
+        *({"net": SMALL | net} for net in ({"depth": 60000002}, {"width": 1e300}, {"num_classes": 10**9})),
+    ],
+)
+def test_a_reused_classifier_is_no_way_around(changes: dict[str, Any]) -> None:
+    held = _held(build(REUSED))
+    with pytest.raises(KdqError, match="file"):
+        shape_of({**REUSED, **changes}, *held)
 
 
 @pytest.mark.parametrize("changes", [{"depth": 60000002}, {"num_classes": 10**9}, {"width": 1e3}, {"width": 511.0}])
