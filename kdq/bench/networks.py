@@ -1,6 +1,6 @@
 """Whether any network is quantized: others' classification networks with random weights, each without an option.
 
-    python -m kdq.bench networks [PATTERN ...] [--library torchvision|timm] [--bits 4] [--images 8] [--largest 150]
+    python -m kdq.bench networks [PATTERN ...] [--library torchvision|timm] [--bits 4] [--images 32] [--largest 150]
         [--json FILE]
 
 Each is quantized, compared with its weights rounded to the nearest levels (relative errors of the outputs on the
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("patterns", nargs="*", default=["*"])
     parser.add_argument("--library", choices=("torchvision", "timm"), default="torchvision")
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--largest", type=float, default=150)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
