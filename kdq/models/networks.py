@@ -107,10 +107,10 @@ class _ResNet(tv.ResNet):
 
 
 def _resnet(
-    name: str, block: type[tv.BasicBlock | tv.Bottleneck], layers: list[int], says: str
+    depth: int, block: type[tv.BasicBlock | tv.Bottleneck], layers: list[int], millions: float
 ) -> Callable[..., nn.Module]:
-    """What builds one of torchvision's ResNets, called ``name``. ``stem="cifar"`` keeps small images at full
-    resolution: a 3x3 convolution with stride 1 and no max-pooling, the shape in which CIFAR weights such as
+    """What builds one of torchvision's ResNets. ``stem="cifar"`` keeps small images at full resolution: a 3x3
+    convolution with stride 1 and no max-pooling, the shape in which CIFAR weights such as
     ``edadaltocg/resnet50_cifar10`` are published; ``stem="imagenet"`` is the original 7x7 stride 2."""
 
     def build(
@@ -135,20 +135,14 @@ def _resnet(
             nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         return network
 
-    build.__qualname__, build.__doc__ = name, says
+    build.__qualname__ = f"resnet{depth}"
+    build.__doc__ = f"ResNet-{depth} (He et al. 2016, arXiv 1512.03385): {millions} M parameters with ten classes."
     return says_what_it_is(build)
 
 
-_RESNET = "(He et al. 2016, arXiv 1512.03385)"
-resnet18 = _resnet(
-    "resnet18", tv.BasicBlock, [2, 2, 2, 2], f"ResNet-18 {_RESNET}: 11.17 M parameters with ten classes."
-)
-resnet34 = _resnet(
-    "resnet34", tv.BasicBlock, [3, 4, 6, 3], f"ResNet-34 {_RESNET}: 21.28 M parameters with ten classes."
-)
-resnet50 = _resnet(
-    "resnet50", tv.Bottleneck, [3, 4, 6, 3], f"ResNet-50 {_RESNET}: 23.52 M parameters with ten classes."
-)
+resnet18 = _resnet(18, tv.BasicBlock, [2, 2, 2, 2], 11.17)
+resnet34 = _resnet(34, tv.BasicBlock, [3, 4, 6, 3], 21.28)
+resnet50 = _resnet(50, tv.Bottleneck, [3, 4, 6, 3], 23.52)
 
 
 class CifarResNet(nn.Module):

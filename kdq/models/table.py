@@ -64,27 +64,25 @@ def table() -> dict[str, Entry]:
     torchvision lists for classification."""
     stems: dict[str, Kind] = {**_NORMALIZED, "stem": ("cifar", "imagenet")}
     planes: dict[str, Kind] = {**_NORMALIZED, "depth": int, "width": float, "shortcut": ("A", "B"), "stem": int}
-    entries = {
-        "cifar_resnet": Entry("kdq.models.CifarResNet", networks.CifarResNet, planes, 64),
-        "whitened_net": Entry("kdq.models.WhitenedNet", networks.WhitenedNet, {**_OWN, "width": float}, 256),
-        "wide_resnet": Entry("kdq.models.WideResNet", cifar.WideResNet, {**_OWN, "depth": int, "width": int}, 64),
-        "cifar_vgg": Entry("kdq.models.CifarVGG", cifar.CifarVGG, {**_OWN, "depth": tuple(cifar.VGG)}),
-        "cifar_mobilenet_v2": Entry(
-            "kdq.models.CifarMobileNetV2", cifar.CifarMobileNetV2, {**_OWN, "width": float}, 1920
-        ),
-        "cifar_shufflenet_v1": Entry("kdq.models.CifarShuffleNetV1", cifar.CifarShuffleNetV1, _OWN),
-        "cifar_shufflenet_v2": Entry("kdq.models.CifarShuffleNetV2", cifar.CifarShuffleNetV2, _OWN),
-        **{
-            name: Entry(f"kdq.models.{name}", getattr(networks, name), stems)
-            for name in ("resnet18", "resnet34", "resnet50")
-        },
-    }
     listed = torchvision.models.list_models(module=torchvision.models)
     inside: dict[str, Kind] = {"net": dict, "maps": str, "classifier": str, "channels": int, "features": int}
-    entries["reused_classifier"] = Entry("kdq.models.reused_classifier", reused.reused_classifier, inside)
     by_name: dict[str, Kind] = {**_TORCHVISION, **_NORMALIZED, "name": tuple(listed)}
     del by_name["in_channels"]
-    entries["torchvision_model"] = Entry("kdq.models.torchvision_model", libraries.torchvision_model, by_name)
+    own: list[Entry] = [
+        Entry("kdq.models.CifarResNet", networks.CifarResNet, planes, 64),
+        Entry("kdq.models.WhitenedNet", networks.WhitenedNet, {**_OWN, "width": float}, 256),
+        Entry("kdq.models.WideResNet", cifar.WideResNet, {**_OWN, "depth": int, "width": int}, 64),
+        Entry("kdq.models.CifarVGG", cifar.CifarVGG, {**_OWN, "depth": tuple(cifar.VGG)}),
+        Entry("kdq.models.CifarMobileNetV2", cifar.CifarMobileNetV2, {**_OWN, "width": float}, 1920),
+        Entry("kdq.models.CifarShuffleNetV1", cifar.CifarShuffleNetV1, _OWN),
+        Entry("kdq.models.CifarShuffleNetV2", cifar.CifarShuffleNetV2, _OWN),
+        Entry("kdq.models.resnet18", networks.resnet18, stems),
+        Entry("kdq.models.resnet34", networks.resnet34, stems),
+        Entry("kdq.models.resnet50", networks.resnet50, stems),
+        Entry("kdq.models.torchvision_model", libraries.torchvision_model, by_name),
+        Entry("kdq.models.reused_classifier", reused.reused_classifier, inside),
+    ]
+    entries = {STABLE[entry.target]: entry for entry in own}
     for name in listed:
         # Weights are the file's own: nothing is ever fetched.
         build = partial(torchvision.models.get_model_builder(name), weights=None)

@@ -237,13 +237,14 @@ def _row(
     size = save_packed(network, cell.output / artifact, cell.images.card(), cell.images.set.classes)
     values: dict[str, Any] = dict(common) | dict(scores)
     config = cell.recorded()
+    unquantized = sum(parameter.numel() for parameter in network.parameters() if parameter.ndim >= 2)
     values |= {
         "bits": bits,
         "config": config | {"quant": config["quant"] | {"bits": None if common["search"] else bits}},
         "avg_bits": report.avg_bits if report.layers else float(report.float_bits),
         "top1_float": reference["top1"],
         "drop": round(reference["top1"] - scores["top1"], 4),
-        "weight_bits_total": report.weight_bits_total if report.layers else report.float_bits * _weights(network),
+        "weight_bits_total": report.weight_bits_total if report.layers else report.float_bits * unquantized,
         "size_bytes": size,
         "quantize_seconds": report.seconds,
         "bops": bit_operations(network, _image(cell)),
@@ -251,10 +252,6 @@ def _row(
         "artifact": str(artifact),
     }
     return Row(**values)
-
-
-def _weights(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters() if parameter.ndim >= 2)
 
 
 def _ready(cell: Cell, entry: Entry) -> nn.Module:
