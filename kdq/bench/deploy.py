@@ -76,7 +76,7 @@ class Bench:
         return {name: getattr(self.row, name) for name in names}
 
     def onnx(self, threads: Sequence[int]) -> dict[str, str]:
-        """Of the ONNX models in ONNX Runtime."""
+        """Latencies of the ONNX models in ONNX Runtime."""
         found: dict[str, str] = {}
         with TemporaryDirectory() as folder:
             models = {kind: self.packed.with_suffix(f".{kind}.onnx") for kind in ("fp32", "int8")}
@@ -91,7 +91,7 @@ class Bench:
         return found
 
     def runtimes(self, models: Mapping[str, Path], threads: int) -> dict[str, str]:
-        """Of the ONNX models in each runtime, and of the float network in torch, on the CPU."""
+        """Latencies of the ONNX models in each runtime, and of the float network in torch, on the CPU."""
         before = torch.get_num_threads()
         try:
             images = torch.randn(1, *self.cell.shape, generator=torch.Generator().manual_seed(0))
@@ -108,7 +108,7 @@ class Bench:
             torch.set_num_threads(before)
 
     def torch(self) -> dict[str, str]:
-        """Of the networks in torch, in float arithmetic."""
+        """Latencies of the networks in torch, in float arithmetic."""
         networks = {"float": self.cell.network(self.cell.role, float_model(self.cell))}
         networks |= {f"decode={decode}": load_packed(self.packed, decode=decode) for decode in DECODE}
         networks = {
@@ -119,7 +119,7 @@ class Bench:
         return self.compared(f"torch, {where}", partial(latency.of_networks, networks, self.cell.shape))
 
     def memory(self) -> dict[str, float]:
-        """Of the packed module, in fresh processes."""
+        """Memory of the packed module, in fresh processes."""
         found: dict[str, float] = {}
         for decode in DECODE:
             shape = json.dumps(self.cell.shape)
@@ -172,7 +172,7 @@ def static(model: Path, batches: Iterable[Tensor], target: Path) -> Path:
 
 
 def memory(packed: Path, decode: str, shape: list[int]) -> dict[str, float]:
-    """Of this process: bytes that the loaded module holds, and how much loading it and an image made the peak grow."""
+    """Bytes that the loaded module holds in this process, and how much loading it and an image made the peak grow."""
     image = torch.zeros(1, *shape)
     with torch.no_grad():
         nn.Conv2d(shape[0], 8, 3)(image)  # torch's own libraries are in memory now

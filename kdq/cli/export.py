@@ -191,7 +191,7 @@ def _cell(source: Source, network: nn.Module, overrides: Sequence[str]) -> tuple
 
 
 def _shape(network: nn.Module, cell: Cell | None) -> tuple[int, int, int]:
-    """Of one image, as the packed file says, and as the data set has it."""
+    """Shape of one image, as the packed file says, and as the data set has it."""
     card = getattr(network, "kdq_preprocess", None) or {}
     own = (len(card["mean"]), card["size"][0], card["size"][1]) if "size" in card else None
     if cell is None:

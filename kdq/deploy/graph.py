@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from kdq.deploy.extra import needs
 from kdq.deploy.fold import folded
+from kdq.deploy.runtime import needs
 from kdq.quant.activations import ActivationQuantizer, remove_hooks
 from kdq.quant.packing.packed import keep_decoded
 from kdq.quant.packing.weights import copied

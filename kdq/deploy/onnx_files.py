@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from kdq.deploy.calibrate import divergence, histograms
 from kdq.deploy.codes import codes_graph
-from kdq.deploy.extra import needs
 from kdq.deploy.graph import FloatGraph, float_graph
 from kdq.deploy.qdq import ACT_BITS, int8_graph, unmeasured
+from kdq.deploy.runtime import needs
 from kdq.quant.activations import RANGES
 from kdq.utils.checks import one_of
 from kdq.utils.errors import KdqError

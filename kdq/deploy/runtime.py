@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from kdq.deploy.extra import needs
 from kdq.utils.cpu import usable_cores
 from kdq.utils.errors import KdqError
+
+
+def needs(*packages: str) -> None:
+    """Refuse to go on without ``packages``, which ``kdq[deploy]`` installs."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise KdqError(f"{', '.join(missing)} not installed: pip install 'kdq[deploy]'")
 
 
 def session(model: bytes | Path, threads: int | None = None) -> Any:

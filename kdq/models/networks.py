@@ -22,7 +22,7 @@ from kdq.utils.errors import KdqError
 
 #: One value for each channel of an image.
 Channels = Sequence[float] | None
-#: Of a network: ``mean, std, data_mean, data_std``.
+#: The ``mean, std, data_mean, data_std`` of a network.
 Normalization = tuple[Channels, Channels, Channels, Channels]
 
 

@@ -21,7 +21,7 @@ def share(count: int) -> int:
 
 
 def rank() -> int:
-    """Of this process where torch.distributed runs; else 0."""
+    """This process's number where torch.distributed runs; else 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

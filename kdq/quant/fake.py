@@ -131,7 +131,7 @@ class FakeQuantizeInput(nn.Module):
 
 
 class _RoundInput(torch.autograd.Function):
-    """The same for a whole tensor, in its dtype: of float32 what the kernel of quantized networks gives, bit for bit.
+    """The same rounding of a whole tensor, in its dtype: what the kernel of quantized networks gives, bit for bit.
 
     Every pass over the tensor keeps its dtype: those that make booleans, or go from one type to another, cost a CPU
     four times as much.

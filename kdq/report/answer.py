@@ -133,7 +133,7 @@ def contests(frame: pd.DataFrame) -> list[Contest]:
 
 
 def rivals(contest: Contest, compared: Iterable[Comparison]) -> dict[Model, set[Model]]:
-    """By each student of ``contest`` that was chosen among several distilled ones, those."""
+    """The distilled models among which each student of ``contest`` was chosen, where there were several."""
     distilled = {
         each.a
         for each in compared

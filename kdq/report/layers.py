@@ -38,7 +38,7 @@ class Frontier:
 
 
 def mixed_widths(output: Path, rows: Iterable[Row]) -> dict[str, Widths]:
-    """By ``config_hash``: the widths of every row whose layers differ in them, from the headers of the packed files
+    """Widths by ``config_hash``, of every row whose layers differ in them, from the headers of the packed files
     below ``output``. Rows without a file (copied from elsewhere, say) are not in it; a damaged file is named in a
     warning."""
     found = {}
@@ -59,7 +59,7 @@ def mixed_widths(output: Path, rows: Iterable[Row]) -> dict[str, Widths]:
 
 
 def frontiers(output: Path, rows: Iterable[Row]) -> dict[str, Frontier]:
-    """By ``config_hash``: the frontier of every searched row that left one; a damaged file is named in a warning."""
+    """Frontiers by ``config_hash``, of every searched row that left one; a damaged file is named in a warning."""
     there = {path.name: path for path in (output / "store" / "search").glob("frontier-*.json")}
     found = {}
     for row in rows:

@@ -40,7 +40,7 @@ def _fonts(width: float, size: float, *fonts: str) -> dict[str, Any]:
 
 
 _TIMES = ("Times New Roman", "Nimbus Roman", "TeX Gyre Termes", "STIXGeneral")
-#: Of ``kdq-report --style``, beside Matplotlib's own and files of its settings: one column of these journals.
+#: Choices of ``kdq-report --style``, beside Matplotlib's own and files of its settings: one column of these journals.
 STYLES = {
     "screen": _fonts(4.8, 9, "DejaVu Sans"),
     "ieee": _fonts(3.5, 8, *_TIMES),

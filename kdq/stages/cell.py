@@ -82,12 +82,12 @@ class Cell:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image: ``(channels, height, width)``."""
+        """Shape of one image, ``(channels, height, width)``."""
         return (self.cfg.data.in_channels, self.images.height, self.images.width)
 
     @cached_property
     def device(self) -> torch.device:
-        """Where networks are quantized and evaluated; Lightning places trainings by the same setting."""
+        """The device that quantizes and evaluates networks; Lightning places trainings by the same setting."""
         accelerator = self.cfg.trainer.accelerator
         if accelerator == "cpu":
             return torch.device("cpu")

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.deploy.extra import needs
 from kdq.deploy.onnx_files import CLOSEST, FORMATS, onnx_models
-from kdq.deploy.runtime import session, top1
+from kdq.deploy.runtime import needs, session, top1
 from kdq.models.build import build
 from kdq.models.table import is_in_table
 from kdq.quant.activations import RANGES

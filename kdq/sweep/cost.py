@@ -14,7 +14,7 @@ from kdq.stages.train import Model
 
 
 def model_work(cell: Cell, model: Model) -> float:
-    """Of training ``model``; 0 where it is not known. A backward pass counts as two forward passes; frozen networks
+    """Work of training ``model``; 0 where it is unknown. A backward pass counts as two forward passes; frozen networks
     have none."""
     if model.training is None:
         return 0.0
@@ -27,7 +27,7 @@ def model_work(cell: Cell, model: Model) -> float:
 
 
 def row_work(cell: Cell, rows: int) -> float:
-    """Of quantizing one model to ``rows`` widths together and evaluating each; solvers come on top."""
+    """Work of quantizing one model to ``rows`` widths together and evaluating each; solvers come on top."""
     data, images = cell.cfg.data, cell.images
     tested = min(len(images.set.test_images), data.test_limit or len(images.set.test_images))
     calibrated = 0 if cell.cfg.quant.solver is None else cell.cfg.quant.calibration_images
@@ -37,7 +37,7 @@ def row_work(cell: Cell, rows: int) -> float:
 
 @lru_cache(maxsize=64)
 def _forward(net: str, image: tuple[int, int, int]) -> float:
-    """Of one image through one network, counted on shapes alone; 0 for a network that needs real numbers."""
+    """Work of one image in one network, counted on shapes alone; 0 for a network that needs real numbers."""
     try:
         with torch.device("meta"):
             return float(multiply_adds(build(json.loads(net)), torch.zeros(1, *image)))

@@ -42,7 +42,7 @@ def log_sweep(cfg: DictConfig, rows: Sequence[Row]) -> None:
 
 
 def _log_data(track: RunLogger, data: str, frame: pd.DataFrame, means: pd.DataFrame) -> None:
-    """Of one data set: its rows, and its cells, which are means over seeds."""
+    """Log one data set: its rows, and its cells, which are means over seeds."""
     points = _points(means, "size_bytes", "top1")
     front = [points[i] for i in pareto([size for size, _ in points], [top1 for _, top1 in points])]
 

@@ -83,7 +83,7 @@ def _resources(cfg: DictConfig, num_cpus: float, num_gpus: float) -> dict[str, f
 
 
 def _check(present: dict[str, float], asked: Sequence[dict[str, float]]) -> None:
-    """For what is not there, Ray would wait for ever."""
+    """Refuse what is not there, for which Ray would wait for ever."""
     for name, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
         most = max(own[name] for own in asked)
         if most > present.get(kind, 0):

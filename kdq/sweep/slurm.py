@@ -78,7 +78,7 @@ def _submit(task: Task) -> Any:
 
 
 def _wait(jobs: Sequence[Any]) -> None:
-    """Until all have ended. Results are files; only for jobs that leave none Slurm must be asked."""
+    """Wait until all have ended. Results are files; only for jobs that leave none Slurm must be asked."""
     asked = time.monotonic()
     while not all(job.done() for job in jobs):
         time.sleep(LOOK)

@@ -74,7 +74,7 @@ OUTPUT = "output.log"
 
 
 def folder(cfg: DictConfig) -> Path:
-    """Where the job with this config writes."""
+    """The folder that the job with this config writes to."""
     return Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
 
 

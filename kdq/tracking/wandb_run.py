@@ -155,7 +155,7 @@ class WandbLog(Log):
 
 
 class _Logger(WandbLogger):
-    """For Lightning: metrics through ``track``."""
+    """The logger that Lightning gets: its metrics go through ``track``."""
 
     def __init__(self, track: WandbLog) -> None:
         super().__init__(experiment=track.run)

@@ -18,7 +18,7 @@ AUTO = "auto"
 ROUNDS = 5
 #: How much slower than the best a number is whose try ends early; and already after a step that would not count.
 CLEARLY, HOPELESS = 2.0, 20.0
-#: Of the time on fewer threads, what more threads must need less than.
+#: Share of the time on fewer threads that more threads must need less than.
 WORTH = 0.95
 #: Steps are late when they take longer than so many usual ones; a new try begins when all delays together are so long,
 #: in usual steps. (A disk that is slow once does not start one; a thread that waits for a core does within seconds.)
@@ -28,7 +28,7 @@ SELDOM = 100.0
 
 #: Where Linux says how much time a control group (a container, a Slurm job) may have: microseconds a period.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
-#: Of malloc.h: how much free memory at the heap's end is given back, and how many blocks may be maps of their own.
+#: Parameters of malloc.h: free memory kept at the end of the heap, and how many blocks may be maps of their own.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
@@ -66,7 +66,7 @@ def thread_numbers(threads: int | str = AUTO) -> list[int]:
 
 
 def use_cores(threads: int | str = AUTO) -> None:
-    """As many threads as the user says, or else one for each usable core.
+    """Use as many threads as the user says, or else one for each usable core.
 
     torch counts the machine's cores; in a container with a share of them its threads would wait for each other.
     """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 
 import kdq
-from kdq.deploy import extra
+from kdq.deploy import runtime
 from kdq.deploy.calibrate import histograms
 from kdq.deploy.onnx_files import onnx_models
 from kdq.deploy.runtime import logits, session
@@ -390,6 +390,6 @@ def test_missing_calibration_packages_and_formats_are_told(mixed: nn.Module, mon
         onnx_models(mixed, SHAPE, ["int8"], [])
     with pytest.raises(kdq.KdqError, match="fp32, int8"):
         onnx_models(mixed, SHAPE, ["int4"])
-    monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(kdq.KdqError, match=r"onnxruntime not installed: pip install 'kdq\[deploy\]'"):
         onnx_models(mixed, SHAPE, ["int8"])

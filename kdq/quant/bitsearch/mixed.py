@@ -50,12 +50,12 @@ class MixedPrecision:
 
     @property
     def avg_bits(self) -> list[float]:
-        """Of each point, in the order of ``found.points``."""
+        """Average bits of each point, in the order of ``found.points``."""
         return [self.bank.avg_bits(point.assignment) for point in self.found.points]
 
     @property
     def size_bytes(self) -> list[int]:
-        """Of each point, in the order of ``found.points``, but for some bytes of the file's header."""
+        """Bytes of each point, in the order of ``found.points``, but for some bytes of the file's header."""
         return [self.bank.size_bytes(point.assignment) for point in self.found.points]
 
     def metrics(self) -> list[dict[str, float]]:
