@@ -33,13 +33,13 @@ from kdq.models.build import build
 from kdq.models.weights import read_state_dict
 from kdq.quant.bitsearch.trace import Measure, Trace
 from kdq.quant.callback import GreedyBitSearch
-from kdq.quant.packing.file import _checksum
+from kdq.quant.packing.file import checksum
 from kdq.records.failures import Failure, read_failures, record
 from kdq.records.rows import read_row, read_rows, write_row
 from kdq.records.store import Store
 from kdq.report.layers import frontiers, mixed_widths
 from kdq.report.write import write_report
-from kdq.train.fit import _finished_epochs
+from kdq.train.fit import finished_epochs
 from kdq.utils.errors import KdqError
 from tests.rows import ROW
 
@@ -234,11 +234,11 @@ def test_checkpoints(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": {"a": torch.ones(100)}}, path)
     for content in damaged(path.read_bytes()):
         path.write_bytes(content)
-        if not refused(lambda: _finished_epochs(path), path):
-            assert _finished_epochs(path) >= 0
+        if not refused(lambda: finished_epochs(path), path):
+            assert finished_epochs(path) >= 0
     for value in ({"epoch": Bomb(tmp_path)}, {"epoch": None}, {}, [], {"epoch": "x"}):
         torch.save(value, path)
-        assert refused(lambda: _finished_epochs(path), path)
+        assert refused(lambda: finished_epochs(path), path)
     assert not (tmp_path / MARK).exists()
 
 
@@ -254,7 +254,7 @@ def test_packed_models_of_someone_who_knows_the_checksum(tmp_path: Path) -> None
     header, image = json.loads(metadata["kdq"]), torch.randn(2, 1, 8, 8)
     for one in itertools.islice(variants(header), 0, None, 5):
         text = json.dumps(one)
-        signed = {"kdq": text, "sha256": _checksum(text, tensors), "format": metadata.get("format", "")}
+        signed = {"kdq": text, "sha256": checksum(text, tensors), "format": metadata.get("format", "")}
         save_file(tensors, path, signed)
         if refused(lambda: kdq.load(path), path):
             continue

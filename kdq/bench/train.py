@@ -135,7 +135,7 @@ def gflops_per_image(method: str, student: str, teacher: str) -> float:
     return 2e-9 * (3 * learning + teaching)
 
 
-def _cases(part: str, methods: Sequence[str] = METHODS) -> list[Case]:
+def trainings_of(part: str, methods: Sequence[str] = METHODS) -> list[Case]:
     """The trainings of a part; each is measured with kdq's loop and, where it has any, the loops beside it."""
     first = Case()
     if part == "methods":
@@ -155,7 +155,7 @@ def _cases(part: str, methods: Sequence[str] = METHODS) -> list[Case]:
 
 
 def _trainings(part: str, methods: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
-    for case in _cases(part, methods):
+    for case in trainings_of(part, methods):
         case = replace(case, seconds=max(seconds, case.seconds if case.compile else 0))
         yield {**asdict(case), **(_kdq(case) if case.loop == "kdq" else _separately(case))}
 

@@ -63,7 +63,7 @@ def _job(cfg: DictConfig) -> list[Row] | float | list[float]:
         _keep_trace()
         if not alone or cfg.kdq.debug:
             raise
-        _fail(error)  # Hydra would put a line of its own before ours
+        fail(error)  # Hydra would put a line of its own before ours
 
 
 def _place() -> Job:
@@ -92,10 +92,10 @@ def main() -> None:
     except Exception as error:
         if any(argument.lower() == "kdq.debug=true" for argument in sys.argv[1:]):
             raise
-        _fail(error)
+        fail(error)
 
 
-def _fail(error: Exception) -> NoReturn:
+def fail(error: Exception) -> NoReturn:
     if not interrupted():
         print(f"kdq: {describe(error)}", file=sys.stderr)
     sys.exit(1)

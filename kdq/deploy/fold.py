@@ -31,18 +31,12 @@ Coded = QuantizedWeight | PackedWeight
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """A weight as ``scale * codes`` per output channel.
+    """A weight as ``scale * codes`` per output channel. Those that are ``exact`` have the values of the weight that it
+    was made from, and not the nearest of 255 levels."""
 
-    Attributes:
-        codes: int8, in the weight's shape.
-        scale: float32, positive, ``(out_channels,)``.
-        exact: bool ``(out_channels,)``: the channel's values are those of the weight it was made from, and not the
-            nearest of 255 levels.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    exact: Tensor
+    codes: Tensor  # int8, in the weight's shape
+    scale: Tensor  # float32, positive, (out_channels,)
+    exact: Tensor  # bool, (out_channels,)
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,18 +25,11 @@ _HALVES = dict.fromkeys(("googlenet", "inception_v3"), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What published weights were evaluated on.
+    """What published weights were evaluated on; ``mean`` and ``std`` are of each channel, on the scale 0 to 1."""
 
-    Attributes:
-        size: pixels of the square that is cut from the centre.
-        shorter: pixels of the shorter side that an image is scaled to before.
-        interpolation: ``nearest``, ``bilinear`` or ``bicubic``.
-        mean, std: of each channel, on the scale 0 to 1.
-    """
-
-    size: int
-    shorter: int
-    interpolation: str
+    size: int  # pixels of the square that is cut from the centre
+    shorter: int  # pixels of the shorter side that an image is scaled to before
+    interpolation: str  # nearest, bilinear or bicubic
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

@@ -30,19 +30,12 @@ Kind = type | tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """A network of the table.
+    """A network of the table."""
 
-    Attributes:
-        target: the name that files give it, whatever its path is today.
-        build: from arguments to the network.
-        takes: the arguments that a file may give.
-        widest: channels of its widest layer at ``width`` 1, where it has one.
-    """
-
-    target: str
+    target: str  # the name that files give it, whatever its path is today
     build: Callable[..., nn.Module]
-    takes: Mapping[str, Kind]
-    widest: int = 1
+    takes: Mapping[str, Kind]  # the arguments that a file may give
+    widest: int = 1  # channels of its widest layer at width 1, where it has one
 
 
 #: The largest network that is built without a look at what holds its weights: ten thousand tensors, 4 GB of values.

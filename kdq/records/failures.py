@@ -21,21 +21,13 @@ from kdq.utils.messages import describe
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that was not made.
+    """One thing that was not made."""
 
-    Attributes:
-        name: of the cell or the model, for people.
-        key: of the row or the model.
-        cause: one line.
-        log: the file to read next; empty when there is none.
-        overrides: what composes the cell again.
-    """
-
-    name: str
-    key: str
-    cause: str
-    log: str
-    overrides: list[str]
+    name: str  # of the cell or the model, for people
+    key: str  # of the row or the model
+    cause: str  # one line
+    log: str  # the file to read next; empty when there is none
+    overrides: list[str]  # what composes the cell again
     time: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"))
 
 

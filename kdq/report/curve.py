@@ -15,15 +15,10 @@ class Curve:
     """A model's widths by size, for each of its seeds.
 
     Accuracies are as measured, also where a larger file is worse: taking the best so far would let the test set select.
-
-    Attributes:
-        sizes: ``(k,)`` bytes, increasing; of each width, the mean over seeds (which are a few bytes apart).
-        top1: ``(seeds, k)`` percent.
-        seeds: their numbers.
     """
 
-    sizes: np.ndarray
-    top1: np.ndarray
+    sizes: np.ndarray  # (k,) bytes, increasing; of each width, the mean over seeds (which are a few bytes apart)
+    top1: np.ndarray  # (seeds, k) percent
     seeds: tuple[int, ...]
 
     def at(self, sizes: float | Sequence[float] | np.ndarray) -> np.ndarray:

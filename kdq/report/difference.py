@@ -14,21 +14,14 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Difference:
-    """``mean(a) - mean(b)`` with Welch's test (unequal variances, two-sided).
-
-    Attributes:
-        value: the difference.
-        low, high: its 95 % confidence interval; NaN where there is no test.
-        p: of the hypothesis that the means are equal; NaN where there is no test: fewer than two seeds on a side, or
-            no spread on both.
-        n_a, n_b: seeds on each side.
-    """
+    """``mean(a) - mean(b)`` with Welch's test (unequal variances, two-sided), if there is one: its numbers are NaN
+    where a side has fewer than two seeds, or neither has any spread."""
 
     value: float
-    low: float
+    low: float  # of the 95 % confidence interval
     high: float
-    p: float
-    n_a: int
+    p: float  # of the hypothesis that the means are equal
+    n_a: int  # seeds
     n_b: int
 
     @property

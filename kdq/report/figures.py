@@ -54,7 +54,7 @@ def write_figures(material: Material, folder: Path, style: str = "screen") -> li
             ("accuracy_vs_bytes", shown, _against_bytes),
             ("accuracy_vs_latency", material.timed, _against_latency),
             ("drop_vs_bits", shown, _drops),
-            ("settings", settings(material.named), _settings),
+            ("settings", settings(material.named), draw_settings),
         ):
             if len(cells):
                 written += _save(_panels(cells, draw, looks), folder / stem)
@@ -196,7 +196,7 @@ def _against_latency(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) 
     panel.set(xlabel=part["label"].iloc[0], ylabel="top-1 (%)", xlim=(0, 1.1 * part["ms_high"].max()))
 
 
-def _settings(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
+def draw_settings(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
     """One point per row, and which are the front of a search for accuracy on validation images and few bytes."""
     for model, group in part.groupby(["method", "arch"], sort=True):
         panel.plot(group["size_bytes"], group["val_top1"], ls="", **style[model])

@@ -42,25 +42,15 @@ BASELINE = "baseline"
 
 @dataclass(frozen=True)
 class Model:
-    """A float model, made or not.
+    """A float model, made or not."""
 
-    Attributes:
-        spec: everything that affects its weights.
-        slug: of its folder in the store, unless it was made under another name.
-        name: for people, in plans, jobs and logs; says its role.
-        role: ``teacher``, ``student`` or ``tuned``.
-        needs: the models that must be there first.
-        make: see :meth:`kdq.records.store.Store.get_or_make`.
-        training: how it is trained; None for one that is read from a file.
-    """
-
-    spec: Mapping[str, Any]
-    slug: str
-    name: str
-    role: str
-    needs: tuple[Model, ...]
+    spec: Mapping[str, Any]  # everything that affects its weights
+    slug: str  # of its folder in the store, unless it was made under another name
+    name: str  # for people, in plans, jobs and logs; says its role
+    role: str  # teacher, student or tuned
+    needs: tuple[Model, ...]  # the models that must be there first
     make: Make
-    training: TrainingSpec | None = None
+    training: TrainingSpec | None = None  # None for one that is read from a file
 
     @cached_property
     def key(self) -> str:

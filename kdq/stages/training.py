@@ -36,20 +36,13 @@ from kdq.utils.errors import KdqError
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network as it enters a training.
+    """A network as it enters a training. From a packed file (``.kdq``) it rounds its weights to the file's alphabets
+    whenever it runs."""
 
-    Attributes:
-        name: for people.
-        net: its recipe, for :func:`kdq.models.build.build`.
-        seed: of its random weights.
-        weights: the file that it starts from, ``imagenet``, or None: random. A packed one (``.kdq``) makes a network
-            that rounds its weights to the file's alphabets whenever it runs.
-    """
-
-    name: str
-    net: Mapping[str, Any]
-    seed: int
-    weights: str | None
+    name: str  # for people
+    net: Mapping[str, Any]  # its recipe, for kdq.models.build.build
+    seed: int  # of its random weights
+    weights: str | None  # the file that it starts from, or imagenet; None: random
 
     def build(self) -> nn.Module:
         torch.manual_seed(self.seed)
@@ -65,29 +58,19 @@ class NetworkSpec:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """A training, apart from the data and the machine; all of it are JSON values.
+    """A training, apart from the data and the machine; all of it are JSON values. ``slug``, ``name`` and ``key`` are of
+    the model that it makes, see :class:`kdq.stages.train.Model`."""
 
-    Attributes:
-        label: the method's name for people and logs.
-        job_type: ``teacher``, ``distill`` or ``tune``: what the logger files it under.
-        method: ``_target_``, a :class:`~kdq.distill.module.DistillationModule`, and its options.
-        recipe: the fields of :class:`~kdq.train.recipe.Recipe`.
-        networks: ``student`` and what else the method takes.
-        slug, name, key: of the model that it makes; see :class:`kdq.stages.train.Model`.
-        inputs: references to the stored models that it takes, for its log.
-        images, images_seed: train on so many calibration images, drawn by the seed; None: on all training images.
-    """
-
-    label: str
-    job_type: str
-    method: Mapping[str, Any]
-    recipe: Mapping[str, Any]
-    networks: Mapping[str, NetworkSpec]
+    label: str  # the method's name for people and logs
+    job_type: str  # teacher, distill or tune: what the logger files it under
+    method: Mapping[str, Any]  # _target_, a kdq.distill.module.DistillationModule, and its options
+    recipe: Mapping[str, Any]  # the fields of kdq.train.recipe.Recipe
+    networks: Mapping[str, NetworkSpec]  # student and what else the method takes
     slug: str
     name: str
     key: str
-    inputs: Sequence[str] = ()
-    images: int | None = None
+    inputs: Sequence[str] = ()  # references to the stored models that it takes, for its log
+    images: int | None = None  # so many calibration images, drawn by images_seed; None: all training images
     images_seed: int = 0
 
     @classmethod

@@ -39,50 +39,29 @@ _BITS = "quant.bits="
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a wave.
+    """One job of a wave."""
 
-    Attributes:
-        name: says the model or the cell.
-        kind: ``teacher``, ``student``, ``tuned`` or ``rows``.
-        what: says more.
-        overrides: what composes the config that makes it.
-        makes: what will be there afterwards, a model or rows: key to name.
-        needs: keys of the models that other jobs make before.
-        work: multiply-accumulate operations, roughly.
-        columns: optional columns that its rows will have, and what some of them will say.
-    """
-
-    name: str
-    kind: str
-    what: str
-    overrides: Overrides
-    makes: dict[str, str]
-    needs: frozenset[str]
-    work: float
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # says the model or the cell
+    kind: str  # teacher, student, tuned or rows
+    what: str  # says more
+    overrides: Overrides  # what composes the config that makes it
+    makes: dict[str, str]  # what will be there afterwards, a model or rows: key to name
+    needs: frozenset[str]  # keys of the models that other jobs make before
+    work: float  # multiply-accumulate operations, roughly
+    columns: Mapping[str, Any] = field(default_factory=dict)  # optional ones of its rows, and what some will say
 
 
 @dataclass
 class Plan:
-    """What a sweep does.
+    """What a sweep does."""
 
-    Attributes:
-        output: the folder that has the store and the rows.
-        cells: the overrides of each cell of the grid.
-        waves: jobs that may run at once, in order.
-        rows: the distinct rows that were asked for, whether they are there or not: key to the cell's name.
-        models_there: how many models of missing rows are in the store.
-        speed: operations a second of the trainings of those; 0 where there is none.
-        impossible: cells that cannot even be planned: their overrides, and why.
-    """
-
-    output: Path
-    cells: Sequence[Overrides]
-    waves: list[list[Job]] = field(default_factory=list)
-    rows: dict[str, str] = field(default_factory=dict)
-    models_there: int = 0
-    speed: float = 0.0
-    impossible: list[tuple[Overrides, str]] = field(default_factory=list)
+    output: Path  # has the store and the rows
+    cells: Sequence[Overrides]  # of each cell of the grid
+    waves: list[list[Job]] = field(default_factory=list)  # jobs that may run at once, in order
+    rows: dict[str, str] = field(default_factory=dict)  # asked for, there or not: key to the cell's name
+    models_there: int = 0  # how many models of missing rows are in the store
+    speed: float = 0.0  # operations a second of the trainings of those; 0 where there is none
+    impossible: list[tuple[Overrides, str]] = field(default_factory=list)  # cells that cannot be planned, and why
 
     @property
     def jobs(self) -> list[Job]:

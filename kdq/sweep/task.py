@@ -22,21 +22,14 @@ from kdq.utils.messages import describe
 
 @dataclass
 class Task:
-    """Composes the config of one job and runs it, wherever it is called.
-
-    Attributes:
-        config: of the command that sweeps.
-        overrides: of this job.
-        number: of this job in the sweep.
-        singletons: the command's state of Hydra.
-    """
+    """Composes the config of one job and runs it, wherever it is called."""
 
     hydra_context: HydraContext
     task_function: TaskFunction
-    config: DictConfig
-    overrides: list[str]
-    number: int
-    singletons: dict[Any, Any]
+    config: DictConfig  # of the command that sweeps
+    overrides: list[str]  # of this job
+    number: int  # of this job in the sweep
+    singletons: dict[Any, Any]  # the command's state of Hydra
 
     def job_config(self) -> DictConfig:
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)

@@ -9,17 +9,12 @@ from kdq.utils.checks import one_of
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """The node ``logger.wandb``.
-
-    Attributes:
-        mode: ``online``, ``offline`` or ``disabled``.
-        upload: whose files artifacts carry: ``none``, ``quantized`` or ``all``.
-    """
+    """The node ``logger.wandb``."""
 
     project: str = "kdq"
     entity: str | None = None
-    mode: str = "offline"
-    upload: str = "quantized"
+    mode: str = "offline"  # or online, disabled
+    upload: str = "quantized"  # whose files artifacts carry: none, quantized or all
 
     def __post_init__(self) -> None:
         """Raises KdqError for a value that is none of the choices."""

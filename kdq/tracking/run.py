@@ -12,74 +12,46 @@ from lightning.pytorch.loggers import Logger
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the run of a stage is found by.
+    """What the run of a stage is found by. ``key`` identifies what it makes: a stage that was killed and is run again
+    has the same one, and continues its run."""
 
-    Attributes:
-        job_type: ``teacher``, ``distill``, ``tune``, ``quantize``, ``report`` or ``trial``.
-        name: for people; names need not differ.
-        group: the sweep.
-        key: identifies what the stage makes. A stage that was killed and is run again has the same key and continues
-            its run.
-        config: flat values: every axis of the grid, and what else affects the result.
-        tags: what runs are filtered by.
-        inputs: the :func:`kdq.tracking.names.reference` of each model that the stage takes.
-    """
-
-    job_type: str
-    name: str
-    group: str
+    job_type: str  # teacher, distill, tune, quantize, report or trial
+    name: str  # for people; names need not differ
+    group: str  # the sweep
     key: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    tags: Sequence[str] = ()
-    inputs: Sequence[str] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)  # flat: the axes, and what else affects the result
+    tags: Sequence[str] = ()  # what runs are filtered by
+    inputs: Sequence[str] = ()  # the kdq.tracking.names.reference of each model that the stage takes
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model that a stage makes.
-
-    Attributes:
-        name, key: what it is called and the hash that tells it from others of that name.
-        kind: ``float`` or ``quantized``.
-        path: its file. It need not be there yet if ``content`` is given: what will be in it.
-        facts: accuracies, sizes and the like.
-    """
+    """A model that a stage makes."""
 
     name: str
-    key: str
-    kind: str
-    path: Path
-    facts: Mapping[str, Any]
-    content: Callable[[], bytes] | None = None
+    key: str  # tells it from others of that name
+    kind: str  # float or quantized
+    path: Path  # its file
+    facts: Mapping[str, Any]  # accuracies, sizes and the like
+    content: Callable[[], bytes] | None = None  # what will be in a file that is not there yet
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A table of a stage, and how it is drawn.
-
-    Attributes:
-        columns: their names: of ``lines`` the curve, x and y; of ``points`` x and y; of ``bars`` label and value.
-        kind: ``table``, ``lines``, ``points`` or ``bars``.
-        title: of what is drawn.
-    """
+    """A table of a stage, and how it is drawn."""
 
     name: str
-    columns: Sequence[str]
+    columns: Sequence[str]  # of lines the curve, x and y; of points x and y; of bars label and value
     rows: Sequence[Sequence[Any]]
-    kind: str = "table"
+    kind: str = "table"  # or lines, points, bars
     title: str = ""
 
 
 class Log:
-    """What one logger is told about a stage; this one keeps nothing.
+    """What one logger is told about a stage; this one keeps nothing."""
 
-    Attributes:
-        logger: what a Lightning ``Trainer`` takes.
-        folder: where a W&B run lies on disk, to be browsed or synchronised; empty for others.
-    """
-
-    logger: Logger
-    folder = ""
+    logger: Logger  # what a Lightning Trainer takes
+    folder = ""  # where a W&B run lies on disk, to be browsed or synchronised; empty for others
 
     def metrics(self, values: Mapping[str, float]) -> None:
         """One point of each of these curves."""

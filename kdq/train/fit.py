@@ -178,12 +178,12 @@ def fit(
             network.to(memory_format=torch.channels_last)  # as the images are: what convolutions are fastest in
             if trainer["compile"]:
                 network.compile()
-        finished = _finished_epochs(checkpoint)
+        finished = finished_epochs(checkpoint)
         resume = str(checkpoint) if finished else None
         if resume and lightning.is_global_zero:
             log.info("%s: going on after epoch %d of %d", title, finished, recipe.epochs)
         data = ImageDataModule(images, recipe.batch_size, module.seed, recipe.accumulate)
-        with interruptible(lightning, lambda: f"epoch {_finished_epochs(checkpoint) + 1}"):
+        with interruptible(lightning, lambda: f"epoch {finished_epochs(checkpoint) + 1}"):
             lightning.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     finally:  # what it holds on the device is for the next job of this process
         lightning.strategy.teardown()
@@ -204,7 +204,7 @@ def fit(
     return best.best, metrics
 
 
-def _finished_epochs(checkpoint: Path) -> int:
+def finished_epochs(checkpoint: Path) -> int:
     """How far the training got whose last checkpoint this is; 0 without one."""
     if not checkpoint.is_file():
         return 0

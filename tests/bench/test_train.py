@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kdq.bench.loops import Step, random_images
-from kdq.bench.train import _cases, gflops_per_image, roofline
+from kdq.bench.train import gflops_per_image, roofline, trainings_of
 from kdq.distill import CrossEntropy
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
@@ -69,7 +69,7 @@ def test_the_roofline_counts_three_passes_for_who_learns_and_one_for_who_teaches
 
 
 def test_methods_beyond_the_loops_are_measured_with_the_command_alone() -> None:
-    cases = _cases("methods", ["vkd", "at"])
+    cases = trainings_of("methods", ["vkd", "at"])
     assert [(case.method, case.loop) for case in cases] == [
         *(("vkd", loop) for loop in ("kdq", "bare", "plain")),
         ("at", "kdq"),

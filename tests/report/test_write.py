@@ -19,7 +19,7 @@ from kdq.records.failures import Failure, forget, record
 from kdq.records.rows import COLUMNS, Row, read_rows, table
 from kdq.report import accuracy_table, write_report
 from kdq.report.cells import named, settings
-from kdq.report.figures import _settings
+from kdq.report.figures import draw_settings
 from kdq.report.material import Material
 from kdq.report.tables import fitting_tables
 
@@ -87,7 +87,7 @@ def test_of_a_search_each_row_is_drawn_and_its_front_ringed(row: Callable[..., R
     part = settings(named([*rows, other]))
     assert set(part["config_hash"]) == {row.config_hash for row in rows}  # of dkd nothing was searched
     panel = Figure().subplots()
-    _settings(panel, part, {("vkd", "resnet20"): {"marker": "o"}})
+    draw_settings(panel, part, {("vkd", "resnet20"): {"marker": "o"}})
     points, front = panel.lines
     assert sorted(zip(*points.get_data(), strict=True)) == sorted((size, val) for _, val, size in tried)
     best = [

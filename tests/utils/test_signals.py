@@ -39,12 +39,12 @@ def test_an_error_of_work_that_a_signal_broke_off_is_not_told() -> None:
 import os, signal
 from kdq.utils.signals import ending_on_signals
 with ending_on_signals():
-    from kdq.cli.app import _fail
+    from kdq.cli.app import fail
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         while True: pass
     except KeyboardInterrupt:
-        _fail(ValueError("half a config"))
+        fail(ValueError("half a config"))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("kdq: ")) == (143, 1)

@@ -28,23 +28,15 @@ from kdq.utils.errors import KdqError
 
 @dataclass(frozen=True)
 class Bank:
-    """What a bit search chooses from.
+    """What a bit search chooses from."""
 
-    Attributes:
-        weights: ``weights[layer][bits]``.
-        bits, bytes: the cost of each choice, in bits of weights and in bytes of the packed file.
-        other_bytes: of the packed file, whatever is chosen.
-        float_weights, float_bits: the weights of layers that are left float, and what they take together.
-        seconds: that the filling took.
-    """
-
-    weights: Mapping[str, Mapping[int, QuantizedWeight | PackedWeight]]
-    bits: Costs
-    bytes: Costs
-    other_bytes: int
-    float_weights: int
-    float_bits: int
-    seconds: float
+    weights: Mapping[str, Mapping[int, QuantizedWeight | PackedWeight]]  # weights[layer][bits]
+    bits: Costs  # the cost of each choice in bits of weights
+    bytes: Costs  # and in bytes of the packed file
+    other_bytes: int  # of the packed file, whatever is chosen
+    float_weights: int  # the weights of layers that are left float
+    float_bits: int  # and what they take together
+    seconds: float  # that the filling took
 
     @property
     def count(self) -> float:

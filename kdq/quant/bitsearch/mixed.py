@@ -34,19 +34,13 @@ from kdq.utils.files import write_text
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """A searched network.
-
-    Attributes:
-        network, report: quantized with the chosen widths.
-        found: the choice, the points on the way to it, and the number of evaluations.
-        bank: every layer at every width, whose making took ``bank.seconds`` of the ``seconds`` of the search.
-    """
+    """A network quantized with the widths that a search chose."""
 
     network: nn.Module
     report: Report
-    found: Found
-    bank: Bank
-    seconds: float
+    found: Found  # the choice, the points on the way to it, and the number of evaluations
+    bank: Bank  # every layer at every width
+    seconds: float  # of the whole search, bank.seconds among them
 
     @property
     def avg_bits(self) -> list[float]:

@@ -60,15 +60,9 @@ class Found:
 @dataclass(frozen=True)
 class Budget:
     """When to stop: at the first assignment that meets every limit, or at the last that loses at most ``max_drop``
-    points of accuracy against ``top1``, whichever comes first.
+    points of accuracy against ``top1`` (percent), whichever comes first."""
 
-    Attributes:
-        limits: pairs of a cost table and the most that an assignment may cost by it.
-        max_drop: in points.
-        top1: the accuracy that drops are counted from, in percent.
-    """
-
-    limits: Sequence[tuple[Costs, float]] = ()
+    limits: Sequence[tuple[Costs, float]] = ()  # cost tables, and the most that an assignment may cost by each
     max_drop: float | None = None
     top1: float = 100.0
 

@@ -101,7 +101,7 @@ def save_packed(
         header["classes"] = list(names)
     text = json.dumps(header, separators=(",", ":"))
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {"kdq": text, "sha256": _checksum(text, tensors)}
+    metadata = {"kdq": text, "sha256": checksum(text, tensors)}
     path = Path(path)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
@@ -236,7 +236,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise KdqError(f"{path} is not a packed kdq network, or not all of one: {one_line(error)}") from error
     if version > FORMAT:
         raise KdqError(f"{path} has format {version}, this kdq reads up to {FORMAT}: update kdq")
-    if metadata.get("sha256") != _checksum(text, tensors):
+    if metadata.get("sha256") != checksum(text, tensors):
         raise KdqError(f"{path} is damaged: its checksum does not match")
     return header, tensors
 
@@ -286,7 +286,8 @@ def _activation(fields: Mapping[str, Any]) -> ActivationQuantizer:
     return ActivationQuantizer(scale, zero, bits)
 
 
-def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of a file, over its header and its tensors, by name."""
     sha = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -14,18 +14,11 @@ from kdq.quant.solvers.alphabet import code_bits, decode
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A :class:`kdq.quant.packing.weights.QuantizedWeight` whose codes take their bits and no more.
+    """A :class:`kdq.quant.packing.weights.QuantizedWeight` whose codes take their bits and no more."""
 
-    Attributes:
-        packed: uint8, see :mod:`kdq.quant.packing.bits`.
-        shape: of the weight.
-        scale, zero: ``(out_channels,)``.
-        levels: size of the alphabet.
-    """
-
-    packed: Tensor
+    packed: Tensor  # uint8, see kdq.quant.packing.bits
     shape: torch.Size
-    scale: Tensor
+    scale: Tensor  # (out_channels,), as zero
     zero: Tensor
     levels: int
 

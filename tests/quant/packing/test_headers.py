@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 import kdq
 from kdq.models.build import build
 from kdq.models.table import table
-from kdq.quant.packing.file import _checksum
+from kdq.quant.packing.file import checksum
 
 NET = {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3, "in_channels": 1, "width": 0.1}
 ROOTS = [
@@ -133,7 +133,7 @@ def load(tmp_path: Path) -> Callable[[Any], tuple[bool, set[CodeType], float]]:
         """Whether the file with this ``net`` loads; what was called, and for how long."""
         global watching
         text = json.dumps({**header, "net": net})
-        save_file(tensors, path, {"kdq": text, "sha256": _checksum(text, tensors)})
+        save_file(tensors, path, {"kdq": text, "sha256": checksum(text, tensors)})
         called: set[CodeType] = set()
         events.clear()
         start, watching = time.perf_counter(), True
