@@ -60,7 +60,9 @@ def _job(cfg: DictConfig) -> list[Row] | float | list[float]:
             trial.log_trial(cfg, rows)
         return rows if searched is None else objective.value(searched, rows)
     except Exception as error:
-        _keep_trace()
+        # Where an error was raised belongs in the job's log; in the terminal stands one line.
+        with contextlib.suppress(OSError), open(_place().log, "a") as log:
+            traceback.print_exc(file=log)
         if not alone or cfg.kdq.debug:
             raise
         fail(error)  # Hydra would put a line of its own before ours
@@ -70,12 +72,6 @@ def _place() -> Job:
     """This job, as the record of a failure names it."""
     hydra = HydraConfig.get()
     return Job(str(Path(hydra.runtime.output_dir) / f"{hydra.job.name}.log"), tuple(hydra.overrides.task))
-
-
-def _keep_trace() -> None:
-    """Where an error was raised belongs in the job's log; in the terminal stands one line."""
-    with contextlib.suppress(OSError), open(_place().log, "a") as log:
-        traceback.print_exc(file=log)
 
 
 def main() -> None:

@@ -192,12 +192,8 @@ def _leads(curves: Mapping[Model, Curve | None]) -> list[tuple[float, list[tuple
     leads = []
     for size in distinct(size for found in known.values() for size in found.sizes):
         there = [(model, top1) for model, found in known.items() if np.isfinite(top1 := found.at(size)[:, 0]).all()]
-        leads.append((size, sorted(there, key=_mean, reverse=True)))
+        leads.append((size, sorted(there, key=lambda pair: float(pair[1].mean()), reverse=True)))
     return leads
-
-
-def _mean(pair: tuple[Model, np.ndarray]) -> float:
-    return float(pair[1].mean())
 
 
 def distinct(sizes: Iterable[float]) -> list[float]:

@@ -96,7 +96,9 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
                 plan.impossible.append((overrides, describe(error)))
                 plan.rows = {key: name for key, name in plan.rows.items() if key not in missing.values()}
                 continue
-            jobs.append(_rows_job(cell, overrides, missing, needs))
+            makes = {key: f"{cell.name}-b{name}" for name, key in missing.items()}
+            what = f"{len(missing)} row{'s' * (len(missing) > 1)} at {' '.join(missing)} bits"
+            jobs.append(Job(cell.name, "rows", what, overrides, makes, needs, row_work(cell, len(missing)), columns))
     plan.waves = [wave for wave in (*models.waves(), jobs) if wave]
     plan.models_there, plan.speed = len(models.there), models.speed()
     return plan
@@ -137,13 +139,6 @@ def _planned(
             raise
         except Exception as error:
             plan.impossible.append((overrides, describe(error)))
-
-
-def _rows_job(cell: Cell, overrides: Overrides, missing: dict[str, str], needs: frozenset[str]) -> Job:
-    makes = {key: f"{cell.name}-b{name}" for name, key in missing.items()}
-    what = f"{len(missing)} row{'s' * (len(missing) > 1)} at {' '.join(missing)} bits"
-    work = row_work(cell, len(missing))
-    return Job(cell.name, "rows", what, overrides, makes, needs, work, asked_columns(cell))
 
 
 class _Models:

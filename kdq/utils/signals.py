@@ -45,7 +45,8 @@ def ending_on_signals() -> Iterator[None]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if not interrupted():  # further ones change nothing
             _interrupted.set()
-            sys.unraisablehook = _say_nothing  # from a destructor it gets no further: then the thread ends the process
+            # From a destructor it gets no further, and Python complains: then the thread ends the process.
+            sys.unraisablehook = lambda raised: None
             raise KeyboardInterrupt
 
     # Python heeds signals between two of its own operations, those with small numbers first; wake-ups come at once,
@@ -67,10 +68,6 @@ def ending_on_signals() -> Iterator[None]:
     finally:
         for signum in SIGNALS:  # what comes while Python ends changes nothing: everything is done
             signal.signal(signum, signal.SIG_IGN)
-
-
-def _say_nothing(raised: object) -> None:
-    """In place of Python's own complaint about what a destructor raised."""
 
 
 def _watch(wakeups: int, received: queue.SimpleQueue[int]) -> None:
