@@ -56,7 +56,6 @@ class QuantizationCallback(Callback, ABC):
     result.
 
     Args:
-        network: see above.
         calibration, calibration_images: batches for the quantizer, and how many of their images, of all processes
             together.
         path: the packed file, ``{bits}`` standing for its width, below ``trainer.default_root_dir``; None: no file.
