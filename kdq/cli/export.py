@@ -55,14 +55,8 @@ class Source:
 
 
 def find(cell: str, output: Path) -> Source:
-    """The packed file that ``cell`` means: a row's ``config_hash`` or the start of it, a row's file, or a packed file.
-
-    Args:
-        output: the ``paths.output_dir`` of the run.
-
-    Raises:
-        KdqError: there is none, or several; the message names what is near.
-    """
+    """The packed file that ``cell`` means: a row's file, a packed file, or the ``config_hash`` of a row below
+    ``output``, or the start of it."""
     path = Path(cell)
     if path.suffix == ".kdq":
         if not path.is_file():
@@ -118,12 +112,7 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
 
 def share(source: Source, kind: str, target: str, licence: str = "unknown", overrides: Sequence[str] = ()) -> str:
     """Upload ``source`` to ``target``, ``hf:owner/name``: its packed file, the file of ``kind`` where that is another,
-    its row, the figure of its report and a card. Returns the address.
-
-    Args:
-        licence: an identifier that the hub knows, such as ``mit``.
-        overrides: as of :func:`export`.
-    """
+    its row, the figure of its report and a card, with a ``licence`` by its name there. Returns the address."""
     header, files = read_header(source.packed), {PACKED: "the packed network"}
     with TemporaryDirectory() as name:
         folder, answer = Path(name), None

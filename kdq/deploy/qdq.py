@@ -67,11 +67,8 @@ def int8_graph(
 ) -> tuple[Any, dict[str, Tensor]]:
     """The INT8 model, and by layer which channels hold the quantized network's own levels.
 
-    Args:
-        source: the float graph.
-        coded: the quantized network's codes by layer; layers without are rounded to eight bits.
-        layer_inputs: the network's own quantizers of its layers' inputs.
-        tensors: a quantizer for each of the :func:`unmeasured` tensors.
+    Layers without codes are rounded to eight bits. The network's own quantizers round the inputs of its layers, and
+    those of ``tensors`` the :func:`unmeasured` ones.
     """
     build = Builder(source, coded)
     graph = build.model.graph

@@ -124,11 +124,7 @@ def left_float(
     candidates: Collection[str] | None = None,
 ) -> list[LeftFloat]:
     """The parameters of two or more dimensions that are not the weights of ``layers``; one that several modules share
-    is there once.
-
-    Args:
-        why: reasons, by layer, for some of them.
-        candidates: what is not among them was left float by ``keep_float``.
+    is there once. What is not among the ``candidates`` was left float by ``keep_float``, others for what ``why`` says.
     """
     found = []
     for parameter, value in network.named_parameters():

@@ -21,11 +21,8 @@ class Loaders:
     """Calibration images and images that choose, this process's share of them.
 
     Calibration images come from the first of these that is there: ``calibration``, the datamodule's
-    ``calibration_dataloader()``, the first validation loader.
-
-    Args:
-        user: the callback's name, for messages.
-        count: of calibration images, of all processes together.
+    ``calibration_dataloader()``, the first validation loader. ``count`` is of all processes together; ``user`` is the
+    callback's name, for messages.
     """
 
     def __init__(

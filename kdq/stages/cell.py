@@ -147,12 +147,8 @@ class Cell:
         inputs: Sequence[str] = (),
         tags: Sequence[str] = (),
     ) -> AbstractContextManager[RunLogger]:
-        """The log of one stage; see :class:`kdq.tracking.run.RunInfo`.
-
-        Args:
-            axes: what tells the stage from others of its kind, under short names.
-            settings: the rest of what affects its result, nested as in the config.
-        """
+        """The log of one stage; see :class:`kdq.tracking.run.RunInfo`. The ``axes`` tell it from others of its kind,
+        under short names; the ``settings`` are the rest of what affects its result, nested as in the config."""
         data = plain(self.cfg.data)
         common = {"data": data["name"], "kdq_version": __version__, "git_sha": git_sha(), "key": key}
         config = common | dict(axes) | flat(dict(settings) | {"data": data, "trainer": plain(self.cfg.trainer)})

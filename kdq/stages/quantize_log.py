@@ -28,11 +28,8 @@ STEPS = ("step", "layer", "from_bits", "to_bits", "avg_bits", "size_bytes", "los
 
 
 def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) -> AbstractContextManager[RunLogger]:
-    """The log of the rows of ``model``.
-
-    Args:
-        asked: name to ``config_hash`` of all rows of the job, those that are there already, too: they name the log.
-    """
+    """The log of the rows of ``model``, which has its name from all that were ``asked`` for, also those that are there
+    already."""
     cfg, role, quant, axes = cell.cfg, plain(cell.cfg[cell.role]), plain(cell.cfg.quant), row_axes(cell, arch)
     named = [axes[axis] for axis in ("method", "arch", "quantizer", "act_bits", "tune")]
     axes |= {

@@ -159,12 +159,8 @@ def _trained(
     method: Mapping[str, Any],
     others: Mapping[str, _Start],
 ) -> Model:
-    """The network of ``role``, trained with ``method``. Equal specs are one entry, whoever asks.
-
-    Args:
-        role: ``name, net, weights, recipe, seed``.
-        others: the networks that the method takes beside it.
-    """
+    """The network of ``role`` (its ``name, net, weights, recipe, seed``), trained with ``method`` beside the ``others``
+    that it takes. Equal specs are one entry, whoever asks."""
     Recipe(**role["recipe"])  # an impossible one is refused before anything is trained
     start = _start(cell, role)
     spec = {

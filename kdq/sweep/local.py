@@ -79,15 +79,8 @@ class Share:
 
 
 def shares(gpus: Sequence[str], cpus: int, jobs: int | None, jobs_per_gpu: int, devices: int) -> list[Share]:
-    """How the machine is divided among the jobs that run at once.
-
-    Args:
-        gpus: those of this machine that may be used; none: jobs run on CPUs.
-        cpus: cores that may be used.
-        jobs: at most so many at once; None: as many as the GPUs take, or as there are cores.
-        jobs_per_gpu: so many jobs share one GPU, or one group of ``devices`` GPUs.
-        devices: GPUs that one job takes.
-    """
+    """How the machine is divided among the jobs that run at once: at most ``jobs``, each with ``devices`` of its
+    ``gpus``, which ``jobs_per_gpu`` share, or with as many of its ``cpus`` where there is no GPU."""
     if gpus and devices > len(gpus):
         raise KdqError(f"trainer.devices={devices}, but {len(gpus)} GPUs can be used here")
     groups = [tuple(gpus[start : start + devices]) for start in range(0, len(gpus) - devices + 1, devices)]

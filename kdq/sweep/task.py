@@ -77,12 +77,8 @@ def thread_limits(threads: int) -> dict[str, str]:
 
 
 def perform(pickled: bytes, folder: Path, environment: Mapping[str, str]) -> bytes:
-    """Run a pickled :class:`Task` in this process, which must be its own, and pickle how it ended.
-
-    Args:
-        folder: of the job; what it prints goes there.
-        environment: of the job; OMP_NUM_THREADS, its CPU threads, is among it.
-    """
+    """Run a pickled :class:`Task` in this process, which must be its own, and pickle how it ended. What it prints goes
+    to the job's ``folder``; OMP_NUM_THREADS, its CPU threads, is in the job's ``environment``."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / OUTPUT).open("a") as log:
         os.dup2(log.fileno(), 1)

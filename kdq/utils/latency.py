@@ -40,8 +40,7 @@ class Latency:
 
 
 def alternating(calls: Mapping[str, Callable[[], Any]], batch: int, runs: int, warmup: int = 3) -> dict[str, Latency]:
-    """The latency of each call over ``runs`` of it, in turns of :data:`TURN`. ``batch``: how many images a call is for.
-    ``warmup``: calls of each before its first turn."""
+    """The latency of each call, on ``batch`` images, over ``runs`` of it in turns of :data:`TURN`."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for done in range(0, runs, TURN):
         for name, call in calls.items():
