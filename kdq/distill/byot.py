@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.checkpoint import check_held
+from kdq.distill.checkpoint import Network, rebuilt
 from kdq.distill.layers import found_layers, looked_at, to_look_into, watched
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy
@@ -55,13 +55,7 @@ class BYOT(DistillationModule):
     """
 
     def __init__(
-        self,
-        student: nn.Module | Mapping[str, Any],
-        *,
-        alpha: float = 0.3,
-        weight: float = 0.01,
-        temperature: float = 3.0,
-        **kwargs: Any,
+        self, student: Network, *, alpha: float = 0.3, weight: float = 0.01, temperature: float = 3.0, **kwargs: Any
     ) -> None:
         super().__init__(student, **kwargs)
         self.alpha, self.weight = within("method.alpha", alpha, 0, 1), within("method.weight", weight, 0)
@@ -120,9 +114,6 @@ class BYOT(DistillationModule):
         checkpoint["stages"] = self.stages
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.stages:
-            return
-        self.stages = checkpoint["stages"]
-        with torch.device("meta"):
-            check_held(checkpoint, {f"exits.{name}": value for name, value in self._exits().state_dict().items()})
-        self.exits = self._exits()
+        if not self.stages:
+            self.stages = checkpoint["stages"]
+            self.exits = rebuilt(checkpoint, "exits", self._exits)

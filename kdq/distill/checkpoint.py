@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from kdq.models.table import build_small
 from kdq.utils.errors import KdqError
 
+#: A network, or the description of one in a checkpoint.
+Network = nn.Module | Mapping[str, Any]
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +66,14 @@ def check_held(checkpoint: Mapping[str, Any], described: Mapping[str, Tensor]) -
         if held is None or held.shape != tensor.shape or expanded:
             found = None if held is None else tuple(held.shape)
             raise KdqError(f"the checkpoint does not fit: {name} must be {tuple(tensor.shape)}, and is {found}")
+
+
+def rebuilt(checkpoint: Mapping[str, Any], name: str, build: Callable[[], nn.ModuleList]) -> nn.ModuleList:
+    """What ``build`` makes from a checkpoint's numbers, if that is what the checkpoint holds under ``name``: they ask
+    for no more memory than the file itself."""
+    with torch.device("meta"):
+        check_held(checkpoint, {f"{name}.{key}": value for key, value in build().state_dict().items()})
+    return build()
 
 
 def unpickled(description: Any) -> Any:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.distill.checkpoint import check_held
+from kdq.distill.checkpoint import Network, check_held
 from kdq.distill.feature_losses import contrast_loss, contrast_scores
 from kdq.distill.features import FeatureMethod
 from kdq.distill.progress import TrainingProgress
@@ -48,7 +48,7 @@ class CRD(FeatureMethod):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         negatives: int = 16384,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.learner import Learner
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
@@ -34,7 +35,7 @@ class CTKD(VKD):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         temperature: float = 15.62,

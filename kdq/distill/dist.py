@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.logit_losses import correlation_losses
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
@@ -29,7 +29,7 @@ class DIST(TeacherStudent):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         beta: float = 1.0,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.losses import decoupled_kl
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
@@ -30,7 +30,7 @@ class DKD(TeacherStudent):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         alpha: float = 1.0,

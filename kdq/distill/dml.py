@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,11 +11,11 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from kdq.distill.checkpoint import built
+from kdq.distill.checkpoint import Network, built
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy, standardized
 from kdq.distill.module import DistillationModule
-from kdq.utils.checks import one_of, within
+from kdq.utils.checks import flag, one_of, within
 from kdq.utils.errors import KdqError
 
 SCHEDULES = ("constant", "kl_first")
@@ -47,8 +47,8 @@ class DML(DistillationModule):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
-        peer: nn.Module | Mapping[str, Any],
+        student: Network,
+        peer: Network,
         *,
         weight: float = 1.0,
         schedule: str = "constant",
@@ -64,7 +64,8 @@ class DML(DistillationModule):
             self.hparams.pop(name, None)  # where a subclass passes it on
         self.weight = within("method.weight", weight, 0)
         self.schedule = one_of("method.schedule", schedule, SCHEDULES)
-        self.temperature, self.standardize = within("method.temperature", temperature, 0.01), standardize
+        self.temperature = within("method.temperature", temperature, 0.01)
+        self.standardize = flag("method.standardize", standardize)
         self.register_buffer("better", torch.tensor(0))
 
     @property
@@ -97,13 +98,13 @@ class DML(DistillationModule):
     def configure_callbacks(self) -> list[Any]:
         """Raises KdqError for flags of the Trainer that do not reach a module which steps by hand; says what does."""
         trainer = self.trainer
-        for flag, option, unset in (
+        for name, option, unset in (
             ("gradient_clip_val", "clip_grad", None),
             ("accumulate_grad_batches", "accumulate", 1),
         ):
-            if (value := getattr(trainer, flag)) != unset:
+            if (value := getattr(trainer, name)) != unset:
                 raise KdqError(
-                    f"DML steps its optimizers by hand, so that Trainer({flag}={value}) does not reach it: give "
+                    f"DML steps its optimizers by hand, so that Trainer({name}={value}) does not reach it: give "
                     f"DML(..., config=TrainConfig({option}={value}))"
                 )
         return []

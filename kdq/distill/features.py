@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.checkpoint import check_held
+from kdq.distill.checkpoint import Network, rebuilt
 from kdq.distill.layers import check_names, found_layers, looked_at, to_look_into
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl
@@ -54,7 +54,7 @@ class FeatureMethod(TeacherStudent):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         weight: float | None = None,
@@ -166,14 +166,9 @@ class FeatureMethod(TeacherStudent):
         checkpoint["layers"] = self.layers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the projectors that the checkpoint describes, if they are those that it holds: a file's numbers ask for
-        no more memory than the file itself."""
-        if self.layers:
-            return
-        self.layers = checkpoint["layers"]
-        with torch.device("meta"):
-            check_held(checkpoint, {f"projectors.{k}": v for k, v in self._projectors().state_dict().items()})
-        self.projectors = self._projectors()
+        if not self.layers:
+            self.layers = checkpoint["layers"]
+            self.projectors = rebuilt(checkpoint, "projectors", self._projectors)
 
 
 def regressor(student: int, teacher: int) -> nn.Module:

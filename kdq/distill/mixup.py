@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
-from kdq.utils.checks import within
+from kdq.utils.checks import flag, within
 
 
 class Mixup(VKD):
@@ -33,7 +33,7 @@ class Mixup(VKD):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         mixup_alpha: float = 1.0,
@@ -41,7 +41,8 @@ class Mixup(VKD):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, **kwargs)
-        self.mixup_alpha, self.per_sample = within("method.mixup_alpha", mixup_alpha, 0), per_sample
+        self.mixup_alpha = within("method.mixup_alpha", mixup_alpha, 0)
+        self.per_sample = flag("method.per_sample", per_sample)
 
     def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         lam = self.draw(len(images), progress)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from kdq.distill.checkpoint import built, described, unpickled
+from kdq.distill.checkpoint import Network, built, described, unpickled
 from kdq.distill.config import TrainConfig
 from kdq.distill.learner import Learner
 from kdq.distill.losses import soft_cross_entropy
@@ -62,7 +62,7 @@ class DistillationModule(L.LightningModule):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         *,
         num_classes: int,
         config: TrainConfig | Mapping[str, Any] | None = None,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.logit_losses import normalized_losses
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
@@ -29,7 +29,7 @@ class NKD(TeacherStudent):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         gamma: float = 1.5,

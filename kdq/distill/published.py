@@ -9,7 +9,6 @@ is in ``conf/experiment/published_training.yaml``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.losses import decoupled_kl, distillation_kl, in_float32, one_hot
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
@@ -37,12 +37,7 @@ class _Published(TeacherStudent):
     faults: tuple[str, ...] = ()
 
     def __init__(
-        self,
-        student: nn.Module | Mapping[str, Any],
-        teacher: nn.Module | None = None,
-        *,
-        mended: str = "none",
-        **kwargs: Any,
+        self, student: Network, teacher: nn.Module | None = None, *, mended: str = "none", **kwargs: Any
     ) -> None:
         super().__init__(student, teacher, **kwargs)
         self.mended = one_of("method.mended", mended, ("none", *self.faults, "all"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Adam, Optimizer
 
-from kdq.distill.checkpoint import built, described
+from kdq.distill.checkpoint import Network, built, described
 from kdq.distill.config import TrainConfig
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy
@@ -23,7 +23,7 @@ from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
 from kdq.quant.fake import fake_quantized, layout, quantized, rounded_weights, roundings, with_layout
-from kdq.utils.checks import one_of, within
+from kdq.utils.checks import flag, one_of, within
 
 #: BatchNorm normalises with each batch's own statistics and goes on averaging them, or stays as it is.
 BATCHNORM = ("train", "frozen")
@@ -51,7 +51,7 @@ class IntoQuantized(DistillationModule):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         *args: Any,
         batchnorm: str = "train",
         learn_scales: bool = True,
@@ -62,7 +62,7 @@ class IntoQuantized(DistillationModule):
         super().__init__(_trainable(student), *args, config=config, **kwargs)
         self.batchnorm = one_of("tune.batchnorm", batchnorm, BATCHNORM)
         for rounding in roundings(self.student.network):
-            rounding.scale.requires_grad_(learn_scales)
+            rounding.scale.requires_grad_(flag("tune.learn_scales", learn_scales))
         self.train()  # kdq.quantize gives a network in eval mode, and a Trainer leaves it there
 
     def quantized(self) -> nn.Module:
@@ -128,7 +128,7 @@ class QAD(IntoQuantized, TeacherStudent):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         alpha: float = 1.0,

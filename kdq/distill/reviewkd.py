@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.feature_losses import hierarchical_loss
 from kdq.distill.features import FeatureMethod
 from kdq.distill.progress import TrainingProgress
@@ -55,12 +56,7 @@ class ReviewKD(FeatureMethod):
     where, maps = "all", False
 
     def __init__(
-        self,
-        student: nn.Module | Mapping[str, Any],
-        teacher: nn.Module | None = None,
-        *,
-        warmup: float = 0.0833,
-        **kwargs: Any,
+        self, student: Network, teacher: nn.Module | None = None, *, warmup: float = 0.0833, **kwargs: Any
     ) -> None:
         super().__init__(student, teacher, **kwargs)
         self.warmup = within("method.warmup", warmup, 0, 1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.feature_losses import relation_losses
 from kdq.distill.features import FeatureMethod
 from kdq.utils.checks import within
@@ -29,7 +29,7 @@ class RKD(FeatureMethod):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         distance: float = 25.0,

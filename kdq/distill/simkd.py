@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.feature_losses import hint_loss
 from kdq.distill.features import FeatureMethod
 from kdq.distill.layers import averaged_maps, to_look_into
@@ -35,7 +35,7 @@ class SimKD(FeatureMethod):
 
     ce_weight = 0.0
 
-    def __init__(self, student: nn.Module | Mapping[str, Any], teacher: nn.Module | None = None, **kwargs: Any) -> None:
+    def __init__(self, student: Network, teacher: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(student, teacher, **kwargs)
         if any(self.asked.values()):
             raise KdqError("SimKD compares what the classifiers take: it has no student_layers and no teacher_layers")

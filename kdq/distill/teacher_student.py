@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.layers import watched
 from kdq.distill.learner import compiled_in_place
 from kdq.distill.losses import soft_cross_entropy, standardized
 from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
-from kdq.utils.checks import within
+from kdq.utils.checks import flag, within
 from kdq.utils.errors import KdqError
 
 
@@ -69,7 +70,7 @@ class TeacherStudent(DistillationModule):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         temperature: float = 4.0,
@@ -77,7 +78,8 @@ class TeacherStudent(DistillationModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, **kwargs)
-        self._teacher, self.standardize = None if teacher is None else FrozenTeacher(teacher), standardize
+        self._teacher = None if teacher is None else FrozenTeacher(teacher)
+        self.standardize = flag("method.standardize", standardize)
         self.temperature = within("method.temperature", temperature, 0.01)
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.learner import Learner
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import Outputs, TeacherStudent
@@ -38,7 +39,7 @@ class Terms(TeacherStudent):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         num_classes: int,

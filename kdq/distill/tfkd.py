@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.logit_losses import designed_kl
 from kdq.distill.losses import soft_cross_entropy
 from kdq.distill.module import DistillationModule
@@ -30,13 +30,7 @@ class TfKD(DistillationModule):
     """
 
     def __init__(
-        self,
-        student: nn.Module | Mapping[str, Any],
-        *,
-        alpha: float = 0.1,
-        correct: float = 0.99,
-        temperature: float = 20.0,
-        **kwargs: Any,
+        self, student: Network, *, alpha: float = 0.1, correct: float = 0.99, temperature: float = 20.0, **kwargs: Any
     ) -> None:
         super().__init__(student, **kwargs)
         self.alpha, self.correct = within("method.alpha", alpha, 0, 1), within("method.correct", correct, 0, 1)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.logit_losses import transformed_kl
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
-from kdq.utils.checks import within
+from kdq.utils.checks import flag, within
 
 
 class TTM(TeacherStudent):
@@ -30,7 +30,7 @@ class TTM(TeacherStudent):
 
     def __init__(
         self,
-        student: nn.Module | Mapping[str, Any],
+        student: Network,
         teacher: nn.Module | None = None,
         *,
         weight: float = 45.0,
@@ -39,7 +39,7 @@ class TTM(TeacherStudent):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, temperature=temperature, **kwargs)
-        self.weight, self.weighted = within("method.weight", weight, 0), weighted
+        self.weight, self.weighted = within("method.weight", weight, 0), flag("method.weighted", weighted)
 
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
         return {"kl": self.weight * transformed_kl(student, teacher, self.temperature, self.weighted)}

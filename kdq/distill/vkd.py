@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdq.distill.checkpoint import Network
 from kdq.distill.losses import distillation_kl
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
@@ -27,12 +27,7 @@ class VKD(TeacherStudent):
     """
 
     def __init__(
-        self,
-        student: nn.Module | Mapping[str, Any],
-        teacher: nn.Module | None = None,
-        *,
-        alpha: float = 0.9,
-        **kwargs: Any,
+        self, student: Network, teacher: nn.Module | None = None, *, alpha: float = 0.9, **kwargs: Any
     ) -> None:
         super().__init__(student, teacher, **kwargs)
         self.alpha = within("method.alpha", alpha, 0, 1)

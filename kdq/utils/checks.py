@@ -28,6 +28,16 @@ def within(option: str, value: float, low: float, high: float = math.inf) -> flo
     return value
 
 
+def flag(option: str, value: bool) -> bool:
+    """``value``, refused unless it is true or false.
+
+    >>> flag("method.standardize", True)
+    True
+    """
+    check_type(option, value, bool)
+    return value
+
+
 def one_of(option: str, value: Any, known: Iterable[Any]) -> Any:
     """``value``, refused unless it is one of ``known``."""
     choices = list(known)
