@@ -31,7 +31,7 @@ from kdq.quant.config import QuantConfig
 from kdq.quant.layers import weight_of
 
 #: Sides of the images that are tried, in this order.
-SIZES = (64, 96, 224, 256, 384)
+SIZES = (64, 96, 224, 240, 256, 384)
 #: What small networks have in their names, the smallest first.
 SMALL = ("atto", "femto", "pico", "nano", "xxs", "xx_small", "tiny", "_s0", "_b0", "_t0", "_n1", "small", "18", "26")
 COLUMNS = ("network", "size", "weights", "layers", "left_float", "avg_bits", "cpu_s", "error", "rounding", "same")

@@ -63,7 +63,7 @@ class ResizedCrop:
     def __call__(self, images: Tensor | list[Tensor], draws: Tensor) -> Tensor:
         """uint8 ``(batch, height, width, channels)``, or a list of images of their own sizes, by ``draws``
         ``(batch, 8)``, to ``size`` x ``size`` pixels."""
-        device, channels = draws.device, images[0].shape[-1]
+        device, channels = images[0].device, images[0].shape[-1]
         cut = torch.empty(len(images), self.size, self.size, channels, dtype=torch.uint8, device=device)
         for image, drawn, target in zip(images, draws.tolist(), cut, strict=True):
             top, left, height, width, mirrored = map(int, drawn[:5])

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -51,8 +52,9 @@ def key_of(spec: Mapping[str, Any]) -> str:
 
 
 def weights_file(weights: Mapping[str, Tensor]) -> bytes:
-    """The content of ``weights.safetensors``; equal weights make equal files."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    """The content of ``weights.safetensors``; equal weights make equal files. A tensor of several names is there under
+    each: copies, for safetensors takes no memory twice."""
+    return save({k: x.detach().cpu().clone(memory_format=torch.contiguous_format) for k, x in weights.items()})
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load
 from torch import Tensor, nn
 
 import kdq
@@ -14,6 +16,7 @@ from kdq import KdqError
 from kdq.quant.calibrate.chunks import in_chunks
 from kdq.quant.config import QuantConfig
 from kdq.quant.network import quantize, quantize_widths
+from kdq.records.store import weights_file
 from tests.quant import literal
 
 Conv = Callable[..., nn.Module]
@@ -138,11 +141,19 @@ class Twice(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_modules_shared_or_called_twice_have_one_weight() -> None:
+def test_modules_shared_or_called_twice_have_one_weight(tmp_path: Path) -> None:
     quantized, report = kdq.quantize(Twice(), [torch.randn(9, 3, 6, 6)], bits=2)
     assert [layer.name for layer in report.layers] == ["first", "loop", "head"]
     assert quantized.alias is quantized.loop
     assert len(quantized.loop.weight.unique()) <= 4 * 6
+    kdq.save(quantized, tmp_path / "twice.kdq")
+    loaded, images = kdq.load(tmp_path / "twice.kdq", network=Twice()), torch.randn(3, 3, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), quantized(images))
+    kdq.save(loaded, tmp_path / "again.kdq")
+    assert (tmp_path / "again.kdq").read_bytes() == (tmp_path / "twice.kdq").read_bytes()
+    stored = load(weights_file(Twice().state_dict()))  # a trained model's file
+    assert stored.keys() == Twice().state_dict().keys()
 
 
 def test_bits_by_layer(relu_net: nn.Module) -> None:

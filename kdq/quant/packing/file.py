@@ -100,7 +100,8 @@ def save_packed(
     if names := classes or getattr(network, "kdq_classes", None):
         header["classes"] = list(names)
     text = json.dumps(header, separators=(",", ":"))
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # Copies, for a file takes no memory under two names: a bias that two modules share is in it twice.
+    tensors = {k: value.detach().cpu().clone(memory_format=torch.contiguous_format) for k, value in tensors.items()}
     metadata = {"kdq": text, "sha256": checksum(text, tensors)}
     path = Path(path)
     with replacing(path) as temporary:
