@@ -115,10 +115,10 @@ def missing(found: pd.DataFrame) -> pd.DataFrame:
     for (data, quantizer), group in grid.groupby(["data", "quantizer"], sort=True):
         wanted = int(group["n"].max())
         counts = {(m, a, w): int(n) for m, a, w, n in records(group[["method", "arch", "width", "n"]])}
-        for method, arch in records(group[["method", "arch"]].drop_duplicates()):
+        for method, arch, tune in records(group[["method", "arch", "tune"]].drop_duplicates()):
             for width in sorted(group["width"].unique()):
                 n = counts.get((method, arch, width), 0)
-                if n < wanted:
+                if n < wanted and (n or not tune):  # a width is tuned by itself
                     lines.append((data, method, arch, quantizer, width, n, wanted))
     return pd.DataFrame(lines, columns=[*CELL, "n", "wanted"])
 

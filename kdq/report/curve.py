@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,25 +34,28 @@ def curve(model: pd.DataFrame) -> Curve | None:
     """The curve of one model under one quantizer, from its lines of :func:`kdq.report.cells.by_seed`: its widths, and
     the float model as the largest file. None where no size and accuracy is known.
 
-    Only seeds that have every width of the fullest seed count, so that means compare like with like.
+    Means compare like with like: as many seeds as share two widths count, and the widths that they share. A tuned
+    network is measured where it was tuned, and its float model is another's.
     """
     model = model[(model["size_bytes"] > 0) & np.isfinite(model["top1"])]
     if model.empty:
         return None
-    widths = model.groupby("seed")["width"].agg(frozenset)
-    fullest = max(widths, key=lambda found: (len(found), sorted(found)))
-    seeds = [int(seed) for seed, found in widths.items() if found >= fullest]  # type: ignore[call-overload]
-    chosen = model[model["seed"].isin(seeds) & model["width"].isin(fullest)]
+    widths: dict[Any, set[float]] = model.groupby("seed")["width"].agg(set).to_dict()
+    enough = min(2, max(map(len, widths.values())))
+    while len(shared := set.intersection(*widths.values())) < enough:
+        del widths[min(widths, key=lambda seed: (len(widths[seed]), -seed))]
+    chosen = model[model["seed"].isin(widths) & model["width"].isin(shared)]
     top1 = chosen.pivot(index="seed", columns="width", values="top1")
     sizes = chosen.groupby("width")["size_bytes"].mean()
     whole = chosen.groupby("seed")[["float_bytes", "top1_float"]].mean()
-    if (whole["float_bytes"] > 0).all() and np.isfinite(whole["top1_float"]).all():
+    known = (whole["float_bytes"] > 0).all() and np.isfinite(whole["top1_float"]).all()
+    if known and (chosen["tune"] == "").all():
         top1[math.inf] = whole["top1_float"]
         sizes = pd.concat([sizes, pd.Series({math.inf: whole["float_bytes"].mean()})])
     order = np.argsort(sizes.to_numpy(), kind="stable")
     increasing, values = sizes.to_numpy()[order], top1[sizes.index].to_numpy()[:, order]
     last = np.append(np.diff(increasing) > 0, True)  # of widths of one size the widest
-    return Curve(increasing[last], values[:, last], tuple(seeds))
+    return Curve(increasing[last], values[:, last], tuple(sorted(map(int, widths))))
 
 
 def shared_sizes(a: Curve, b: Curve) -> np.ndarray:

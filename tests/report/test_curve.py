@@ -8,10 +8,10 @@ import pandas as pd
 from kdq.report.curve import Curve, curve, shared_sizes
 
 
-def _model(points: list[tuple[int, float, float, float]], float_bytes: float = 0.0) -> pd.DataFrame:
+def _model(points: list[tuple[int, float, float, float]], float_bytes: float = 0.0, tune: str = "") -> pd.DataFrame:
     """Lines ``(seed, width, size, top1)``."""
     frame = pd.DataFrame(points, columns=["seed", "width", "size_bytes", "top1"])
-    return frame.assign(float_bytes=float_bytes, top1_float=99.0)
+    return frame.assign(float_bytes=float_bytes, top1_float=99.0, tune=tune)
 
 
 def test_between_sizes_it_is_linear_in_their_logarithm() -> None:
@@ -39,13 +39,25 @@ def test_a_larger_file_may_be_worse() -> None:
     assert found.at(200)[0, 0] == 70
 
 
-def test_only_seeds_with_every_width_count() -> None:
+def test_the_float_model_of_a_tuned_network_is_no_file_of_its() -> None:
+    found = curve(_model([(0, 2, 100, 80.0)], float_bytes=1600, tune="qad"))
+    assert found is not None
+    assert found.sizes.tolist() == [100]
+
+
+def test_seeds_that_share_widths_count_with_what_they_share() -> None:
     points = [(0, 2, 100, 80.0), (0, 4, 400, 90.0), (1, 2, 104, 82.0), (1, 4, 400, 91.0), (2, 2, 100, 10.0)]
-    found = curve(_model(points))
+    found = curve(_model([*points, (0, 3, 200, 99.0)]))  # the third seed has one width, the first one more than others
     assert found is not None
     assert found.seeds == (0, 1)
     np.testing.assert_allclose(found.sizes, [102, 400])
     np.testing.assert_allclose(found.top1, [[80, 90], [82, 91]])
+
+
+def test_three_seeds_of_one_width_are_a_point() -> None:
+    found = curve(_model([(seed, 2, 100, 80.0 + seed) for seed in range(3)]))
+    assert found is not None
+    np.testing.assert_allclose(found.at(100), [[80], [81], [82]])
 
 
 def test_no_size_no_curve() -> None:
