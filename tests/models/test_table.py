@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
+import kdq.quant.packing
 from kdq.models import CifarResNet
 from kdq.models.build import build
 from kdq.models.table import LARGEST, _shaped, build_small, is_in_table, shape_of, stored_name, table
@@ -157,3 +159,9 @@ def test_a_network_says_flat_arguments_of_itself() -> None:
     net = CifarResNet(8, 3, in_channels=1, **normalized).kdq_net
     assert net == {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3, "in_channels": 1, **normalized}
     assert is_in_table(net)  # type: ignore[arg-type]
+
+
+def test_the_page_of_the_format_names_every_network_of_kdq() -> None:
+    page = (Path(kdq.quant.packing.__path__[0]) / "FORMAT.md").read_text()
+    own = [entry.target for entry in table().values() if entry.target.startswith("kdq.models.")]
+    assert [target for target in own if f"`{target.removeprefix('kdq.models.')}`" not in page] == []
