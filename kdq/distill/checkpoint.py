@@ -48,6 +48,8 @@ def built(description: Any, name: str) -> nn.Module:
         return description
     if isinstance(description, Mapping):
         return build_small(description)
+    if description is not None and not isinstance(description, Tensor):
+        raise KdqError(f"{name}={description!r} is no network: give a torch.nn.Module")
     raise KdqError(
         f"the checkpoint names no network that kdq builds by itself: give load_from_checkpoint(path, {name}=network), "
         "or weights_only=False if you trust whoever wrote the file"

@@ -15,7 +15,7 @@ from kdq.distill.checkpoint import Network, built
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy, standardized
 from kdq.distill.module import DistillationModule
-from kdq.utils.checks import flag, one_of, within
+from kdq.utils.checks import flag, is_peer, one_of, within
 from kdq.utils.errors import KdqError
 
 SCHEDULES = ("constant", "kl_first")
@@ -33,7 +33,7 @@ class DML(DistillationModule):
     ['student', 'peer', 'peer2']
 
     Args:
-        peer: the second student, of any architecture. Whatever else begins with ``peer`` is one more.
+        peer: the second student, of any architecture. More are called ``peer2``, ``peer3`` and so on.
         weight: w, on average over the training.
         schedule: ``constant``, or ``kl_first``: w falls linearly from ``2 weight`` to 0, so that the students first
             imitate each other and then follow the labels.
@@ -56,7 +56,7 @@ class DML(DistillationModule):
         standardize: bool = False,
         **kwargs: Any,
     ) -> None:
-        peers = {"peer": peer, **{name: kwargs.pop(name) for name in sorted(kwargs) if name.startswith("peer")}}
+        peers = {"peer": peer, **{name: kwargs.pop(name) for name in sorted(kwargs) if is_peer(name)}}
         super().__init__(student, **kwargs)
         self.automatic_optimization, self.peers = False, tuple(peers)
         for name, network in peers.items():

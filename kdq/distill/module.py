@@ -28,6 +28,7 @@ from kdq.distill.config import TrainConfig
 from kdq.distill.learner import Learner
 from kdq.distill.losses import soft_cross_entropy
 from kdq.distill.progress import TrainingProgress
+from kdq.utils.checks import is_peer
 from kdq.utils.errors import KdqError
 from kdq.utils.metrics import classification_metrics
 
@@ -259,6 +260,6 @@ class DistillationModule(L.LightningModule):
         if kwargs.get("weights_only") is False:
             found = torch.load(checkpoint_path, map_location="cpu", weights_only=False)
             hyper = found.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
-            networks = (name for name in hyper if name == "student" or name.startswith("peer"))
+            networks = (name for name in hyper if name == "student" or is_peer(name))
             kwargs = {name: unpickled(hyper[name]) for name in networks} | kwargs
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

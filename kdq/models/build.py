@@ -13,8 +13,8 @@ from kdq.utils.errors import KdqError
 
 
 def build(net: Mapping[str, Any]) -> nn.Module:
-    """Call ``net["_target_"]`` with the other entries that are not None, a ``net`` among them built first;
-    ``num_classes`` only where it takes that.
+    """Call ``net["_target_"]`` with the other entries that are not None; ``num_classes`` only where it takes that. A
+    ``net`` among them that has a ``_target_``, too, is built first.
 
     The recipe is kept on the network as ``network.kdq_net``, so that a saved file can say how to rebuild it."""
     kwargs = {str(key): value for key, value in net.items() if key != "_target_" and value is not None}
@@ -27,7 +27,7 @@ def build(net: Mapping[str, Any]) -> nn.Module:
     except TypeError as error:
         raise KdqError(f"{target} does not take these arguments ({error}): {sorted(kwargs)}") from error
     said = dict(kwargs)
-    if isinstance(kwargs.get("net"), Mapping):
+    if isinstance(kwargs.get("net"), Mapping) and "_target_" in kwargs["net"]:
         kwargs["net"] = build(kwargs["net"])
         said["net"] = kwargs["net"].kdq_net
     network = builder(**kwargs)

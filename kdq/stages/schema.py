@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdq.train.recipe import Recipe
+from kdq.utils.checks import is_peer
 
 
 @dataclass
@@ -99,11 +100,11 @@ class Config:
 
 
 def peers_of(method: Mapping[str, Any]) -> dict[str, Any]:
-    """The networks of ``method`` that learn beside its student, by name: what begins with ``peer``.
+    """The networks of ``method`` that learn beside its student, by name: see :func:`is_peer`.
 
     >>> peers_of({"name": "dml", "peer2": {"net": {}}})
     {'peer2': {'weights': None, 'seed': None, 'net': {}}}
     """
     start = {"weights": None, "seed": None}
-    nodes = {name: node for name, node in sorted(method.items()) if name.startswith("peer")}
+    nodes = {name: node for name, node in sorted(method.items()) if is_peer(name)}
     return {name: {**start, **node} if isinstance(node, Mapping) else node for name, node in nodes.items()}

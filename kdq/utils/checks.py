@@ -83,3 +83,12 @@ def nearest(name: Any, options: Iterable[Any]) -> str:
     """`` (did you mean X?)`` where an option is close to ``name``, else nothing."""
     near = difflib.get_close_matches(str(name), [str(option) for option in options], n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def is_peer(name: str) -> bool:
+    """Whether an option names a network that learns beside the student: ``peer``, ``peer2`` and so on.
+
+    >>> [name for name in ("peer", "peer2", "peers", "peer_weight") if is_peer(name)]
+    ['peer', 'peer2']
+    """
+    return name.rstrip("0123456789") == "peer"

@@ -99,6 +99,14 @@ def test_one_scale_cannot_serve_two_optimizers(make: Callable[..., Any]) -> None
         module.setup("fit")
 
 
+def test_what_is_no_peer_is_refused(make: Callable[..., Any]) -> None:
+    for wrong in ({"peers": make(DML).peer.network}, {"peer_weight": 0.5}):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            make(DML, **wrong)
+    with pytest.raises(KdqError, match="peer2=3 is no network"):
+        make(DML, peer2=3)
+
+
 def test_a_student_learns_from_the_mean_of_its_peers(make: Callable[..., Any]) -> None:
     """Against the paper's sum over the other students (equation 9), in float64."""
     generator = torch.Generator().manual_seed(3)

@@ -194,3 +194,14 @@ def test_num_classes_goes_to_what_takes_it() -> None:
     assert network.kdq_net == {"_target_": "torch.nn.Flatten", "start_dim": 2}
     with pytest.raises(KdqError, match="does not take"):
         build({"_target_": "torch.nn.Flatten", "classes": 10})
+
+
+def configured(net: dict[str, int], num_classes: int = 3) -> nn.Module:
+    """A network of one's own that takes its settings in one argument, by the name that also holds networks."""
+    return nn.Linear(net["width"], num_classes)
+
+
+def test_an_argument_called_net_is_a_network_only_if_it_says_which() -> None:
+    network = build({"_target_": f"{__name__}.configured", "net": {"width": 4}, "num_classes": 3})
+    assert network.weight.shape == (3, 4)
+    assert network.kdq_net == {"_target_": f"{__name__}.configured", "net": {"width": 4}, "num_classes": 3}
