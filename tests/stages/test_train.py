@@ -152,22 +152,22 @@ def test_the_better_student_of_dml_is_published(
 
 def test_the_best_of_three_students_of_dml_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its place: trained, quantized, packed and loaded by its own name."""
-    nets = ["+model@method.peer=resnet32", "method.peer.net.width=0.25", "+model@method.peer_wide=wrn_16_1"]
-    seeds = ["method.peer.seed=7", "+method.peer_wide.seed=9"]
-    monkeypatch.setattr(kdq.stages.train, "ranked", lambda best: ["peer_wide", "student", "peer"])
+    nets = ["+model@method.peer=resnet32", "method.peer.net.width=0.25", "+model@method.peer2=wrn_16_1"]
+    seeds = ["method.peer.seed=7", "+method.peer2.seed=9"]
+    monkeypatch.setattr(kdq.stages.train, "ranked", lambda best: ["peer2", "student", "peer"])
     asked = cell(tmp_path, "method=dml", *nets, *seeds)
     (row,) = run(asked.cfg)
     entry = float_model(asked)
-    assert (row.arch, entry.metrics["learner"]) == ("wrn_16_1", "peer_wide")
+    assert (row.arch, entry.metrics["learner"]) == ("wrn_16_1", "peer2")
     assert {"val_top1_student", "val_top1_peer", "key_student", "key_peer"} <= set(entry.metrics)
     assert len(entries(tmp_path)) == 3
     assert type(kdq.load(tmp_path / row.artifact)).__name__ == "WideResNet"
     spec = planned(asked).training
     assert spec is not None
-    assert {name: network.seed for name, network in spec.networks.items()} == {"student": 0, "peer": 7, "peer_wide": 9}
+    assert {name: network.seed for name, network in spec.networks.items()} == {"student": 0, "peer": 7, "peer2": 9}
     again = cell(tmp_path, "method=dml", *nets)
     others = planned(again).training.networks  # type: ignore[union-attr]
-    assert [others[name].seed for name in ("peer", "peer_wide")] == [1, 2]
+    assert [others[name].seed for name in ("peer", "peer2")] == [1, 2]
 
 
 def test_dml_trains_two_architectures_together(tmp_path: Path) -> None:
