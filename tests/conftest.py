@@ -1,7 +1,5 @@
 """Fixtures shared by all tests: real digits, tiny networks, and one thread a process."""
 
-from __future__ import annotations
-
 import os
 
 # Several test processes share the cores; threads that wait for each other would only slow them down.

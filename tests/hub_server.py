@@ -1,7 +1,5 @@
 """As much of the Hugging Face hub as uploads and downloads of small files need, on this machine."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import http.server

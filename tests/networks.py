@@ -1,7 +1,5 @@
 """A network of one's own, outside of the modules that stored files may name."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

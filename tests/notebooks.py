@@ -1,7 +1,5 @@
 """What the notebooks say: their text, and the files that they write."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """W&B runs as they lie on disk, read back with W&B's own tool."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

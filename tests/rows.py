@@ -1,7 +1,5 @@
 """A row that tests change where they need to."""
 
-from __future__ import annotations
-
 from kdq.records.rows import Row
 
 ROW = Row(

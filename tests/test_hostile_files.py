@@ -5,8 +5,6 @@ The readers: rows, failures, stored models, weights, checkpoints, packed models,
 images. Archives of data sets are checked in tests/data, and images in tests/data/test_folder.py.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import itertools

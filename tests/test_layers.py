@@ -1,7 +1,5 @@
 """Which module may know which: read from the import statements, those inside functions too."""
 
-from __future__ import annotations
-
 import ast
 import doctest
 import importlib

@@ -1,7 +1,5 @@
 """The notebooks run from top to bottom, in an empty folder, and are kept without outputs."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Every command, table and code block of README.md, CONTRIBUTING.md and the notebooks' text holds what it promises."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import shlex

@@ -1,7 +1,5 @@
 """As much of a W&B server as the client's uploads need, on this machine: it keeps what it is sent."""
 
-from __future__ import annotations
-
 import gzip
 import http.server
 import json

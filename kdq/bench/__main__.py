@@ -1,7 +1,5 @@
 """``python -m kdq.bench NAME [options]``: run one of the benchmarks."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from pathlib import Path

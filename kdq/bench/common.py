@@ -1,7 +1,5 @@
 """What several benchmarks need: their options beside kdq's own, the device, a clock, a table."""
 
-from __future__ import annotations
-
 import re
 import resource
 import sys

@@ -10,8 +10,6 @@ packed file decoded once and decoded layer by layer. Given are the ratios of the
 one for each repeat. Memory is that of a fresh process which loads the packed file and classifies one image.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import subprocess

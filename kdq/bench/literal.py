@@ -1,7 +1,5 @@
 """The published recursion written down as it is printed: slow, and with nothing shared with kdq's own code."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -5,8 +5,6 @@
 two DataLoader workers, float32, the loss and the accuracy read after every step.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator

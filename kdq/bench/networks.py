@@ -10,8 +10,6 @@ parameters, at the smallest of a few image sizes that they take. Times are of th
 line for each; a second command goes on after those.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

@@ -6,8 +6,6 @@ With ``paths.output_dir`` the JSON goes to its ``report/bench_pack.json``. The n
 nearest levels: neither sizes nor times depend on the values.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from functools import partial

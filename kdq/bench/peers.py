@@ -12,8 +12,6 @@ levels (counted in what comes out), and is measured on the same images: ``bench.
 Seconds are of CPU time, kdq's first run included.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import statistics

@@ -6,8 +6,6 @@ with Pillow in as many processes as there are cores, both cropped to 224 pixels,
 FOLDER holds photographs. ``GB/s`` is what the kept pixels are read at.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -9,8 +9,6 @@ depend on what it has learnt (``python -m kdq.bench peers`` compares accuracies)
 process, one after the other; memory is that of processes of their own.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

@@ -1,7 +1,5 @@
 """Other runtimes of the same models: OpenVINO for ONNX files, Inductor for torch networks, in float and INT8."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Callable, Iterable, Mapping

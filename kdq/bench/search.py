@@ -10,8 +10,6 @@ The overrides name the model as ``kdq`` takes them; it is trained if the store d
 last table has means, and what each way gains over uniform widths of the same model: mean and standard deviation.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import tempfile

@@ -10,8 +10,6 @@ against what the fastest network consumes. The roofline is the share of the devi
 in the case's precision, that the networks' own operations make up: a forward pass counts once, a backward pass twice.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -1,7 +1,5 @@
 """``kdq-export CELL``: a cell of a grid, or any packed file, as another runtime loads it, or on the hub."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """``kdq-report``: rebuild the report from the rows, or compare two output folders."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

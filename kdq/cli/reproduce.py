@@ -1,7 +1,5 @@
 """``kdq-reproduce ROW``: make a row again from the config that it carries, and say whether the same comes out."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import re

@@ -1,7 +1,5 @@
 """``kdq-wandb link``, ``workspace`` and ``report``: what needs a W&B account, after the runs are there."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

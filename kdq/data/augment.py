@@ -4,8 +4,6 @@ torchvision's v2 transforms draw once per *batch*; here every image has its own 
 made at once on the CPU from one seed, so they are the same on every device and for every number of processes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol

@@ -4,8 +4,6 @@ Both are written so that a process that is killed loses at most :data:`KEPT_EVER
 many are there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """Your own images: ``root/train/<class>/*`` and ``root/test/<class>/*``, decoded once into uint8 arrays."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A classification data set as arrays."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,11 +1,9 @@
 """A data set with its split, normalisation and augmentation: what every stage takes its images from."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -107,7 +105,7 @@ class Images:
             indices = torch.arange(count) * there // max(count, 1)
         return EvalLoader(found, indices, EVAL_BATCH, preprocess=self.preprocess, rank=rank, world_size=world_size)
 
-    def calibrating(self, count: int, seed: int) -> Images:
+    def calibrating(self, count: int, seed: int) -> Self:
         """The same with nothing but the ``count`` calibration images to train on. Each is drawn several times an epoch,
         so that it is as long as one of all training images."""
         found, whole = copy.copy(self), self.split.train

@@ -1,7 +1,5 @@
 """Batches on the training device: shuffled and augmented for training, in order for evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

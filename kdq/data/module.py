@@ -1,7 +1,5 @@
 """Lightning's view of the images."""
 
-from __future__ import annotations
-
 import lightning as L
 import torch
 

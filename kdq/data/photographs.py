@@ -1,7 +1,5 @@
 """Augmentation of photographs: random resized crops, mirrored, colours jittered, RandAugment; on the images' device."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

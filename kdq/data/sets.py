@@ -1,7 +1,5 @@
 """The data sets kdq knows by name, each a function that returns an :class:`ImageSet`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

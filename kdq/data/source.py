@@ -1,8 +1,6 @@
 """Where batches of raw images come from: a copy on the device, or, for sets that do not fit there, the host's memory
 or a memory-mapped file, read ahead."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Iterator

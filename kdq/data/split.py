@@ -1,7 +1,5 @@
 """Train, validation and calibration images, all from the training set, chosen by a recorded seed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Where the values of an ONNX graph's tensors lie, on calibration images, and how far a graph is from another."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from typing import Any
 

@@ -5,8 +5,6 @@ half-way between two codes are exact, and a BatchNorm's factors are in the scale
 unpacks the weights when it loads the file, which is then as fast as the float model, and as small as the packed one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ factor. A negative factor turns the codes' sign; a zero that lies half-way betwe
 halves the scale. A whole number may multiply all codes of a channel, and divide its scale, as long as they fit.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

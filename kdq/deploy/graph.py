@@ -1,7 +1,5 @@
 """A torch network as a float ONNX graph with BatchNorm folded into the layers before it."""
 
-from __future__ import annotations
-
 import io
 import logging
 import re

@@ -1,7 +1,5 @@
 """ONNX models of packed networks: made, described in their metadata, checked, and measured."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections import Counter

@@ -6,8 +6,6 @@ integer kernel, the sum at the end of a residual block into another and the last
 between the network's input and its output is float. Weights are INT8 with a scale per output channel, biases INT32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """ONNX Runtime: sessions with a fixed number of threads, and what they compute."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path

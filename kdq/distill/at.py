@@ -1,7 +1,5 @@
 """Attention transfer (Zagoruyko & Komodakis 2017, arXiv 1612.03928)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdq.distill.feature_losses import attention_loss

@@ -1,10 +1,8 @@
 """Be your own teacher: a network's last stage teaches the earlier ones (Zhang et al. 2019, arXiv 1905.08094)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +82,7 @@ class BYOT(DistillationModule):
         if stage == "fit" and not self.stages:
             self.connect(self.first_images())
 
-    def connect(self, images: Tensor) -> BYOT:
+    def connect(self, images: Tensor) -> Self:
         """Find the stages and build the exits by a look at what the network makes of ``images``.
 
         Raises:

@@ -5,8 +5,6 @@ pickled structure, as bytes: these run code when they are read, so nothing reads
 ``weights_only=False``. Either way a checkpoint is loaded weights-only by Lightning, which is its default.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import logging

@@ -1,7 +1,5 @@
 """How any network here is optimised: SGD with Nesterov momentum under a learning-rate schedule."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,10 +1,8 @@
 """Contrastive representation distillation (Tian, Krishnan & Isola 2020, arXiv 1910.10699)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +71,7 @@ class CRD(FeatureMethod):
             if not hasattr(self, "bank") or self.bank.shape[1] != images:  # fitted again, on other images
                 self.remember(images)
 
-    def remember(self, images: int) -> CRD:
+    def remember(self, images: int) -> Self:
         """Make a bank of random embeddings of so many images."""
         generator = torch.Generator().manual_seed(self.seed)
         self.register_buffer("bank", F.normalize(torch.randn(2, images, self.dim, generator=generator), dim=2))

@@ -1,7 +1,5 @@
 """Plain cross-entropy training: the control every distillation method must beat, and how a teacher is made."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdq.distill.losses import soft_cross_entropy

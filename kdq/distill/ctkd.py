@@ -1,7 +1,5 @@
 """Curriculum temperature (Li et al. 2023, arXiv 2211.16231): a temperature that learns to make it harder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """DIST: correlations instead of divergences (Huang et al. 2022, arXiv 2205.10536)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

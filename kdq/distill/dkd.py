@@ -1,7 +1,5 @@
 """Decoupled knowledge distillation (Zhao et al. 2022, arXiv 2203.08679)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

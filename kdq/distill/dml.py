@@ -1,7 +1,5 @@
 """Deep mutual learning: students teach each other, without a teacher (Zhang et al. 2018, arXiv 1706.00384)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any

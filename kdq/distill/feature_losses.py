@@ -6,8 +6,6 @@ float32 (float64 stays float64) whatever autocast says, and sends no gradient to
 of the literature's code, so that its weights can be taken.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

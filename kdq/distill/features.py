@@ -1,9 +1,7 @@
 """The base of the methods that compare features: what layers of a student and of its teacher give inside."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +112,7 @@ class FeatureMethod(TeacherStudent):
         if stage == "fit" and not self.layers:
             self.connect(self.first_images())
 
-    def connect(self, images: Tensor) -> FeatureMethod:
+    def connect(self, images: Tensor) -> Self:
         """Find the layers and build the projectors by a look at what both networks make of ``images``.
 
         Raises:

@@ -1,7 +1,5 @@
 """FitNets: hints from the middle of the teacher (Romero et al. 2015, arXiv 1412.6550)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

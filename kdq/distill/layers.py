@@ -5,8 +5,6 @@ what it takes. Hooks are there only while a network runs to be looked at, so tha
 network has them, and what they show is the network's own tensor, not a copy.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

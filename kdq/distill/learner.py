@@ -1,8 +1,7 @@
 """A network in training: itself, the moving average of its weights, and how well it does."""
 
-from __future__ import annotations
-
 import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +69,7 @@ class MovingAverage(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.updates = int(state)
 
-    def train(self, mode: bool = True) -> MovingAverage:
+    def train(self, mode: bool = True) -> Self:
         """It only ever predicts: it stays in eval mode."""
         return super().train(False)
 

@@ -2,8 +2,6 @@
 :mod:`kdq.distill.losses`: logits ``(batch, classes)``, ``target`` int64 ``(batch,)``, a scalar each, no gradient to the
 teacher."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -7,8 +7,6 @@ float64) and start from ``log_softmax``, so that logits of +-1e4 stay finite.
 Gradients flow to the student's logits only: a teacher's or a peer's are detached here.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar

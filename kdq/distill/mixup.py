@@ -1,7 +1,5 @@
 """Distillation on mixed images (Zhang et al. 2018, arXiv 1710.09412; Beyer et al. 2022, arXiv 2106.05237)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Multi-level logit distillation (Jin, Wang & Lin 2023, CVPR)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdq.distill.logit_losses import level_losses

@@ -10,8 +10,6 @@ In a plain script, with one's own loaders:
 A method is a subclass with :meth:`DistillationModule.losses`; see :mod:`kdq.distill.vkd` for a short one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Normalised distillation (Yang et al. 2023, arXiv 2303.13005)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Neuron selectivity transfer (Huang & Wang 2017, arXiv 1707.01219)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdq.distill.feature_losses import selectivity_loss

@@ -1,7 +1,5 @@
 """Overhauled feature distillation: features before their ReLUs (Heo et al. 2019, arXiv 1904.01866)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Probabilistic knowledge transfer (Passalis & Tefas 2018, arXiv 1803.10837)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdq.distill.feature_losses import pkt_loss

@@ -1,7 +1,5 @@
 """Where in its training a batch is: what schedules and random draws may depend on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

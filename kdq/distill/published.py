@@ -6,8 +6,6 @@ which of them makes a student hard to quantize. What the recipe and the data can
 is in ``conf/experiment/published_training.yaml``.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """ReviewKD: the student's deeper layers taught by the teacher's earlier ones (Chen et al. 2021, arXiv 2104.09044)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

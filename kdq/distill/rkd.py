@@ -1,7 +1,5 @@
 """Relational distillation (Park et al. 2019, arXiv 1904.05068)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

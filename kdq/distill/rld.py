@@ -1,7 +1,5 @@
 """Refined logit distillation (Sun et al. 2024, arXiv 2408.07703)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,9 +1,7 @@
 """SimKD: the student's maps, projected, under the teacher's classifier (Chen et al. 2022, arXiv 2203.14001)."""
 
-from __future__ import annotations
-
 import copy
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +54,7 @@ class SimKD(FeatureMethod):
         first = next(student.parameters())
         return network.to(first.device, first.dtype)
 
-    def connect(self, images: Tensor) -> SimKD:
+    def connect(self, images: Tensor) -> Self:
         """Make the product, unless the student is one, with the teacher's classifier."""
         teacher = to_look_into(self.teacher.network, "SimKD")
         maps, _, classifier = averaged_maps(teacher, images)

@@ -1,7 +1,5 @@
 """Similarity-preserving distillation (Tung & Mori 2019, arXiv 1907.09682)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdq.distill.feature_losses import similarity_loss

@@ -1,7 +1,5 @@
 """A teacher that gives logits and nothing else: never trained, never saved, never synchronised."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Several methods at once: the cross-entropy, once, and the terms of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 

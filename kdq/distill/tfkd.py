@@ -1,7 +1,5 @@
 """Teacher-free distillation (Yuan et al. 2020, arXiv 1909.11723): regularisation by a designed teacher."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Transformed teacher matching (Zheng & Yang 2024, arXiv 2402.11148)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

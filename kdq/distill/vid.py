@@ -1,7 +1,5 @@
 """Variational information distillation (Ahn et al. 2019, arXiv 1904.05835)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

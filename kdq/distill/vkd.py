@@ -1,7 +1,5 @@
 """Vanilla knowledge distillation (Hinton, Vinyals & Dean 2015, arXiv 1503.02531)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

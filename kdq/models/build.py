@@ -1,7 +1,5 @@
 """Networks from what the user's own config says of them; for what files say see :mod:`kdq.models.table`."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ that checkpoints published with either load as they are; ``kdq_stages`` names th
 ``(batch, in_channels, height, width)``, output logits ``(batch, num_classes)``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

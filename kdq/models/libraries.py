@@ -1,7 +1,5 @@
 """Networks of torchvision's and timm's by name, and what their published weights want to see of an image."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ state dicts, so that weights trained elsewhere load by name. The ResNets also ta
 weights were trained with, where these are not the data's: see :class:`Renormalize`.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """torchvision's ImageNet weights as the start of a training on other images and classes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A network that ends with the classifier of a larger one (SimKD: Chen et al. 2022, arXiv 2203.14001)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 from torch import nn

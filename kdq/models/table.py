@@ -5,8 +5,6 @@ A file comes from anyone. What it names is looked up in a table, its arguments a
 what the file holds, and the network is built on the meta device, where a tensor is a shape without memory.
 """
 
-from __future__ import annotations
-
 import math
 import reprlib
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Reading weights trained elsewhere: a file, or ``hf:owner/name[:file]`` on the Hugging Face hub."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """Static quantization of a layer's inputs: one scale per tensor, from calibration images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

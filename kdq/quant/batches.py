@@ -1,7 +1,5 @@
 """What of a batch a network is called on, and what of it the labels are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

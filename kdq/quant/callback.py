@@ -1,8 +1,6 @@
 """Quantization as Lightning callbacks, for any LightningModule: thin shells over :mod:`kdq.quant.network` and
 :mod:`kdq.quant.bitsearch`. kdq's own pipeline quantizes with them, too."""
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,8 +1,6 @@
 """How the layers of a network are quantized: every option of it, in one object that passes whole from the config to the
 solver."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any

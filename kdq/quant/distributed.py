@@ -1,7 +1,5 @@
 """What the processes that calibrate together have in common."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.distributed as dist

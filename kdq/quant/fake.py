@@ -7,8 +7,6 @@ for bit. The rounding has a derivative of zero almost everywhere; the straight-t
 Courville 2013, arXiv 1308.3432) takes that of the identity in its place, inside of the alphabet's range.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

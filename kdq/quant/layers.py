@@ -5,8 +5,6 @@ A layer has the name of its weight without the last word: ``fc`` is ``fc.weight`
 it runs: see :mod:`kdq.quant.calibrate.order`.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

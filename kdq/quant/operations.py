@@ -1,7 +1,5 @@
 """What one forward pass of a network costs, and each of its layers at its width."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from typing import Any
 

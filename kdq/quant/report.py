@@ -1,7 +1,5 @@
 """What a quantization did to each layer."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """What a callback takes of a Trainer: images from its loaders, the best weights of its checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any

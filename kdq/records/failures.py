@@ -6,8 +6,6 @@
 is next a part of.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager

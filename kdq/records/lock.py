@@ -1,7 +1,5 @@
 """A lock that processes of several hosts share through a folder: a file that names its holder, who keeps it fresh."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator

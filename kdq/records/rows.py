@@ -1,7 +1,5 @@
 """The row: what one cell of the grid found, a flat record in a file of its own."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

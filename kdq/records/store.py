@@ -13,8 +13,6 @@ rename, complete. The lock is a lease that its holder refreshes: when the holder
 shares the folder, the next one takes over and resumes from the last checkpoint.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Code of one's own that a config calls: what it does is part of what a model or a row depends on."""
 
-from __future__ import annotations
-
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path

@@ -4,8 +4,6 @@ Models are compared under the same data and quantizer only. Differences are betw
 (:mod:`kdq.report.difference`); the finite test set adds an uncertainty that seeds do not show.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The card of a shared model: README.md of its repository on the Hugging Face hub, from its row and its packed file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The rows as a data frame for people: named series, and one line per cell with mean and spread over seeds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

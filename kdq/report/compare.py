@@ -1,7 +1,5 @@
 """Two output folders side by side: what changed between two sweeps of the same grid."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

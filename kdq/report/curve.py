@@ -1,7 +1,5 @@
 """A model's accuracy as a function of its bytes: what is measured, and what lies between."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

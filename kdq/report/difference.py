@@ -1,7 +1,5 @@
 """How much two groups of seeds differ, and whether that is more than their spread."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

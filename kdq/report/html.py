@@ -5,8 +5,6 @@ from rows is text and nothing else: the JSON cannot end its element, the scripts
 only the scripts with the right checksum run and nothing be loaded.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Which of the measured latencies to show accuracy against, and what all measurements of a model come to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pandas as pd

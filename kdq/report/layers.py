@@ -1,7 +1,5 @@
 """What a bit search left on disk: each layer's width, and the way to it."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterable

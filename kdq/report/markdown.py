@@ -1,7 +1,5 @@
 """report.md: the answer, the tables and the figures, for reading where there is no browser."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the rows of an output folder come to: everything that figures, page and texts show, worked out once."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 from typing import Any

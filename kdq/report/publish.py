@@ -1,7 +1,5 @@
 """What others need to check a study and to compare theirs with it: its rows and its report, without models and logs."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

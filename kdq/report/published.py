@@ -4,8 +4,6 @@ Its "b bits" are 2^b + 1 levels, which take b + 1 bits to store; its numbers are
 starts with the study's (``cifar10_jpeg``) is shown with a warning: other images.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from functools import cache

@@ -1,7 +1,5 @@
 """How figures look: the style of a journal's column, and a colour for every method."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

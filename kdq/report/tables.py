@@ -1,7 +1,5 @@
 """The tables people read: in the terminal at the end of a run, and in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 

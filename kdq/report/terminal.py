@@ -1,7 +1,5 @@
 """What a run ends with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Everything kdq writes about its rows: results.csv, results.parquet, and the folder report/."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

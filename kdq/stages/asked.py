@@ -1,7 +1,5 @@
 """Which rows a cell asks for, and the quantizer that makes them, checked before anything is trained for them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One job's config and what is made of it once: images, store, device, loggers."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

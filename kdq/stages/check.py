@@ -5,8 +5,6 @@ node with a ``_target_``) is what that callable takes. A key of the user's own i
 as ``${data.root}`` does.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, is_dataclass

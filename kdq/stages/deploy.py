@@ -1,7 +1,5 @@
 """The stage after a row: its packed file as ONNX models, their accuracy on the whole test set and their latency."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A job from its config to its rows: teacher -> student -> quantize -> tune -> deploy, making only what is missing."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """The stage that quantizes: a float model and some widths -> one packed file and one row for each."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

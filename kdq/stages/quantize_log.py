@@ -1,7 +1,5 @@
 """What the stage that quantizes tells its log: accuracy over bits, every layer's error and width, the bit search."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager

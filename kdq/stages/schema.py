@@ -1,7 +1,5 @@
 """The names and types of what kdq reads of the config itself; conf/ has the values."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

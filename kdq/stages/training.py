@@ -1,14 +1,12 @@
 """One training as plain values, which any process can run: the networks, how they learn, and with what."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import hydra.utils
 import torch
@@ -74,7 +72,7 @@ class TrainingSpec:
     images_seed: int = 0
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> TrainingSpec:
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         networks = {name: NetworkSpec(**network) for name, network in values["networks"].items()}
         return cls(**{**values, "networks": networks})
 

@@ -6,8 +6,6 @@ waits                                    worker 0 logs, checkpoints, writes work
 reads work/result.pt
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """What a job costs, roughly: multiply-accumulate operations, which need no machine to be counted on."""
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """Jobs of a sweep as processes of this machine: fresh ones, some at once, each with its share of it."""
 
-from __future__ import annotations
-
 import os
 import queue
 import threading

@@ -1,8 +1,6 @@
 """The one W&B run of a whole sweep: its answer, its table, its curves, and which models no other beats at their
 size."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

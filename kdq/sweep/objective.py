@@ -1,7 +1,5 @@
 """What a sweeper that searches, such as Optuna's, is told of a cell: ``kdq.objective``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from kdq.records.rows import COLUMNS, Row

@@ -9,8 +9,6 @@ Keys come from :func:`kdq.stages.train.planned`, :func:`kdq.stages.tune.tuned_mo
 finds there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Jobs of a sweep as Ray tasks, of a cluster or of this machine."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Launching a plan, wave after wave. What is there afterwards decides what was done, not what a launcher says."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path

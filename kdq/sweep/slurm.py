@@ -1,7 +1,5 @@
 """Jobs of a sweep as Slurm jobs, through submitit."""
 
-from __future__ import annotations
-
 import logging
 import shlex
 import sys

@@ -5,8 +5,6 @@ of their own elsewhere a live table is shown in a terminal; in a log, and beside
 lines.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -1,7 +1,5 @@
 """One job of a sweep as a picklable call, for launchers that run it in another process."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """What ``wandb agent`` is told of the command that it started: a trial of a sweep that W&B plans."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

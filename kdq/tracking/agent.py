@@ -1,7 +1,5 @@
 """``wandb agent``: which run of a W&B sweep this command was started for."""
 
-from __future__ import annotations
-
 import os
 
 _NAMES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")

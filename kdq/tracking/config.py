@@ -1,7 +1,5 @@
 """The node ``logger.wandb`` of the config."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from kdq.utils.checks import one_of

@@ -1,7 +1,5 @@
 """Any of Lightning's loggers as the log of a stage: its metrics, its config, and the numbers of its tables."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from functools import wraps

@@ -1,7 +1,5 @@
 """Lineage, added once the runs are on the server: offline, W&B cannot say which artifact a run takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from wandb import Api

@@ -1,7 +1,5 @@
 """What runs and artifacts are called, so that one stage finds what another one made."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 

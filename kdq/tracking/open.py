@@ -1,7 +1,5 @@
 """The log of a stage, opened where the ``logger`` config says: W&B, any of Lightning's loggers, several, or nowhere."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """How long a command waits for a server, in all: then it goes on without."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What makes a stage that is run again continue its run, also offline, where W&B remembers nothing."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """What a stage tells about itself, and where that goes: all loggers of the config."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A W&B Report: the answer, the tables and the panels of a study, to be read and commented on in the browser."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import wandb_workspaces.reports.v2 as wr

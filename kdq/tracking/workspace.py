@@ -1,7 +1,5 @@
 """A ready dashboard: a saved view of the project, from the panels that answer kdq's question to those of a training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import wandb_workspaces.reports.v2 as wr

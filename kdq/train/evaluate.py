@@ -1,7 +1,5 @@
 """How good a network is: a Lightning evaluation, each image counted once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

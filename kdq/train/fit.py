@@ -1,7 +1,5 @@
 """One training, from its last checkpoint if there is one, to its best weights."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """What a training logs beside its losses, and whether it still goes well."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any

@@ -11,8 +11,6 @@ process gets a file and does what the module that reads it says:
                                              only the parent holds open
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import threading

@@ -1,7 +1,5 @@
 """The ``recipe`` config of a role: how its network is optimised, how long, and on how many images a step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 from kdq.distill.config import TrainConfig

@@ -1,7 +1,5 @@
 """How many CPU threads a training uses, found out by its own first steps."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

@@ -5,8 +5,6 @@ that would break what kdq promises (trainings resume, sweeps run in waves, rows 
 reason.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import os

@@ -1,7 +1,5 @@
 """What a config calls: the functions and classes that it names by their dotted path."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Checks of options, each with one line that says what is allowed."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import types

@@ -1,7 +1,5 @@
 """The config as Hydra composes it, outside of its application too, and as plain values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

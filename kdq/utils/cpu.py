@@ -1,7 +1,5 @@
 """What this process takes of the machine: CPU cores, and memory that is kept for the next step."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

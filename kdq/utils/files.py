@@ -1,8 +1,6 @@
 """Files: written so that a reader, or a rerun after a crash, sees the old one or the new one and nothing between; read
 as if anyone had written them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The Hugging Face hub: files are fetched from ``hf:owner/name[:file]``, and folders uploaded to ``hf:owner/name``."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

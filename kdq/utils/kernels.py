@@ -1,7 +1,5 @@
 """Kernels whose results can be repeated."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

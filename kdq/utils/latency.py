@@ -5,8 +5,6 @@ that the ratio of their medians says more than either of them. Each turn begins 
 back into the caches what the others have driven out, for in service a model runs alone.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """From an exception to the one line a user reads."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import re

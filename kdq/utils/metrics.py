@@ -1,7 +1,5 @@
 """How good a network is, each image counted once."""
 
-from __future__ import annotations
-
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 

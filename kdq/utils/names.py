@@ -4,8 +4,6 @@ A config calls an object by its dotted path. What is stored or hashed names it b
 of its paths, old or new, was given. Whoever moves an object adds its new path here. Code of one's own keeps its path.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

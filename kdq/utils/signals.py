@@ -5,8 +5,6 @@ signal  ->  KeyboardInterrupt where the program is, which leaves its blocks: log
             an operation that looks for no signals); what is left behind, the next command takes over
 """
 
-from __future__ import annotations
-
 import os
 import queue
 import signal

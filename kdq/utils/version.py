@@ -1,7 +1,5 @@
 """What made a result: the version and the commit of kdq, and the versions of what it computes with."""
 
-from __future__ import annotations
-
 import subprocess
 from functools import cache
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """The benchmark of exported models says about each what it compares."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

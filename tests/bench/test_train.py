@@ -1,7 +1,5 @@
 """The training benchmark compares like with like."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

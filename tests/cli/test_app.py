@@ -1,7 +1,5 @@
 """The command line from end to end, on real digits with networks that train in a second."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

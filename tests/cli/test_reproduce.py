@@ -1,7 +1,5 @@
 """A row made again from what it carries: the same, or what is other and why."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """``kdq-export MODEL --to hf:owner/name`` and ``kdq.load("hf:owner/name")``, against a stand-in of the hub."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

@@ -1,7 +1,5 @@
 """Split, augmentation and loaders, against loops over single images."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

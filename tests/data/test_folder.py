@@ -1,7 +1,5 @@
 """Image folders: decoding, the cache, and what is refused."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

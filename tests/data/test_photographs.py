@@ -1,7 +1,5 @@
 """Photographs: random crops against torchvision's, colours against a formula, and the centre that evaluation sees."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """On request only: all 60 000 real CIFAR-10 images, when KDQ_CIFAR10 names a folder with their train/ and test/."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

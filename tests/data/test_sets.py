@@ -1,7 +1,5 @@
 """The named sets, read from files in the formats they are published in."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import pickle

@@ -1,7 +1,5 @@
 """``deploy=onnx`` in a cell, ``kdq-export``, and the serving script of its notebook, as a user runs them."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

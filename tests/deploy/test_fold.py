@@ -1,7 +1,5 @@
 """Folding and INT8 codes against the layers they stand for."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

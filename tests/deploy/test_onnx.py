@@ -1,7 +1,5 @@
 """Exported graphs against the networks they were made from, in ONNX Runtime and in onnx's own reference evaluator."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

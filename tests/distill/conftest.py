@@ -1,7 +1,5 @@
 """What the tests of the methods share: a batch, and modules around small networks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """BYOT: its loss against the definition in float64, what its exits are no part of, and trainings that resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

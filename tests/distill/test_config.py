@@ -1,7 +1,5 @@
 """Learning-rate schedules at the points that define them, and recipes that cannot be."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """CRD: its loss and its bank against the definitions in float64, and trainings with a stranger's loader and kdq's."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Mutual learning: what flows between the students, how much of it when, and which of them is the product."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """That distillation teaches something: few labels, real digits, three seeds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every distance of features against loops over its definition in float64, and what it does not see."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

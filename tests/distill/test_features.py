@@ -1,7 +1,5 @@
 """Methods that compare features: which layers, what projectors are and are not part of, and whole trainings."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

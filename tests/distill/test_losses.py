@@ -1,7 +1,5 @@
 """Every loss against a formula written another way, finite differences, and the limits it must survive."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

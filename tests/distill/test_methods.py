@@ -1,7 +1,5 @@
 """The methods with a teacher, as losses on one batch: what they equal in their limits, and what they leave alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

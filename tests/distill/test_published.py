@@ -1,7 +1,5 @@
 """The faults of the published students' training, each against kdq's own method and against formulas."""
 
-from __future__ import annotations
-
 import math
 
 import lightning as L

@@ -1,7 +1,5 @@
 """Training into a quantized network, in a stranger's script."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

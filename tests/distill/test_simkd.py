@@ -1,7 +1,5 @@
 """The student under its teacher's classifier: what is trained, what is kept, and that the product is like any other."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 from typing import Any

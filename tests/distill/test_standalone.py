@@ -1,7 +1,5 @@
 """Every method in a stranger's script: his own loaders, Trainer, callbacks and loggers."""
 
-from __future__ import annotations
-
 import copy
 import socket
 from pathlib import Path

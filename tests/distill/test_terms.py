@@ -1,7 +1,5 @@
 """Several methods at once: their own terms, from one pass; resumed, loaded, run by the command, and what is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The networks of the distillation literature: the state dicts of its published checkpoints, and kdq's own uses."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

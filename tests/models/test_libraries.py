@@ -1,7 +1,5 @@
 """Networks of torchvision's and timm's by name, from files in the formats that they are published in."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Architectures against published parameter counts and names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

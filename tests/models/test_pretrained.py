@@ -1,7 +1,5 @@
 """ImageNet weights put into networks of another stem, other channels and other classes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

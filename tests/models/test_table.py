@@ -1,7 +1,5 @@
 """What a stored file may name: networks of one table, with arguments that fit what the file holds."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from pathlib import Path

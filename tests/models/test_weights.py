@@ -1,7 +1,5 @@
 """Weights from elsewhere: files in the published formats, and files that must be refused."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Networks the tests of the quantizer share."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

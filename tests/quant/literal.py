@@ -1,7 +1,5 @@
 """The published algorithms on whole networks, over :mod:`kdq.bench.literal`: what kdq's codes are held against."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

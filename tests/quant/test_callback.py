@@ -1,7 +1,5 @@
 """Quantization as callbacks of a Trainer: kdq's modules and foreign ones, in fit and in evaluations."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import socket

@@ -1,7 +1,5 @@
 """Options: one place, nothing ignored, every mistake answered with what there is."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Training through the rounding: what comes out is what was trained, and gradients are those of the relaxed network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a forward pass costs, against published counts and counting by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The store: keys, atomic publication, damage, and processes that die or compete."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What is made with code of one's own is made anew when that code changes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

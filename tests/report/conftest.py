@@ -1,7 +1,5 @@
 """Rows to report about."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -7,8 +7,6 @@ The teacher has 400 and 1600 bytes at 2 and 4 bits, the student 100 and 400. By 
     baseline 2 bits 60, 62   4 bits 86, 86   float 87, 87
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The page in a real browser: Debian's chromium, headless, driven by its own chromedriver."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

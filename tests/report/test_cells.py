@@ -1,7 +1,5 @@
 """Rows to cells."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Welch's test against SciPy's own."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

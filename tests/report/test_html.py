@@ -1,7 +1,5 @@
 """The page without a browser: whole, small enough, and with nothing in it that a row could have put there."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """Which latency is shown: of the integer network where it was measured; one point for each model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Per-layer widths from packed files, frontiers from what searches write; damaged and hostile ones."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

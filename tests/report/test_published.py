@@ -1,7 +1,5 @@
 """The published numbers: which cells they stand beside, and what is said of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sentences: what they say of known numbers, and what they refuse to say."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

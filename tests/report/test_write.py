@@ -1,7 +1,5 @@
 """The report as a whole: which files, from no rows to many, and what a failing part leaves."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import re

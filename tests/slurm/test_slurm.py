@@ -4,8 +4,6 @@
 trainings are tiny: what takes the time is starting Python.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What a config may hold, and what is said of everything else; nothing is trained."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A job from its config to its rows, when several ask for the same ones at once."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The stage that quantizes: an evaluation with the callback attached; rows and packed files that are there or not."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

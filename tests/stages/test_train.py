@@ -1,7 +1,5 @@
 """What a cell trains and what it takes from the store; where students start; which of two is published."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path

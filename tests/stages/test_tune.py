@@ -1,7 +1,5 @@
 """The stage between quantization and the row: trained once, found again, resumed, planned; rows of what was trained."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

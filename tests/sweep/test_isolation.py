@@ -1,7 +1,5 @@
 """Jobs that share a process leave nothing to each other, whether they succeed or fail."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """kill -9 at any moment: what is left is whole, nothing is trained twice, a rerun ends as if nothing had happened."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

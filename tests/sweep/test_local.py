@@ -1,7 +1,5 @@
 """How a machine is divided, and processes that leave nothing behind and die alone."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What a W&B user sees of one sweep: a grid with tiny networks, read back from its offline runs."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Hydra's own sweepers and launchers run the same cells."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """What a sweep launches, against the literal list of models and rows of its cells."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from collections.abc import Sequence

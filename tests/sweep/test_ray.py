@@ -1,7 +1,5 @@
 """A real Ray on this machine: the same rows as without it, and a worker that is killed takes nothing with it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

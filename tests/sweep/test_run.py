@@ -1,7 +1,5 @@
 """Waves as they are launched: what failed, what is on record, what the terminal says. Launchers that lie and die."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

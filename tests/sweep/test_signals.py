@@ -1,7 +1,5 @@
 """Signals at random moments of a grid: one line, the signal's code, no process left, and a rerun that ends well."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """Sweeps that W&B plans: its own ``wandb agent`` starts kdq, against a stand-in for its server."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

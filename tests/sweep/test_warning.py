@@ -1,7 +1,5 @@
 """Slurm's warning, SIGUSR2, at the first moments of a job: programs of three lines stand in for Slurm's own."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """A W&B account on this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

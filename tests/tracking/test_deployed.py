@@ -1,7 +1,5 @@
 """What W&B shows of exported models: the columns of their rows, in the run of the rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Waiting that ends."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """Stages that tell what they do to Lightning's loggers, to one of a user's own, or to nobody."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any

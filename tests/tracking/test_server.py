@@ -1,7 +1,5 @@
 """Online, and from offline to a server, with a stand-in for W&B's on this machine."""
 
-from __future__ import annotations
-
 import json
 import logging
 import signal

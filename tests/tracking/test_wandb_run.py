@@ -4,8 +4,6 @@ Run as a script, ``python test_run.py FOLDER [kill | kill-service]``, this file 
 or W&B's own process.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """The saved view, as W&B's own package would send it."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Methods and networks for tests/train/test_processes.py, importable by the processes of a training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Metrics of an evaluation against counting by hand."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest

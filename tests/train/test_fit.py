@@ -3,8 +3,6 @@
 Run as a script, ``python test_fit.py FOLDER``, this file starts a training of every method that dies by SIGKILL.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import signal

@@ -1,7 +1,5 @@
 """Two processes (gloo, CPU) against one: the same training, one entry, one run."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

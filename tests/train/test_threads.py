@@ -1,7 +1,5 @@
 """A training settles on a number of threads by its own steps; a number that the user gave stays."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

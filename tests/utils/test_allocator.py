@@ -1,7 +1,5 @@
 """Freed memory stays with the process that asked to keep it."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """How many cores kdq computes with."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

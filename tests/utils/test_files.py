@@ -1,7 +1,5 @@
 """Atomic writing."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is timed, in which order, and what is made of the times."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

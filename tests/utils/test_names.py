@@ -1,7 +1,5 @@
 """Names that never change, whatever moves."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

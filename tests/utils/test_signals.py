@@ -1,7 +1,5 @@
 """How a process ends on signals: the code of the first one, whatever a library made of it."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Every layer of a network quantized once at every candidate width, and what each choice costs."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """What a bit search is asked for."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 from kdq.quant.bitsearch.search import CONTEXTS, check_reachable

@@ -5,8 +5,6 @@ assignment is measured on the network stitched together from those; and the chos
 layer then correcting the errors of the layers that really precede it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

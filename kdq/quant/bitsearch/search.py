@@ -17,8 +17,6 @@ costs the least loss for the cost it saves. Measuring every possible step before
 The last step usually saves more than was missing: steps that fit into what it left are taken back, the dearest first.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

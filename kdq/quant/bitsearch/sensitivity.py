@@ -5,8 +5,6 @@ integer programme can minimise (:func:`exact`) and what a sorted list can be cut
 scheme of AIMET's automatic mixed precision); neither sees that two layers can be cheap alone and ruinous together.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 

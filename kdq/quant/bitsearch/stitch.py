@@ -1,7 +1,5 @@
 """Networks stitched together from layers that were quantized once, at every width, and their loss."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping

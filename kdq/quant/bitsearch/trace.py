@@ -1,7 +1,5 @@
 """What a bit search measured, remembered on disk."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

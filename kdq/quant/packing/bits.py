@@ -4,8 +4,6 @@ Bits beyond eight are split off as planes of eight, so that 12 bits are a plane 
 eight codes make b bytes, the first code in the lowest bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -6,8 +6,6 @@ layers left float) is stored as it is, or in 16 bits where the network was round
 is a JSON header. FORMAT.md beside this file describes all of it. Nothing in a file is code, and reading it runs none.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -1,8 +1,7 @@
 """Weights that stay packed: decoded once, or every time their layer runs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ class PackedWeight:
     levels: int
 
     @classmethod
-    def of(cls, codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> PackedWeight:
+    def of(cls, codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Self:
         return cls(pack_bits(codes.flatten(), code_bits(levels)), codes.shape, scale, zero, levels)
 
     @property

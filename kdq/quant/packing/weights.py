@@ -1,7 +1,5 @@
 """A quantized layer's weight as stored, and networks that compute with such weights."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager

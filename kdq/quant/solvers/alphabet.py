@@ -1,7 +1,5 @@
 """The finite sets of values a weight may take: integer codes on a scale, per output channel."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

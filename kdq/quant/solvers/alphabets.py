@@ -6,8 +6,6 @@ channel, so :func:`uniform` tries all three for each. (A half-integer zero is no
 scale turns the levels into odd integers.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

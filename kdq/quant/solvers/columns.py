@@ -12,8 +12,6 @@ block. The cost is that of the product, O(N d^2), plus one rounding of N values 
 Values are held in units of the scale and transposed, ``(..., d, N)``: a column of weights is contiguous memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -35,8 +35,6 @@ tensor([[0., 0.]])
 tensor([[0., 1.]])
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdq.quant.solvers.alphabet import Alphabet

@@ -12,8 +12,6 @@ The example of :mod:`kdq.quant.solvers.gpfq`, where U[1, 2] / U[1, 1] = -G[1, 2]
 tensor([[0., 1.]])
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -15,8 +15,6 @@ several ridges are tried, and plain rounding, and the one of least held-out erro
 layers with 96 inputs, 4 bits and 12 images, the error on other inputs is 0.75 of rounding's with it and 1.21 without.)
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -5,8 +5,6 @@ The best real weight on the quantized network's inputs is a ridge projection V, 
 column at a time. O(N d^2 + d^3).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

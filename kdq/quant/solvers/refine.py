@@ -9,8 +9,6 @@ and no step increases the error. One sweep visits every column once, O(N d^2). W
 row's scale s, the error is a parabola in s whose minimum is ``s = <Z, W C'> / <Z, Z G>``: the refit costs one product.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

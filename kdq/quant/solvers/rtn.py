@@ -1,7 +1,5 @@
 """Round to nearest: the floor that every other solver must beat."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdq.quant.solvers.alphabet import Alphabet

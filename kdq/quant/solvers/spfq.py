@@ -6,8 +6,6 @@ its two-phase form, which first aligns the data; the rounding here is on GPFQ's 
 noise: from the seed, and from the weights themselves.
 """
 
-from __future__ import annotations
-
 import zlib
 
 import torch

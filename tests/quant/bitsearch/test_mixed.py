@@ -1,7 +1,5 @@
 """The bit search on real networks, by hand and as a callback of a foreign LightningModule."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The bit search on losses that are known in closed form."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

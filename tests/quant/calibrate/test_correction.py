@@ -1,7 +1,5 @@
 """Bias correction and BatchNorm re-estimation: channels get back the means and variances of the float network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

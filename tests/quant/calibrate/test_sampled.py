@@ -1,7 +1,5 @@
 """The published study's moments: of which patches, and how many of them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Thousands of damaged packed files: each is refused with one line, none is loaded as if nothing had happened."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

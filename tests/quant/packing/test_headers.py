@@ -5,8 +5,6 @@ numbers of every size and kind. Python's own audit events tell whether a command
 and its profiler whether the function that the header names was called. With STEP = 1 there are 64 000 headers.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import itertools

@@ -1,7 +1,5 @@
 """Hydra's view of kdq's launchers: thin shells over :mod:`kdq.sweep.local`, ``slurm`` and ``ray``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any

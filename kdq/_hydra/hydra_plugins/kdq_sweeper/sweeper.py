@@ -1,7 +1,5 @@
 """Hydra's grid sweeper in waves: a thin shell over :mod:`kdq.sweep`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
