@@ -39,6 +39,8 @@ SUFFIXES = {
     "onnx-int8": ".int8.onnx",
     "onnx-codes": ".codes.onnx",
 }
+#: What of a row's config says which images it was measured and calibrated on.
+SPLIT = ("val_fraction", "split_seed", "train_limit", "test_limit")
 #: The figure of a report that a shared model's card shows.
 FIGURE = "accuracy_vs_bytes.png"
 
@@ -156,6 +158,8 @@ def _own(source: Source, overrides: Sequence[str]) -> list[str]:
         own += [f"seed={row.seed}"] + ["method=teacher"] * (row.role == "teacher")
         given = any(override.startswith("data=") for override in overrides)
         own += [f"data={row.data}"] if not given and row.data in choices("data") else []
+        split = {name: ((row.config or {}).get("data") or {}).get(name) for name in SPLIT}
+        own += [f"data.{name}={value}" for name, value in split.items() if isinstance(value, (int, float))]
     return own
 
 

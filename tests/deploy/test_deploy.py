@@ -196,6 +196,14 @@ def test_every_format_of_a_cell(run: Any, export: Any, tmp_path: Path) -> None:
     assert read_rows(output / "rows") == rows
 
 
+def test_a_row_of_fewer_images_is_compared_on_these(cli: Any, export: Any, tmp_path: Path) -> None:
+    cell = [*TINY, "method=baseline", "quant.bits=8", "data.test_limit=50", "data.split_seed=3"]
+    assert cli(*cell)[0] == 0
+    (row,) = read_rows(tmp_path / "rows")
+    said = export(row.config_hash, "--output-dir", tmp_path, "--format", "onnx-fp32", "--to", tmp_path)
+    assert f"top-1 {row.top1:.2f} on the test set, {row.top1:.2f} as evaluated" in said
+
+
 def test_a_packed_file_alone(run: Any, export: Any, tmp_path: Path) -> None:
     output, _, rows = run
     shutil.copy(output / rows[0].artifact, tmp_path / "alone.kdq")
