@@ -34,7 +34,10 @@ def locate(source: str) -> Path:
         return fetch(source, HUB_FILES)
     path = Path(source).expanduser()
     if not path.is_file():
-        raise KdqError(f"no weights file at {path}: give an existing .safetensors/.pt/.pth/.bin file or hf:owner/name")
+        raise KdqError(
+            f"no weights file at {path}: give teacher.weights= (or student.weights=) an existing "
+            ".safetensors/.pt/.pth/.bin file or hf:owner/name"
+        )
     return path
 
 

@@ -173,7 +173,7 @@ MISTAKES = [
     (["data.test_limit=0"], r"data.test_limit=0 must be at least 1"),
     (["method=vkd,baseline"], r"method=vkd,baseline has several values: kdq -m runs a grid"),
     ([f"teacher.weights={__file__}"], r"test_app.py: it is no checkpoint of tensors alone; save a state_dict"),
-    (["teacher.weights=/nowhere.pt"], r"no weights file at /nowhere.pt"),
+    (["teacher.weights=/nowhere.pt"], r"no weights file at /nowhere.pt: give teacher.weights="),
     (["teacher.net.num_classes=7"], r"resnet20 gives 7 logits but data=digits has 10 classes"),
     (["student.net.in_channels=3", "method=baseline"], r"resnet20 cannot take images of shape \(1, 8, 8\)"),
     (["student.net._target_=kdq.models.nothing", "method=baseline"], r"cannot import 'kdq.models.nothing'"),
