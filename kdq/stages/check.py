@@ -124,6 +124,9 @@ class _Check:
                 del options[name]
             check_type("tune.images", node["images"], int | None)
             self.node("tune.recipe", node["recipe"], Recipe)
+        if (known := parameters(kind)) is not None:  # but for what the stage gives
+            given = ("student", "num_classes", "config", "seed", *takes)
+            self.names(where, options, ["_target_", *(name for name in known if name not in given)])
         return self.calls(where, options)
 
     def terms(self, where: str, node: Any) -> None:
