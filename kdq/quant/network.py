@@ -81,8 +81,9 @@ def quantize_widths(
     start = time.perf_counter()
     if not widths:
         raise KdqError("there is no width to quantize to")
-    if not isinstance(batches, Iterable):
-        raise KdqError(f"the batches are a {type(batches).__name__}: pass batches of inputs, such as a DataLoader")
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor):  # which would give its images one by one
+        kind = type(batches).__name__
+        raise KdqError(f"the batches are a {kind}: pass batches of inputs, such as a DataLoader or [images]")
     model, iterator = unwrapped(model), iter(batches)
     if (head := next((batch for batch in iterator if len(images_of(batch))), None)) is None:
         raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")

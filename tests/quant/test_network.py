@@ -178,10 +178,11 @@ def test_excluded_layers_stay_float_and_feed_the_quantized_inputs(relu_net: nn.M
 
 def test_errors_say_what_to_do(relu_net: nn.Module) -> None:
     image = torch.randn(2, 3, 9, 9)
-    cases: list[tuple[nn.Module, list[Tensor], dict, str]] = [
+    cases: list[tuple[nn.Module, Any, dict, str]] = [
         (relu_net, [], {}, "no calibration image"),
         (relu_net, [image[:0]], {}, "no calibration image"),
         (relu_net, None, {}, "the batches are a NoneType"),
+        (relu_net, image, {}, "the batches are a Tensor"),
         (relu_net, [image], {"bits": 1}, "2 to 32"),
         (relu_net, [image], {"bits": {"stem": 4}}, "no width for the layer"),
         (relu_net, [image], {"solver": "magic"}, "gpfq"),
