@@ -121,6 +121,15 @@ def test_a_student_learns_from_the_mean_of_its_peers(make: Callable[..., Any]) -
     assert terms["ce"].item() == pytest.approx(torch.nn.functional.cross_entropy(mine, labels).item(), rel=1e-12)
 
 
+def test_every_portion_is_stepped_and_averaged(make: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> None:
+    """An epoch of three batches, two a step, has two steps; the average follows each."""
+    module = make(DML, {"accumulate": 2, "ema": 0.9})
+    flags = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **flags)
+    trainer.fit(module, DataLoader(TensorDataset(*batch), len(batch[0]) // 3))
+    assert [learner.average.updates for learner in module.learners.values()] == [4, 4]
+
+
 class Passed(DML):
     """A method of one's own that passes on what it is given."""
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kdq
 from kdq.distill import QAD, QAT, TrainConfig
+from kdq.quant.fake import rounded_weights
 from kdq.utils.errors import KdqError
 from tests.distill.test_standalone import QUIET, SILENT, foreign, loader, network
 
@@ -76,6 +77,19 @@ def test_frozen_batchnorm_and_scales_stay_as_they_are() -> None:
     fixed = fitted(QAT(student(), num_classes=4, config=CONFIG, learn_scales=False)).quantized()
     for name, weight in before.quantized_weights.items():
         assert torch.equal(fixed.quantized_weights[name].scale, weight.scale)
+
+
+def test_scales_are_not_decayed() -> None:
+    """Where no gradient is, only decay moves: every weight, and no scale."""
+    module = QAT(student(), num_classes=4, config=TrainConfig(weight_decay=0.1))
+    pairs = rounded_weights(module.student.network)
+    before = [(weight.detach().clone(), rounding.scale.detach().clone()) for weight, rounding in pairs]
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    module.optimizer(module.student, fused=False).step()
+    for (weight, rounding), (weight_before, scale_before) in zip(pairs, before, strict=True):
+        assert torch.equal(rounding.scale, scale_before)
+        assert not torch.equal(weight, weight_before)
 
 
 def test_distillation_brings_the_rounded_network_nearer_to_its_teacher() -> None:
