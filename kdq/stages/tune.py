@@ -3,8 +3,9 @@
     float model -> quantized to the row's width -> fake-quantized, trained -> a model of the store -> the row
 
 Every width of a cell is a training of its own, which begins at a packed file: that is what all its processes read, and
-what a killed one goes on from. What is kept is the last epoch, or the start if that was more accurate on validation
-images.
+what a killed one goes on from. What is kept is the last epoch, or the start if the method's own loss on validation
+images was lower there. (Not their accuracy: of weights from outside, which may have been trained on these images, it
+says little, and of two networks that are both near a third one, how near each is says more.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 import hydra.utils
 import torch
 from torch import Tensor
+from torchmetrics import MeanMetric
 
+from kdq.distill.progress import TrainingProgress
 from kdq.models.build import build
 from kdq.quant.fake import fake_quantized, layout, quantized, with_layout
 from kdq.quant.layers import LeftFloat
@@ -34,7 +37,7 @@ from kdq.stages.asked import asked_bits, quant_spec
 from kdq.stages.cell import Cell
 from kdq.stages.quantize import Tuned, quantized_once
 from kdq.stages.train import Model, artifact, teacher_model
-from kdq.stages.training import NetworkSpec, TrainingSpec, check_module
+from kdq.stages.training import NetworkSpec, TrainingSpec, check_module, made_module
 from kdq.stages.worker import run_training
 from kdq.train.recipe import Recipe
 from kdq.train.trainer import with_trainer_flags
@@ -76,7 +79,7 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
     quant = {key: value for key, value in quant_spec(cell.cfg.quant).items() if key not in ("name", "bits")}
     spec = {
         "stage": "tune",
-        "optimizer": "adam, rates in levels, last epoch kept",  # tunings of before differed under the same options
+        "optimizer": "adam, rates in levels, last epoch kept if its loss is lower",  # tunings of before differed under the same options
         "models": {name: model.key for name, model in models.items()},
         "data": cell.images.spec(),
         "quant": quant,
@@ -115,13 +118,27 @@ def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str
         with run_training(cell, training, work) as (best, metrics):
             student = best["student"]
             weights, scores = student.weights, {"val_top1": 100 * student.top1, "best_epoch": student.epoch}
-            if facts["val_top1_start"] > scores["val_top1"]:
-                log.warning("%s was more accurate on validation images before it was tuned: it is kept", plan.name)
-                weights = training.networks["student"].build().state_dict()
-                scores = {"val_top1": facts["val_top1_start"], "best_epoch": -1}
-            yield weights, scores | facts | metrics
+            begun = training.networks["student"].build().state_dict()
+            losses = {"loss_start": _loss(cell, training, begun), "loss": _loss(cell, training, weights)}
+            if not losses["loss"] <= losses["loss_start"]:
+                log.warning("%s had a loss of %.4f on validation images before it was tuned and has %.4f now: what it "
+                            "was is kept", plan.name, losses["loss_start"], losses["loss"])  # fmt: skip
+                weights, scores = begun, {"val_top1": facts["val_top1_start"], "best_epoch": -1}
+            yield weights, scores | losses | facts | metrics
 
     return make
+
+
+@torch.no_grad()
+def _loss(cell: Cell, training: TrainingSpec, weights: Mapping[str, Tensor]) -> float:
+    """What the training minimises, of validation images and a student of these weights."""
+    networks = {role: network.build() for role, network in training.networks.items()}
+    networks["student"].load_state_dict(weights)
+    module, mean = made_module(training, networks, cell.cfg.data.num_classes).to(cell.device).eval(), MeanMetric()
+    for images, labels in cell.images.evaluation("val", cell.device):
+        terms, _ = module.losses(images, labels, TrainingProgress())
+        mean.update(torch.stack(list(terms.values())).sum().cpu(), weight=len(labels))
+    return float(mean.compute())
 
 
 def _entry(cell: Cell, model: Model) -> Entry:
