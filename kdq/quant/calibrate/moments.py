@@ -110,22 +110,25 @@ class Moments:
 
     def _assemble(self, g: _Geometry) -> Tensor:
         """From correlations by class and lag to inner products by pair of taps."""
-        taps = list(product(*map(range, g.kernel)))
-        channels = len(self._channels)
-        blocks = self._channels.new_zeros(len(taps), len(taps), g.groups, channels, channels)
+        channels, axes = len(self._channels), len(g.kernel)
+        blocks = self._channels.new_zeros(*g.kernel, *g.kernel, g.groups, channels, channels)
         for classes, sums in self._sums.items():
             for a in product(*(c.taps for c in classes)):
-                for column, b in enumerate(taps):
-                    lag = tuple(y - x - c.first_lag for x, y, c in zip(a, b, classes, strict=True))
-                    if all(0 <= i < c.lags for i, c in zip(lag, classes, strict=True)):
-                        blocks[taps.index(a), column] += sums[lag]
+                # Tap b is at lag b - a: along each axis, the taps that have a lag of this class.
+                first = [tap + c.first_lag for tap, c in zip(a, classes, strict=True)]
+                ends = [min(x + c.lags, k) for x, c, k in zip(first, classes, g.kernel, strict=True)]
+                taps = tuple(slice(max(x, 0), end) for x, end in zip(first, ends, strict=True))
+                lags = tuple(slice(max(-x, 0), end - x) for x, end in zip(first, ends, strict=True))
+                blocks[a + taps] += sums[lags]
         if self.symmetric:
-            for row, a in enumerate(taps):
-                for column, b in enumerate(taps):
-                    if b[0] < a[0]:
-                        blocks[row, column] = blocks[column, row].mT
-        # (taps, taps, groups, channels, channels) -> (groups, channels x taps, channels x taps)
-        return blocks.permute(2, 3, 0, 4, 1).reshape(g.groups, channels * len(taps), -1)
+            for row in range(g.kernel[0]):
+                for column in range(row):  # the pair (b, a) is that of (a, b), transposed
+                    pairs = blocks[column].select(axes - 1, row)
+                    order = (*range(axes - 1, 2 * axes - 2), *range(axes - 1))
+                    blocks[row].select(axes - 1, column).copy_(pairs.permute(*order, -3, -2, -1).mT)
+        # (*taps, *taps, groups, channels, channels) -> (groups, channels x taps, channels x taps)
+        blocks = blocks.flatten(axes, 2 * axes - 1).flatten(0, axes - 1)
+        return blocks.permute(2, 3, 0, 4, 1).reshape(g.groups, channels * len(blocks), -1)
 
 
 class Sums(NamedTuple):
