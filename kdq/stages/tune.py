@@ -79,7 +79,8 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
     quant = {key: value for key, value in quant_spec(cell.cfg.quant).items() if key not in ("name", "bits")}
     spec = {
         "stage": "tune",
-        "optimizer": "adam, rates in levels, last epoch kept if its loss is lower",  # tunings of before differed under the same options
+        # Tunings of before differed under the same options.
+        "optimizer": "adam, rates in levels, last epoch kept if its loss is lower",
         "models": {name: model.key for name, model in models.items()},
         "data": cell.images.spec(),
         "quant": quant,

@@ -115,7 +115,8 @@ def _killed(output: Path, asked: list[str]) -> None:
 
 
 def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["quant.bits=2", "tune.images=32", "tune.alpha=0", "tune.batchnorm=frozen", "+callbacks.kill._target_=tests.stages.test_tune.Kill"]
+    asked = ["quant.bits=2", "tune.images=32", "tune.alpha=0", "tune.batchnorm=frozen"]
+    asked.append("+callbacks.kill._target_=tests.stages.test_tune.Kill")
     passes = []
 
     def counted(*args: Any) -> Any:
