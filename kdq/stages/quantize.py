@@ -22,7 +22,7 @@ from kdq.quant.report import Report
 from kdq.records.rows import Row, write_row
 from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
-from kdq.stages.asked import asked_bits, quant_config, quant_spec, row_axes, search_config
+from kdq.stages.asked import asked_bits, quant_config, quant_spec, row_axes, row_spec, search_config
 from kdq.stages.cell import Cell
 from kdq.stages.quantize_log import log_axes, log_layers, log_row, log_search
 from kdq.tracking.run import RunLogger
@@ -114,9 +114,9 @@ def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, floa
 
 
 def _reference(cell: Cell, entry: Entry, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The float model's test metrics, measured once for all quantizers."""
+    """The float model's metrics on these test images, measured once for all quantizers."""
     limits = limited(plain(cell.cfg.trainer))
-    spec = {"stage": "evaluate", "model": entry.key, "data": cell.images.spec(), "limits": limits}
+    spec = {"stage": "evaluate", "model": entry.key, "data": row_spec(cell, entry, None)["data"], "limits": limits}
     file = cell.output / "store" / "evaluated" / f"{entry.path.name}-{key_of(spec)}.json"
     try:
         found = parse_json(regular(file).read_text())

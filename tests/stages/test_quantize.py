@@ -152,3 +152,6 @@ def test_a_float_model_is_measured_once_for_all_quantizers(tmp_path: Path, monke
     assert (third.top1_float, len(tests)) == (first.top1_float, 5)
     run(config(tmp_path, "quant=gptq", "quant.bits=4", "trainer.limit_test_batches=1"))
     assert len(tests) == 7
+    (fewer,) = run(config(tmp_path, "quant=gptq", "quant.bits=4", "data.test_limit=7"))
+    assert len(tests) == 9
+    assert fewer.top1_float in [round(100 * right / 7, 4) for right in range(8)]
