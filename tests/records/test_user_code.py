@@ -16,15 +16,17 @@ from kdq.stages.train import planned
 from tests.stages.test_train import SMALL
 
 NET = "import kdq.models\ndef net(**options): return kdq.models.CifarResNet(**options)\n"
+CALLBACK = "import lightning\nclass Mine(lightning.Callback): pass\n"
 SOLVER = "from kdq.quant.solvers.rtn import rtn\nmine = rtn\n"
 
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of modules: ``own_net``, and ``own_solver`` in a package."""
+    """A folder of modules: ``own_net``, ``own_callback``, and ``own_solver`` in a package."""
     folder = tmp_path / "code"
     (folder / "own_package").mkdir(parents=True)
     (folder / "own_net.py").write_text(NET)
+    (folder / "own_callback.py").write_text(CALLBACK)
     (folder / "own_package" / "__init__.py").touch()
     (folder / "own_package" / "own_solver.py").write_text(SOLVER)
     monkeypatch.syspath_prepend(folder)
@@ -54,6 +56,7 @@ def test_models_and_rows_change_with_the_code_that_they_call(own: Path, tmp_path
     asked = [
         "method=baseline",
         "student.net._target_=own_net.net",
+        "+callbacks.mine._target_=own_callback.Mine",
         solver,
         "quant.bits=2",
         f"paths.output_dir={tmp_path}",
@@ -76,3 +79,5 @@ def test_models_and_rows_change_with_the_code_that_they_call(own: Path, tmp_path
     third = keys()
     assert third[0] != first[0]
     assert third[1] != second[1]
+    (own / "own_callback.py").write_text(CALLBACK + "# other\n")
+    assert keys()[0] != third[0]

@@ -108,14 +108,17 @@ def test_a_width_that_saves_nothing_is_not_chosen(method: str) -> None:
     assert 7 not in find.chosen.assignment.values()
 
 
-def test_prices_are_measured_in_context() -> None:
-    """Two layers are cheap alone and ruinous together; a table of single changes cannot know."""
-    costs = {layer: {bits: float(bits) for bits in (2, 4)} for layer in "abc"}
+@pytest.mark.parametrize("widths", [(2, 4), (2, 4, 8)])
+def test_prices_are_measured_in_context(widths: tuple[int, ...]) -> None:
+    """Two layers are cheap alone and ruinous together; a table of single changes cannot know. Of three widths, all
+    prices at two bits are measured before the first such step, which makes them stale."""
+    costs = {layer: {bits: float(bits) for bits in widths} for layer in "abc"}
 
     def evaluate(assignment: Assignment) -> Measure:
         low = {layer for layer, bits in assignment.items() if bits == 2}
         loss = {"a": 0.01, "b": 0.011, "c": 0.1}
-        return Measure(sum(loss[x] for x in low) + (5.0 if {"a", "b"} <= low else 0.0), 50.0)
+        alone = sum(loss[x] * {2: 1.0, 4: 0.01, 8: 0.0}[bits] for x, bits in assignment.items())
+        return Measure(alone + (5.0 if {"a", "b"} <= low else 0.0), 50.0)
 
     budget = 8.0  # two of the three layers at two bits
     assert evaluate(exact(costs, sensitivities(costs, evaluate), budget)).loss > 5

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import kdq
 from kdq import KdqError
 from kdq.models.build import build
+from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.packing.bits import pack_bits, packed_bytes, unpack_bits
+from kdq.quant.solvers.alphabet import Alphabet
 
 
 @pytest.mark.parametrize("bits", range(1, 34))
@@ -115,6 +117,30 @@ def test_every_alphabet_and_activation_quantizer_loads_back(
         assert torch.equal(loaded(images), quantized(images))
     assert loaded.quantized_activations == quantized.quantized_activations
     assert kdq.save(loaded, tmp_path / "again.kdq") == (tmp_path / "net.kdq").stat().st_size
+
+
+def test_zeros_far_from_the_middle_load_back(tmp_path: Path) -> None:
+    """Half steps from the middle are stored in a byte, which 128 do not fit."""
+
+    def skewed(weight: Tensor, bits: int) -> Alphabet:
+        zero = torch.full_like(weight[..., :1], 128.0)
+        zero[..., 0, :] = 192.0
+        return Alphabet(torch.full_like(zero, 0.01), zero, 257)
+
+    net = nn.Sequential(nn.Linear(4, 3))
+    quantized, _ = kdq.quantize(net, [images := torch.randn(8, 4)], bits=8, alphabet=skewed)
+    kdq.save(quantized, tmp_path / "net.kdq")
+    assert torch.equal(kdq.load(tmp_path / "net.kdq", network=net)(images), quantized(images))
+
+
+def test_an_activation_whose_zero_is_no_code_is_refused(tmp_path: Path, relu_net: nn.Module) -> None:
+    quantized, _ = kdq.quantize(relu_net, [torch.randn(8, 3, 9, 9)], bits=3, act_bits=4)
+    name = next(iter(quantized.quantized_activations))
+    for zero in (-1, 16):
+        quantized.quantized_activations[name] = ActivationQuantizer(0.1, zero, 4)
+        kdq.save(quantized, tmp_path / "net.kdq")
+        with pytest.raises(KdqError, match=f"zero {zero} makes no sense"):
+            kdq.load(tmp_path / "net.kdq", network=type(relu_net)())
 
 
 def test_a_file_of_the_first_format_still_loads() -> None:

@@ -104,6 +104,16 @@ def test_held_out_moments_are_kept_apart(layer: nn.Module, shape: tuple[int, ...
     assert total.patches == patches(layer, x[7:]).shape[1] == patch_count(layer, x[7:])
 
 
+def test_held_out_patches_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes with the same images have twice as many."""
+    parted = PartedMoments(Moments, nn.Linear(6, 4), False, True)
+    for held_out in (False, True):
+        parted.add(torch.randn(9, 6), torch.randn(9, 6), held_out)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda value: value.mul_(2))
+    assert parted.total().patches == 18
+
+
 def test_few_images_make_as_many_chunks_as_are_asked_for() -> None:
     def chunks(images: int, parts: int) -> list[int]:
         made = list(in_chunks(torch.arange(images).float().split(7), torch.device("cpu"), parts))

@@ -47,6 +47,16 @@ def test_every_solver_stays_on_the_alphabet_and_most_beat_rounding(
         assert error(W, X, Xq, Q).sum() < error(W, X, Xq, rtn(W, X, X, alphabet)).sum()
 
 
+@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"spfq"}))  # whose draws are of all groups
+def test_groups_are_independent_problems(problem: tuple[Tensor, Tensor, Tensor], name: str) -> None:
+    W, X, Xq = problem
+    parts = [(W, Xq.T @ Xq, Xq.T @ X), (W.flip(0), 1e3 * X.T @ X, 1e3 * X.T @ X)]
+    weight, gram, cross = (torch.stack(each) for each in zip(*parts, strict=True))
+    together = SOLVERS[name](weight, gram, cross, uniform(weight, 3))
+    for index, (w, G, C) in enumerate(parts):
+        assert torch.equal(together[index], SOLVERS[name](w, G, C, uniform(w, 3)))
+
+
 def test_gptq_against_its_recursion_with_explicit_inverses(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     """After each rounding, least squares for all later weights (optimal brain surgeon, Hassibi & Stork 1993)."""
     W, _, Xq = problem

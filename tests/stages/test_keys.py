@@ -1,0 +1,52 @@
+"""What the names of stored models and rows depend on: everything that their content does, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from kdq.stages.asked import row_keys
+from kdq.stages.train import planned
+from tests.stages.test_train import cell
+
+#: A distilled student; mean and std are given, so that no other value is told by what is measured.
+BASE = ["method=vkd", "quant=gpfq", "quant.bits=2", "data.mean=[0.3]", "data.std=[0.4]"]
+MODEL = [
+    *("data.mean=[0.31]", "data.std=[0.41]", "data.split_seed=1", "data.val_fraction=0.2", "data.train_limit=65"),
+    *("data.augment.pad=2", "data.augment.flip=true", "data.augment.cutout=2"),
+    *("student.net.width=0.5", "student.seed=1", "student.recipe.lr=0.02", "student.recipe.momentum=0.8"),
+    *("student.recipe.weight_decay=0.1", "student.recipe.batch_size=32", "student.recipe.label_smoothing=0.1"),
+    *("student.recipe.ema=0.9", "student.recipe.epochs=2", "teacher.net.width=0.5", "teacher.seed=1"),
+    *("teacher.recipe.epochs=2", "method.alpha=0.5", "method.temperature=3", "trainer.precision=bf16-mixed"),
+]
+ROW = [
+    *("data.name=other", "data.test_limit=50", "method.name=other", "quant.bits=3", "quant.seed=1"),
+    *("quant.calibration_images=32", "quant.solver=rtn", "quant.alphabet=symmetric", "quant.refine=1"),
+    *("quant.order=gram", "quant.scale=gram", "quant.correct=bias", "quant.keep_float=[fc]", "quant.act_bits=8"),
+    *("quant.per_channel=false", "quant.first_last_bits=8", "quant.float_dtype=bf16"),
+]
+NEITHER = ["sweep=other", "kdq.debug=true", "trainer.threads=1", "logger=csv", "paths.data_dir=elsewhere"]
+
+
+def keys(output: Path, *overrides: str) -> tuple[str, str]:
+    made = cell(output, *BASE, *overrides)
+    model = planned(made)
+    (row,) = row_keys(made, model).values()
+    return model.key, row
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.mark.parametrize(("override", "changed"), [(x, 2) for x in MODEL] + [(x, 1) for x in ROW])
+def test_what_content_depends_on_is_in_its_key(
+    override: str, changed: int, plain: tuple[str, str], tmp_path: Path
+) -> None:
+    found = keys(tmp_path, override)
+    assert (found[0] != plain[0], found[1] != plain[1]) == (changed == 2, True)
+
+
+@pytest.mark.parametrize("override", NEITHER)
+def test_nothing_else_is(override: str, plain: tuple[str, str], tmp_path: Path) -> None:
+    assert keys(tmp_path, override) == plain
