@@ -39,6 +39,7 @@ from kdq.report.layers import frontiers, mixed_widths
 from kdq.report.write import write_report
 from kdq.train.fit import finished_epochs
 from kdq.utils.errors import KdqError
+from kdq.utils.files import file_digest
 from tests.rows import ROW
 
 #: What a field of a JSON file may be instead of what it should be.
@@ -208,6 +209,17 @@ def test_stored_models(store: tuple[Store, dict[str, Any], Path], name: str) -> 
             # Only what says the same, or fields that nothing depends on, may differ.
             assert store.get(spec, "model").weights()["w"].tolist() == [1, 1, 1]
             assert name == "entry.json"
+
+
+def test_a_stored_model_of_someone_who_knows_the_checksum(store: tuple[Store, dict[str, Any], Path]) -> None:
+    store, spec, path = store
+    entry = json.loads((path / "entry.json").read_text())
+    for content in damaged((path / "weights.safetensors").read_bytes(), 30):
+        (path / "weights.safetensors").write_bytes(content)
+        entry["sha256"]["weights.safetensors"] = file_digest(path / "weights.safetensors")
+        (path / "entry.json").write_text(json.dumps(entry))
+        if not refused(lambda: store.get(spec, "model").weights(), path):
+            assert all(isinstance(value, torch.Tensor) for value in store.get(spec, "model").weights().values())
 
 
 def test_weights(tmp_path: Path) -> None:

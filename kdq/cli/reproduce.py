@@ -54,6 +54,8 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
     cfg = compose(["logger=none"])
     OmegaConf.set_struct(cfg, False)
     for name, value in row.config.items():
+        if isinstance(cfg.get(name), DictConfig) and not isinstance(value, dict):
+            raise KdqError(f"the config of row {row.config_hash} is none of kdq's: {name} is a {type(value).__name__}")
         if name not in UNRECORDED:
             cfg[name] = value
     if row.threads is not None:

@@ -55,9 +55,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise KdqError(f"{said}; save a state_dict() and give that") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state.get("model", state))
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise KdqError(f"{path} does not hold a state dict (names to tensors)")
+    if not isinstance(state, dict) or not all(map(_real, state.values())):
+        raise KdqError(f"{path} does not hold a state dict (names to dense tensors of real numbers)")
     return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _real(value: Any) -> bool:
+    """Whether a network's entry can be ``value``: others copy with an error, or not at all."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and not (value.is_meta or value.is_complex() or value.is_quantized)
 
 
 def head(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
@@ -65,7 +71,9 @@ def head(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     only difference of their shapes."""
     differ = [name for name in own if name in state and state[name].shape != own[name].shape]
     firsts = {(state[name].shape[:1], own[name].shape[:1]) for name in differ}
-    alike = all(state[name].shape[1:] == own[name].shape[1:] for name in differ)
+    alike = all(
+        own[name].ndim == state[name].ndim > 0 and own[name].shape[1:] == state[name].shape[1:] for name in differ
+    )
     return differ if alike and len(firsts) == 1 else []
 
 
@@ -104,7 +112,7 @@ def load_weights(network: nn.Module, path: Path, new_head: bool = False) -> None
     ]
     if problems:
         hint = " (is the number of classes the same?)" if head(state, own) else ""
-        raise KdqError(f"{path} does not fit the network: {'; '.join(problems)}{hint}")
+        raise KdqError(" ".join(f"{path} does not fit the network: {'; '.join(problems)}{hint}".split()))
     given = OrderedDict(state)
     given._metadata = own._metadata  # type: ignore[attr-defined]  # the versions of modules, which some ask for
     network.load_state_dict(given, strict=False)

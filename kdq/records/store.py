@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kdq.records.lock import locked
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, one_line
 from kdq.utils.files import file_digest, parse_json, regular
 from kdq.utils.names import stable
 
@@ -69,8 +70,13 @@ class Entry:
         return self.path.name.removesuffix(f"-{self.key}")
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict, on the CPU."""
-        return load_file(self.path / "weights.safetensors")
+        """The state dict, on the CPU. Raises KdqError where the file, whatever its checksum, is none."""
+        try:
+            return load_file(self.path / "weights.safetensors")
+        except SafetensorError as error:
+            raise KdqError(
+                f"the stored model {self.path} is damaged ({one_line(error)}): delete this folder"
+            ) from error
 
 
 class Store:

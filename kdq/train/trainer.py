@@ -71,8 +71,8 @@ def check_trainer(config: Mapping[str, Any]) -> None:
             raise KdqError(f"trainer.{name} is no flag of lightning.Trainer{nearest(name, known)}")
         if name in REFUSED and value is not None:
             raise KdqError(f"trainer.{name}={value} is refused: {REFUSED[name]}")
-    one_of("trainer.strategy", config["strategy"], STRATEGIES)
-    one_of("trainer.precision", str(config["precision"]), ("auto", *PRECISIONS))
+    one_of("trainer.strategy", config.get("strategy"), STRATEGIES)
+    one_of("trainer.precision", str(config.get("precision")), ("auto", *PRECISIONS))
 
 
 def weights_flags(config: Mapping[str, Any]) -> dict[str, Any]:

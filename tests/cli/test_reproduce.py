@@ -14,6 +14,7 @@ from kdq.records.rows import Row, find_row, read_rows, write_row
 from kdq.report.publish import publish
 from kdq.report.write import Written
 from kdq.stages import pipeline, train
+from kdq.stages.cell import Cell
 from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
 from tests.conftest import TINY
@@ -115,6 +116,14 @@ def test_a_stranger_s_code_is_not_run(folder: Path, tmp_path: Path) -> None:
         config_of(dataclasses.replace(row, config={**config, "callbacks": saving}), tmp_path)
     trusted: Row = dataclasses.replace(row, config={**config, "student": {"net": {"_target_": "mine.network"}}})
     assert config_of(trusted, tmp_path, trust=True).student.net["_target_"] == "mine.network"
+
+
+def test_a_config_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
+    (row, *_) = read_rows(folder / "rows")
+    flags = {name: value for name, value in row.config["trainer"].items() if name != "precision"}
+    for trainer, says in (("cpu", "trainer is a str"), (flags, "trainer.precision='None' is unknown")):
+        with pytest.raises(KdqError, match=says):
+            Cell(config_of(dataclasses.replace(row, config={**row.config, "trainer": trainer}), tmp_path))
 
 
 def test_published_configs_name_no_places(tmp_path: Path) -> None:

@@ -57,6 +57,15 @@ def test_misfits_are_listed(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "names.pth")
     with pytest.raises(KdqError, match=r"missing: conv1.weight; unexpected: extra"):
         load_weights(resnet18(10), tmp_path / "names.pth")
+    state["two\nlines"] = torch.zeros(0)
+    state["bn1.num_batches_tracked"] = torch.zeros(3)  # no classifier: it has no classes
+    torch.save(state, tmp_path / "lines.pth")
+    with pytest.raises(KdqError, match=r"unexpected: extra, two lines; wrong shape: bn1.num_batches_tracked"):
+        load_weights(resnet18(10), tmp_path / "lines.pth", new_head=True)
+    for value in (torch.eye(3).to_sparse(), torch.eye(3, device="meta"), torch.zeros(3, dtype=torch.complex64)):
+        torch.save({"fc.weight": value}, tmp_path / "kinds.pth")
+        with pytest.raises(KdqError, match=r"does not hold a state dict"):
+            read_state_dict(tmp_path / "kinds.pth")
 
 
 class _Attack:
