@@ -37,6 +37,12 @@ def test_a_larger_file_may_be_worse() -> None:
     assert found.at(200)[0, 0] == 70
 
 
+def test_of_widths_of_one_size_the_widest_counts() -> None:
+    found = curve(_model([(0, 2, 100, 80.0), (0, 3, 200, 70.0), (0, 4, 200, 90.0)]))
+    assert found is not None
+    np.testing.assert_allclose(found.at([100, 200]), [[80, 90]])
+
+
 def test_the_float_model_of_a_tuned_network_is_no_file_of_its() -> None:
     found = curve(_model([(0, 2, 100, 80.0)], float_bytes=1600, tune="qad"))
     assert found is not None

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -32,7 +33,7 @@ from kdq.distill.mixup import Mixup
 from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
-from kdq.train.fit import Best, _Beside, fit
+from kdq.train.fit import Best, KeepBest, _Beside, fit
 from kdq.train.recipe import Recipe
 from kdq.train.trainer import OWN, REFUSED, resolve_precision
 from kdq.utils.errors import KdqError
@@ -166,6 +167,14 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     assert kept.epoch == max(epoch for epoch, score in enumerate(scores) if score == max(scores))
     assert equal(kept.weights, history[kept.epoch][1])
     assert metrics["epochs"] == 5
+
+
+def test_of_equal_epochs_the_last_is_kept() -> None:
+    trained, keep = module("baseline"), KeepBest()
+    for epoch, top1 in enumerate([0.5, 0.7, 0.7, 0.6]):
+        trained.last_validated = lambda name, learner, value=top1: value  # type: ignore[method-assign, misc]
+        keep.on_train_epoch_end(SimpleNamespace(current_epoch=epoch), trained)  # type: ignore[arg-type]
+    assert (keep.best["student"].epoch, keep.best["student"].top1) == (2, 0.7)
 
 
 @pytest.mark.parametrize("method", ["vkd", "mixup", "dkd"])

@@ -160,6 +160,10 @@ def test_alphabets_have_the_levels_they_say() -> None:
             assert all(len(row.unique()) == expected == alphabet.levels for row in codes[0])
     assert ternary(weight).bits == 2
     assert paper(weight, 2).bits == 3
+    for quantile in (0.9, 0.987, 0.996):
+        sizes = weight.abs().quantile(quantile, -1, interpolation="nearest")
+        radius = 2 * paper(weight, 2, 1.5, quantile).scale
+        torch.testing.assert_close(radius, (1.5 * sizes.mean()).expand_as(radius))
     assert (
         QuantConfig(per_channel=False)
         .solve(weight, torch.eye(400)[None], torch.eye(400)[None], 3)[1]
