@@ -248,6 +248,8 @@ def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -
     # Above 24 bits a zero point may need more digits than float32 has.
     exact = torch.float64 if levels > 2**24 else scale.dtype
     zero = torch.full_like(scale, layer["zero"], dtype=exact) if "zero" in layer else tensors[f"{name}.zero"]
+    if not scale.shape == zero.shape == shape[:1] or not scale.is_floating_point():
+        raise KdqError(f"layer {name} does not hold a scale and a zero for each of its {shape[:1].numel()} channels")
     weight = PackedWeight(tensors[f"{name}.codes"], shape, scale, zero, levels)
     size = packed_bytes(shape.numel(), weight.bits)
     if weight.packed.shape != (size,) or weight.packed.dtype != torch.uint8:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kdq
@@ -13,6 +15,7 @@ from kdq import KdqError
 from kdq.models.build import build
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.packing.bits import pack_bits, packed_bytes, unpack_bits
+from kdq.quant.packing.file import DECODE, checksum
 from kdq.quant.solvers.alphabet import Alphabet
 
 
@@ -131,6 +134,21 @@ def test_zeros_far_from_the_middle_load_back(tmp_path: Path) -> None:
     quantized, _ = kdq.quantize(net, [images := torch.randn(8, 4)], bits=8, alphabet=skewed)
     kdq.save(quantized, tmp_path / "net.kdq")
     assert torch.equal(kdq.load(tmp_path / "net.kdq", network=net)(images), quantized(images))
+
+
+@pytest.mark.parametrize("decode", DECODE)
+@pytest.mark.parametrize(
+    "scale", [torch.ones(0), torch.ones(1), torch.ones(2, 3), torch.ones(3, 1), torch.ones(3).long()]
+)
+def test_a_scale_is_one_number_a_channel(tmp_path: Path, scale: Tensor, decode: str) -> None:
+    quantized, _ = kdq.quantize(nn.Sequential(nn.Linear(4, 3)), [torch.randn(8, 4)], bits=3)
+    kdq.save(quantized, tmp_path / "net.kdq")
+    with safe_open(tmp_path / "net.kdq", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["0.scale"] = scale
+    save_file(tensors, tmp_path / "net.kdq", metadata | {"sha256": checksum(metadata["kdq"], tensors)})
+    with pytest.raises(KdqError, match="layer 0 does not hold a scale and a zero for each of its 3 channels"):
+        kdq.load(tmp_path / "net.kdq", network=nn.Sequential(nn.Linear(4, 3)), decode=decode)
 
 
 def test_an_activation_whose_zero_is_no_code_is_refused(tmp_path: Path, relu_net: nn.Module) -> None:
