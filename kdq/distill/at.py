@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kdq.distill.feature_losses import attention_loss
 from kdq.distill.features import FeatureMethod
+from kdq.distill.options import number
 
 
 class AT(FeatureMethod):
@@ -15,7 +16,7 @@ class AT(FeatureMethod):
     1000.0
     """
 
-    default_weight = 1000.0
+    weight: float = number(1000.0)
 
     def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
         return attention_loss(student, teacher)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.distill.checkpoint import Network, check_held
+from kdq.distill.checkpoint import check_held
 from kdq.distill.feature_losses import contrast_loss, contrast_scores
 from kdq.distill.features import FeatureMethod
+from kdq.distill.options import count, number
 from kdq.distill.progress import TrainingProgress
-from kdq.utils.checks import within
 from kdq.utils.errors import KdqError
 
 
@@ -29,35 +29,18 @@ class CRD(FeatureMethod):
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
     >>> CRD(student, teacher=teacher, num_classes=10).weight
     0.8
-
-    Args:
-        negatives: images that each image is told from; all others where there are fewer.
-        tau: the temperature of the similarities.
-        momentum: share of the old embedding in an update of the bank.
-        dim: of the embeddings.
-        kwargs: of :class:`~kdq.distill.features.FeatureMethod`.
     """
 
-    where, maps, default_weight, indexed = "embedding", False, 0.8, True
+    where, maps, indexed = "embedding", False, True
+    weight: float = number(0.8)
+    negatives: int = count(16384)  # images that each image is told from; all others where there are fewer
+    tau: float = number(0.07, 0.001)  # the temperature of the similarities
+    momentum: float = number(0.5, high=1)  # share of the old embedding in an update of the bank
+    dim: int = count(128)  # of the embeddings
     #: Embeddings ``(2, images, dim)``: the student's, the teacher's.
     bank: Tensor
     #: The logarithms of the constants that make similarities to the student's and to the teacher's bank probabilities.
     log_norms: Tensor
-
-    def __init__(
-        self,
-        student: Network,
-        teacher: nn.Module | None = None,
-        *,
-        negatives: int = 16384,
-        tau: float = 0.07,
-        momentum: float = 0.5,
-        dim: int = 128,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(student, teacher, **kwargs)
-        self.negatives, self.dim = int(within("method.negatives", negatives, 1)), int(within("method.dim", dim, 1))
-        self.tau, self.momentum = within("method.tau", tau, 0.001), within("method.momentum", momentum, 0, 1)
 
     def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:
         sizes = (torch.Size(shape).numel() for shape in (student, teacher))

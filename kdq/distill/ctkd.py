@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.checkpoint import Network
 from kdq.distill.learner import Learner
+from kdq.distill.options import number
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
-from kdq.utils.checks import within
 from kdq.utils.errors import KdqError
 
 
@@ -23,30 +22,18 @@ class CTKD(VKD):
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
     >>> round(float(CTKD(student, teacher=teacher, num_classes=10).current(weight=1.0)), 4)
     15.62
-
-    Args:
-        temperature: where it starts.
-        low, high: between which it stays.
-        warmup: the share of the training over which the weight rises, 0 to 1; the authors' is 10 of 240 epochs.
-        kwargs: of :class:`~kdq.distill.vkd.VKD`.
     """
 
-    def __init__(
-        self,
-        student: Network,
-        teacher: nn.Module | None = None,
-        *,
-        temperature: float = 15.62,
-        low: float = 1.0,
-        high: float = 21.0,
-        warmup: float = 0.0417,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(student, teacher, temperature=temperature, **kwargs)
-        self.low, self.high = within("method.low", low, 0.01), within("method.high", high, 0.01)
+    temperature: float = number(15.62, 0.01)  # where it starts
+    low: float = number(1.0, 0.01)  # between which it stays
+    high: float = number(21.0, 0.01)
+    warmup: float = number(0.0417, high=1)  # share of the training over which the weight rises; theirs is 10 of 240
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        low, high, temperature = self.low, self.high, self.temperature
         if not low < temperature < high:
             raise KdqError(f"method.temperature={temperature} must lie between method.low={low} and method.high={high}")
-        self.warmup = within("method.warmup", warmup, 0, 1)
         share = (temperature - low) / (high - low)
         self.raw = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
 

@@ -13,10 +13,9 @@ from kdq.distill.checkpoint import Network, built
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy, standardized
 from kdq.distill.module import DistillationModule
-from kdq.utils.checks import flag, is_peer, one_of, within
+from kdq.distill.options import choice, number, switch
+from kdq.utils.checks import is_peer
 from kdq.utils.errors import KdqError
-
-SCHEDULES = ("constant", "kl_first")
 
 
 class DML(DistillationModule):
@@ -32,38 +31,25 @@ class DML(DistillationModule):
 
     Args:
         peer: the second student, of any architecture. More are called ``peer2``, ``peer3`` and so on.
-        weight: w, on average over the training.
-        schedule: ``constant``, or ``kl_first``: w falls linearly from ``2 weight`` to 0, so that the students first
-            imitate each other and then follow the labels.
-        temperature: softens both distributions; 1 in the paper.
-        standardize: compare z-scored logits (Sun et al. 2024, arXiv 2403.01427).
     """
 
     takes = ("peer",)
+    weight: float = number(1.0)  # w, on average over the training
+    #: ``constant``, or ``kl_first``: w falls linearly from ``2 weight`` to 0, so that the students first imitate each
+    #: other and then follow the labels.
+    schedule: str = choice("constant", "kl_first")
+    temperature: float = number(1.0, 0.01)  # softens both distributions; 1 in the paper
+    standardize: bool = switch()  # compare z-scored logits (Sun et al. 2024, arXiv 2403.01427)
     #: Which learner had the highest validation accuracy last: 0 the student, 1 its first peer.
     better: Tensor
 
-    def __init__(
-        self,
-        student: Network,
-        peer: Network,
-        *,
-        weight: float = 1.0,
-        schedule: str = "constant",
-        temperature: float = 1.0,
-        standardize: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        peers = {"peer": peer, **{name: kwargs.pop(name) for name in sorted(kwargs) if is_peer(name)}}
-        super().__init__(student, **kwargs)
+    def __init__(self, student: Network, peer: Network, **options: Any) -> None:
+        peers = {"peer": peer, **{name: options.pop(name) for name in sorted(options) if is_peer(name)}}
+        super().__init__(student, **options)
         self.automatic_optimization, self.peers = False, tuple(peers)
         for name, network in peers.items():
             setattr(self, name, Learner(built(network, name), self.num_classes, self.config.ema))
             self.hparams.pop(name, None)  # where a subclass passes it on
-        self.weight = within("method.weight", weight, 0)
-        self.schedule = one_of("method.schedule", schedule, SCHEDULES)
-        self.temperature = within("method.temperature", temperature, 0.01)
-        self.standardize = flag("method.standardize", standardize)
         self.register_buffer("better", torch.tensor(0))
 
     @property

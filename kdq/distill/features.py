@@ -1,22 +1,22 @@
 """The base of the methods that compare features: what layers of a student and of its teacher give inside."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdq.distill.checkpoint import Network, rebuilt
+from kdq.distill.checkpoint import Network
+from kdq.distill.connected import Connected
 from kdq.distill.layers import check_names, found_layers, looked_at, to_look_into
-from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl
+from kdq.distill.options import layer_names, number
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import Outputs, TeacherStudent
-from kdq.utils.checks import within
 from kdq.utils.errors import KdqError
 
 
-class FeatureMethod(TeacherStudent):
+class FeatureMethod(Connected, TeacherStudent):
     """``CE + weight sum_layers distance(student, teacher)``, and with ``kd`` the KL of vkd beside it.
 
     A method is a subclass with :meth:`pair`, and with :meth:`projector` where it trains something of its own:
@@ -30,16 +30,6 @@ class FeatureMethod(TeacherStudent):
     >>> module = Mean(student, teacher=teacher, num_classes=10)
     >>> module.connect(torch.zeros(2, 3, 32, 32)).layers["teacher"]
     {'layer1': [16, 32, 32], 'layer2': [32, 16, 16], 'layer3': [64, 8, 8]}
-
-    Projectors are built by :meth:`connect` when ``trainer.fit`` starts, from two images of the first batch. They are
-    trained with the student and lie in the module's checkpoints, beside the student: its weights alone are the product.
-
-    Args:
-        weight: of the features' distance; None for the method's own.
-        kd: weight of ``T^2 KL(teacher || student)`` beside it, as in CRD + KD; 0 for none.
-        student_layers, teacher_layers: as many names; None for those of :func:`found_layers` that the method compares:
-            of stages the last ones that both networks have.
-        kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
     """
 
     #: What is compared by default: ``stages``, the ``middle`` or the ``last`` of them, or a name of
@@ -47,30 +37,21 @@ class FeatureMethod(TeacherStudent):
     where = "stages"
     #: Whether features must be maps ``(batch, channels, height, width)``.
     maps = True
-    #: The weight of the method's paper or of the literature's code.
-    default_weight = 1.0
+    weight: float = number(1.0)  # of the features' distance: that of the method's paper or of the literature's code
+    kd: float = number(0.0)  # weight of ``T^2 KL(teacher || student)`` beside it, as in CRD + KD
+    #: As many names each; None for those of :func:`found_layers` that the method compares: of stages the last ones that
+    #: both networks have.
+    student_layers: Sequence[str] | None = layer_names()
+    teacher_layers: Sequence[str] | None = layer_names()
 
-    def __init__(
-        self,
-        student: Network,
-        teacher: nn.Module | None = None,
-        *,
-        weight: float | None = None,
-        kd: float = 0.0,
-        student_layers: Sequence[str] | None = None,
-        teacher_layers: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(student, teacher, **kwargs)
-        self.weight = within("method.weight", self.default_weight if weight is None else weight, 0)
-        self.kd = within("method.kd", kd, 0)
-        self.asked = {"student": student_layers, "teacher": teacher_layers}
-        check_names(self.student.network, "student", student_layers or ())
+    def __init__(self, student: Network, teacher: nn.Module | None = None, **options: Any) -> None:
+        if options.get("weight", 0) is None:  # the method's own
+            del options["weight"]
+        super().__init__(student, teacher, **options)
+        self.asked = {"student": self.student_layers, "teacher": self.teacher_layers}
+        check_names(self.student.network, "student", self.student_layers or ())
         if teacher is not None:
-            check_names(self.teacher.network, "teacher", teacher_layers or ())
-        #: The names of the compared layers with their features' shapes, without the batch; empty until connected.
-        self.layers: dict[str, dict[str, list[int]]] = {}
-        self.projectors = nn.ModuleList()
+            check_names(self.teacher.network, "teacher", self.teacher_layers or ())
 
     def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
         """The distance of one layer's features, a scalar; the student's are projected."""
@@ -107,17 +88,8 @@ class FeatureMethod(TeacherStudent):
         )
         return {**terms, "features": self.weight_at(progress) * self.between(mine, theirs, progress)}
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit" and not self.layers:
-            self.connect(self.first_images())
-
-    def connect(self, images: Tensor) -> Self:
-        """Find the layers and build the projectors by a look at what both networks make of ``images``.
-
-        Raises:
-            KdqError: the layers cannot be found or compared; says which names to give.
-        """
+    def look(self, images: Tensor) -> dict[str, dict[str, list[int]]]:
+        """The names of the compared layers with their features' shapes, without the batch, by role."""
         both = {"student": self.student.network, "teacher": self.teacher.network}
         networks = {role: to_look_into(network, type(self).__name__) for role, network in both.items()}
         layers = {role: self.asked[role] or found_layers(net, images, self.where) for role, net in networks.items()}
@@ -131,9 +103,7 @@ class FeatureMethod(TeacherStudent):
                 "student_layers and teacher_layers must be as many: "
                 + "; ".join(f"the {role}'s are {', '.join(names)}" for role, names in layers.items())
             )
-        self.layers = {role: self._shapes(networks[role], role, names, images) for role, names in layers.items()}
-        self.projectors = self._projectors()
-        return self
+        return {role: self._shapes(networks[role], role, names, images) for role, names in layers.items()}
 
     def _shapes(self, network: nn.Module, role: str, names: Iterable[str], images: Tensor) -> dict[str, list[int]]:
         features = looked_at(network, images, names)
@@ -149,24 +119,9 @@ class FeatureMethod(TeacherStudent):
                 )
         return {name: list(features[name][0].shape[1:]) for name in names}
 
-    def _projectors(self) -> nn.ModuleList:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            pairs = zip(self.layers["student"].values(), self.layers["teacher"].values(), strict=True)
-            return nn.ModuleList(self.projector(mine, theirs) for mine, theirs in pairs)
-
-    def trained_parameters(self, learner: Learner) -> Iterator[nn.Parameter]:
-        yield from super().trained_parameters(learner)
-        yield from self.projectors.parameters()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["layers"] = self.layers
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not self.layers:
-            self.layers = checkpoint["layers"]
-            self.projectors = rebuilt(checkpoint, "projectors", self._projectors)
+    def parts(self) -> Iterator[nn.Module]:
+        pairs = zip(self.layers["student"].values(), self.layers["teacher"].values(), strict=True)
+        return (self.projector(mine, theirs) for mine, theirs in pairs)
 
 
 def regressor(student: int, teacher: int) -> nn.Module:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from kdq.distill.feature_losses import hint_loss
 from kdq.distill.features import FeatureMethod, regressor
+from kdq.distill.options import number
 
 
 class FitNets(FeatureMethod):
@@ -21,7 +22,7 @@ class FitNets(FeatureMethod):
     """
 
     where = "middle"
-    default_weight = 100.0
+    weight: float = number(100.0)
 
     def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:
         if student[0] == teacher[0]:

@@ -1,14 +1,11 @@
 """Distillation on mixed images (Zhang et al. 2018, arXiv 1710.09412; Beyer et al. 2022, arXiv 2106.05237)."""
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdq.distill.checkpoint import Network
+from kdq.distill.options import number, switch
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
-from kdq.utils.checks import flag, within
 
 
 class Mixup(VKD):
@@ -22,25 +19,10 @@ class Mixup(VKD):
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
     >>> Mixup(student, teacher=teacher, num_classes=10, per_sample=True).alpha
     0.9
-
-    Args:
-        mixup_alpha: a of the Beta distribution: 1 is uniform, 0 mixes nothing.
-        per_sample: every image draws its own lam, instead of one for the batch.
-        kwargs: of :class:`~kdq.distill.vkd.VKD`.
     """
 
-    def __init__(
-        self,
-        student: Network,
-        teacher: nn.Module | None = None,
-        *,
-        mixup_alpha: float = 1.0,
-        per_sample: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(student, teacher, **kwargs)
-        self.mixup_alpha = within("method.mixup_alpha", mixup_alpha, 0)
-        self.per_sample = flag("method.per_sample", per_sample)
+    mixup_alpha: float = number(1.0)  # a of the Beta distribution: 1 is uniform, 0 mixes nothing
+    per_sample: bool = switch()  # every image draws its own lam, instead of one for the batch
 
     def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         lam = self.draw(len(images), progress)

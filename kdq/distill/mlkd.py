@@ -20,10 +20,6 @@ class MLKD(VKD):
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
     >>> MLKD(student, teacher=teacher, num_classes=10).alpha
     0.9
-
-    Args:
-        alpha: the teacher's share of the loss.
-        kwargs: of :class:`~kdq.distill.vkd.VKD`.
     """
 
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:

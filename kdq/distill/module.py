@@ -13,6 +13,7 @@ A method is a subclass with :meth:`DistillationModule.losses`; see :mod:`kdq.dis
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from inspect import Parameter, Signature, signature
 from typing import Any, Self
 
 import lightning as L
@@ -25,6 +26,7 @@ from kdq.distill.checkpoint import Network, built, described, unpickled
 from kdq.distill.config import TrainConfig
 from kdq.distill.learner import Learner
 from kdq.distill.losses import soft_cross_entropy
+from kdq.distill.options import options_of
 from kdq.distill.progress import TrainingProgress
 from kdq.utils.checks import is_peer
 from kdq.utils.errors import KdqError
@@ -50,6 +52,7 @@ class DistillationModule(L.LightningModule):
         num_classes: classes of the data.
         config: optimizer, schedule and the like; override ``configure_optimizers`` for others.
         seed: of whatever a method draws.
+        options: those that the method declares, see :mod:`kdq.distill.options`.
     """
 
     #: The networks that the method takes beside the student, as keyword arguments: ``teacher``, ``peer``.
@@ -66,16 +69,35 @@ class DistillationModule(L.LightningModule):
         num_classes: int,
         config: TrainConfig | Mapping[str, Any] | None = None,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__()
+        known = options_of(type(self))
+        if unknown := sorted(options.keys() - known):
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}")
+        chosen = {name: each.check(f"method.{name}", options.get(name, each.default)) for name, each in known.items()}
+        vars(self).update(chosen)
         # Of this class's and of the method's own arguments. The teacher's network stays out of every checkpoint.
         self.save_hyperparameters(ignore=["student", "teacher", "peer", "config"])
+        self.hparams.update(chosen)
         self.config = TrainConfig(**config) if isinstance(config, Mapping) else config or TrainConfig()
         self.hparams["config"] = asdict(self.config)  # plain values: checkpoints are loaded weights-only
         self.num_classes, self.seed = num_classes, seed
         self.student = Learner(built(student, "student"), num_classes, self.config.ema)
         self.test_metrics = classification_metrics(num_classes)
         self.test_loss = MeanMetric()
+
+    def __init_subclass__(cls) -> None:
+        """Say by the signature of the class what it takes: arguments of its own and of its bases, and all options."""
+        super().__init_subclass__()
+        bases = [base for base in cls.__mro__ if issubclass(base, DistillationModule) and "__init__" in vars(base)]
+        each = [parameter for base in bases for parameter in signature(base.__init__).parameters.values()]
+        taken = {p.name: p for p in reversed(each) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        del taken["self"]
+        for name, option in options_of(cls).items():
+            taken[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=option.default)
+        order = sorted(taken.values(), key=lambda p: (p.kind, p.default is not p.empty))
+        cls.__signature__ = Signature(order)  # type: ignore[attr-defined]
 
     @property
     def hparams_initial(self) -> Any:

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kdq.distill.feature_losses import selectivity_loss
 from kdq.distill.features import FeatureMethod
+from kdq.distill.options import number
 
 
 class NST(FeatureMethod):
@@ -15,7 +16,7 @@ class NST(FeatureMethod):
     50.0
     """
 
-    default_weight = 50.0
+    weight: float = number(50.0)
 
     def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
         return selectivity_loss(student, teacher)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from kdq.distill.feature_losses import margin_loss
 from kdq.distill.features import FeatureMethod, regressor
+from kdq.distill.options import number
 
 
 class OFD(FeatureMethod):
@@ -21,7 +22,8 @@ class OFD(FeatureMethod):
     0.001
     """
 
-    where, default_weight = "unactivated", 1e-3
+    where = "unactivated"
+    weight: float = number(1e-3)
 
     def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:
         return regressor(student[0], teacher[0])

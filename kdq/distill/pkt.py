@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kdq.distill.feature_losses import pkt_loss
 from kdq.distill.features import FeatureMethod
+from kdq.distill.options import number
 
 
 class PKT(FeatureMethod):
@@ -16,7 +17,7 @@ class PKT(FeatureMethod):
     """
 
     where, maps = "embedding", False
-    default_weight = 30000.0
+    weight: float = number(30000.0)
 
     def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
         return pkt_loss(student, teacher)

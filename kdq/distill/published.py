@@ -10,35 +10,24 @@ import math
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from kdq.distill.checkpoint import Network
 from kdq.distill.losses import decoupled_kl, distillation_kl, in_float32, one_hot
+from kdq.distill.options import choice
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
-from kdq.utils.checks import one_of
 
 #: Of its learning rate, which a schedule meant for 20 epochs lets rise again five times in 200.
 HALF_COSINES = 10
 
 
 class _Published(TeacherStudent):
-    """A student trained with all of :attr:`faults` but the one that is mended.
-
-    Args:
-        mended: one of :attr:`faults`, ``all`` or ``none``.
-        kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
-    """
+    """A student trained with all of :attr:`faults` but the one that is ``mended``: one of them, ``all`` or ``none``."""
 
     faults: tuple[str, ...] = ()
-
-    def __init__(
-        self, student: Network, teacher: nn.Module | None = None, *, mended: str = "none", **kwargs: Any
-    ) -> None:
-        super().__init__(student, teacher, **kwargs)
-        self.mended = one_of("method.mended", mended, ("none", *self.faults, "all"))
+    mended: str
 
     def has(self, fault: str) -> bool:
         """Whether the student is trained with ``fault``."""
@@ -67,12 +56,10 @@ class PublishedVKD(_Published):
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
     >>> PublishedVKD(student, teacher=teacher, num_classes=10, mended="negative_ce").alpha
     0.9
-
-    Args:
-        kwargs: ``mended``, and those of :class:`~kdq.distill.teacher_student.TeacherStudent`.
     """
 
     faults = ("negative_ce", "teacher_trains", "rising_rate")
+    mended: str = choice("none", *faults, "all")
 
     @property
     def alpha(self) -> float:
@@ -91,12 +78,10 @@ class PublishedDKD(_Published):
     """``alpha TCKD + beta NCKD`` with alpha 1 and beta 4, without a cross-entropy.
 
     Its faults: ``no_ce``; ``unnormalized``, terms that are no divergences, see :func:`unnormalized_terms`.
-
-    Args:
-        kwargs: ``mended``, and those of :class:`~kdq.distill.teacher_student.TeacherStudent`.
     """
 
     faults = ("no_ce", "unnormalized")
+    mended: str = choice("none", *faults, "all")
 
     @property
     def ce_weight(self) -> float:  # type: ignore[override]

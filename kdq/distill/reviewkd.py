@@ -1,17 +1,15 @@
 """ReviewKD: the student's deeper layers taught by the teacher's earlier ones (Chen et al. 2021, arXiv 2104.09044)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.distill.checkpoint import Network
 from kdq.distill.feature_losses import hierarchical_loss
 from kdq.distill.features import FeatureMethod
+from kdq.distill.options import number
 from kdq.distill.progress import TrainingProgress
-from kdq.utils.checks import within
 
 
 class Review(nn.Module):
@@ -45,19 +43,10 @@ class ReviewKD(FeatureMethod):
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
     >>> list(ReviewKD(student, teacher=teacher, num_classes=10).connect(torch.zeros(2, 3, 32, 32)).layers["teacher"])
     ['layer1', 'layer2', 'layer3', 'fc:input']
-
-    Args:
-        warmup: the share of the training over which w rises, 0 to 1; the authors' is 20 of 240 epochs.
-        kwargs: of :class:`~kdq.distill.features.FeatureMethod`.
     """
 
     where, maps = "all", False
-
-    def __init__(
-        self, student: Network, teacher: nn.Module | None = None, *, warmup: float = 0.0833, **kwargs: Any
-    ) -> None:
-        super().__init__(student, teacher, **kwargs)
-        self.warmup = within("method.warmup", warmup, 0, 1)
+    warmup: float = number(0.0833, high=1)  # share of the training over which w rises; the authors' is 20 of 240 epochs
 
     def weight_at(self, progress: TrainingProgress) -> float:
         return self.weight * progress.ramp(self.warmup)

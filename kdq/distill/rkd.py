@@ -1,13 +1,10 @@
 """Relational distillation (Park et al. 2019, arXiv 1904.05068)."""
 
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from kdq.distill.checkpoint import Network
 from kdq.distill.feature_losses import relation_losses
 from kdq.distill.features import FeatureMethod
-from kdq.utils.checks import within
+from kdq.distill.options import number
 
 
 class RKD(FeatureMethod):
@@ -17,25 +14,11 @@ class RKD(FeatureMethod):
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
     >>> RKD(student, teacher=teacher, num_classes=10).weight
     1.0
-
-    Args:
-        distance, angle: weights of the two relations.
-        kwargs: of :class:`~kdq.distill.features.FeatureMethod`.
     """
 
     where, maps = "embedding", False
-
-    def __init__(
-        self,
-        student: Network,
-        teacher: nn.Module | None = None,
-        *,
-        distance: float = 25.0,
-        angle: float = 50.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(student, teacher, **kwargs)
-        self.distance, self.angle = within("method.distance", distance, 0), within("method.angle", angle, 0)
+    distance: float = number(25.0)  # weight of the pairs
+    angle: float = number(50.0)  # weight of the triples
 
     def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
         distance, angle = relation_losses(student, teacher)

@@ -26,15 +26,12 @@ class SimKD(FeatureMethod):
     >>> student, teacher = CifarResNet(8, num_classes=10), CifarResNet(14, num_classes=10, width=2)
     >>> SimKD.product(student, teacher, torch.randn(2, 3, 32, 32)).layer3.projector
     Projector(64, 128)
-
-    Args:
-        kwargs: of :class:`~kdq.distill.features.FeatureMethod`, but for the layers.
     """
 
     ce_weight = 0.0
 
-    def __init__(self, student: Network, teacher: nn.Module | None = None, **kwargs: Any) -> None:
-        super().__init__(student, teacher, **kwargs)
+    def __init__(self, student: Network, teacher: nn.Module | None = None, **options: Any) -> None:
+        super().__init__(student, teacher, **options)
         if any(self.asked.values()):
             raise KdqError("SimKD compares what the classifiers take: it has no student_layers and no teacher_layers")
         names: Any = getattr(self.student.network, "kdq_reused", None)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kdq.distill.feature_losses import similarity_loss
 from kdq.distill.features import FeatureMethod
+from kdq.distill.options import number
 
 
 class SP(FeatureMethod):
@@ -16,7 +17,7 @@ class SP(FeatureMethod):
     """
 
     where, maps = "last", False
-    default_weight = 3000.0
+    weight: float = number(3000.0)
 
     def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
         return similarity_loss(student, teacher)

@@ -11,8 +11,8 @@ from kdq.distill.layers import watched
 from kdq.distill.learner import compiled_in_place
 from kdq.distill.losses import soft_cross_entropy, standardized
 from kdq.distill.module import DistillationModule
+from kdq.distill.options import number, switch
 from kdq.distill.progress import TrainingProgress
-from kdq.utils.checks import flag, within
 from kdq.utils.errors import KdqError
 
 
@@ -57,28 +57,17 @@ class TeacherStudent(DistillationModule):
 
     Args:
         teacher: the trained network; it is frozen, and no checkpoint holds it. Needed to train, not to evaluate.
-        temperature: softens both distributions.
-        standardize: compare z-scored logits (Sun et al. 2024, arXiv 2403.01427).
-        kwargs: of :class:`~kdq.distill.module.DistillationModule`.
     """
 
     takes = ("teacher",)
     #: The weight of the cross-entropy.
     ce_weight = 1.0
+    temperature: float = number(4.0, 0.01)  # softens both distributions
+    standardize: bool = switch()  # compare z-scored logits (Sun et al. 2024, arXiv 2403.01427)
 
-    def __init__(
-        self,
-        student: Network,
-        teacher: nn.Module | None = None,
-        *,
-        temperature: float = 4.0,
-        standardize: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(student, **kwargs)
+    def __init__(self, student: Network, teacher: nn.Module | None = None, **options: Any) -> None:
+        super().__init__(student, **options)
         self._teacher = None if teacher is None else FrozenTeacher(teacher)
-        self.standardize = flag("method.standardize", standardize)
-        self.temperature = within("method.temperature", temperature, 0.01)
 
     @property
     def teacher(self) -> FrozenTeacher:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kdq.distill.checkpoint import Network
 from kdq.distill.learner import Learner
+from kdq.distill.options import number
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import Outputs, TeacherStudent
 from kdq.utils.calls import parameters
@@ -29,10 +30,9 @@ class Terms(TeacherStudent):
         terms: of each method, by its name, its own options. ``weight`` is the method's own where it has one, or else a
             factor of its terms. A method of another key, or of one's own, is said by ``_target_``; ``name`` is what its
             terms are logged under. The share that a method leaves to the labels (1 - alpha of vkd) does not count.
-        ce: weight of the cross-entropy.
-        kwargs: of :class:`~kdq.distill.module.DistillationModule`.
     """
 
+    ce: float = number(1.0)  # weight of the cross-entropy
     methods: Mapping[str, TeacherStudent]
 
     def __init__(
@@ -40,24 +40,22 @@ class Terms(TeacherStudent):
         student: Network,
         teacher: nn.Module | None = None,
         *,
-        num_classes: int,
         terms: Mapping[str, Mapping[str, Any]],
-        ce: float = 1.0,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
         for option, default in (("temperature", 4.0), ("standardize", False)):
-            if kwargs.get(option, default) != default:
+            if options.get(option, default) != default:
                 raise KdqError(f"method.{option} is an option of each method: method.terms.NAME.{option}")
-        super().__init__(student, teacher, num_classes=num_classes, **kwargs)
-        self.ce_weight = within("method.ce", ce, 0)
+        super().__init__(student, teacher, **options)
+        self.ce_weight = self.ce
         self.factors: dict[str, float] = {}
         methods: dict[str, TeacherStudent] = {}
         for key, given in terms.items():
-            kind, options = method_of(key, given)
-            name = options.pop("name", key)
-            factor = 1.0 if "weight" in (parameters(kind) or ()) else options.pop("weight", 1.0)
+            kind, own = method_of(key, given)
+            name = own.pop("name", key)
+            factor = 1.0 if "weight" in (parameters(kind) or ()) else own.pop("weight", 1.0)
             self.factors[name] = within(f"method.terms.{key}.weight", factor, 0)
-            methods[name] = kind(self.student.network, teacher, num_classes=num_classes, seed=self.seed, **options)
+            methods[name] = kind(self.student.network, teacher, num_classes=self.num_classes, seed=self.seed, **own)
             del methods[name].student  # theirs is this module's, which no state dict holds twice
             object.__setattr__(methods[name], "student", self.student)
         if len(methods) < max(1, len(terms)):

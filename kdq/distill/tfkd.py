@@ -1,15 +1,12 @@
 """Teacher-free distillation (Yuan et al. 2020, arXiv 1909.11723): regularisation by a designed teacher."""
 
-from typing import Any
-
 from torch import Tensor
 
-from kdq.distill.checkpoint import Network
 from kdq.distill.logit_losses import designed_kl
 from kdq.distill.losses import soft_cross_entropy
 from kdq.distill.module import DistillationModule
+from kdq.distill.options import number
 from kdq.distill.progress import TrainingProgress
-from kdq.utils.checks import within
 
 
 class TfKD(DistillationModule):
@@ -19,20 +16,11 @@ class TfKD(DistillationModule):
     >>> from kdq.models import CifarResNet
     >>> TfKD(CifarResNet(8, num_classes=10), num_classes=10).takes
     ()
-
-    Args:
-        alpha: the designed teacher's share of the loss.
-        correct: its probability of the true class.
-        temperature: softens these probabilities.
-        kwargs: of :class:`~kdq.distill.module.DistillationModule`.
     """
 
-    def __init__(
-        self, student: Network, *, alpha: float = 0.1, correct: float = 0.99, temperature: float = 20.0, **kwargs: Any
-    ) -> None:
-        super().__init__(student, **kwargs)
-        self.alpha, self.correct = within("method.alpha", alpha, 0, 1), within("method.correct", correct, 0, 1)
-        self.temperature = within("method.temperature", temperature, 0.01)
+    alpha: float = number(0.1, high=1)  # the designed teacher's share of the loss
+    correct: float = number(0.99, high=1)  # its probability of the true class
+    temperature: float = number(20.0, 0.01)  # softens these probabilities
 
     def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         logits = self.student(images)

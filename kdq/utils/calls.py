@@ -57,6 +57,8 @@ def parameters(function: Any) -> list[str] | None:
     >>> parameters(parts)
     ['config']
     """
+    if isinstance(signature := getattr(function, "__signature__", None), inspect.Signature):
+        return list(signature.parameters)
     bases = [vars(base)["__init__"] for base in getattr(function, "__mro__", ()) if "__init__" in vars(base)]
     names: list[str] = []
     for each in bases or [function]:

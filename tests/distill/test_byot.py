@@ -40,7 +40,7 @@ def test_the_terms_are_their_definition(batch: tuple[Tensor, Tensor]) -> None:
     maps = [x := stage(x) for stage in (net.layer1, net.layer2, net.layer3)]
     z = logits.detach().numpy()
     expected = {"ce": -log_softmax(z, 1)[range(24), labels].mean(), "exits": 0.0, "kl": 0.0, "features": 0.0}
-    for leave, stage in zip(module.exits, maps, strict=False):
+    for leave, stage in zip(module.projectors, maps, strict=False):
         own = leave.maps(stage).detach().numpy().mean((2, 3))  # type: ignore[operator, union-attr]
         weight, bias = (p.detach().numpy() for p in leave.classifier.parameters())  # type: ignore[union-attr]
         guess = own @ weight.T + bias
@@ -77,17 +77,17 @@ def test_trained_resumed_and_read_back(batch: tuple[Tensor, Tensor], tmp_path: P
     trained(1, "half.ckpt")
     whole, resumed = trained(2, "whole.ckpt"), trained(2, "resumed.ckpt", ckpt_path=tmp_path / "half.ckpt")
     start = make().connect(batch[0][:2])
-    moved = zip(whole.exits.parameters(), start.exits.parameters(), strict=True)
+    moved = zip(whole.projectors.parameters(), start.projectors.parameters(), strict=True)
     assert all(not torch.equal(a, b) for a, b in moved)
     assert whole.state_dict().keys() == resumed.state_dict().keys()
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     loaded = BYOT.load_from_checkpoint(tmp_path / "whole.ckpt")
-    assert torch.equal(loaded.exits[0].classifier.weight, whole.exits[0].classifier.weight)  # type: ignore[arg-type, union-attr]
+    assert torch.equal(loaded.projectors[0].classifier.weight, whole.projectors[0].classifier.weight)  # type: ignore[arg-type, union-attr]
     assert loaded.eval_network.state_dict().keys() == CifarResNet(8, 4).state_dict().keys()
     damaged = torch.load(tmp_path / "whole.ckpt", weights_only=True)
-    damaged["stages"]["layer3"] = [10**9, 4, 4]
+    damaged["layers"]["layer3"] = [10**9, 4, 4]
     torch.save(damaged, tmp_path / "damaged.ckpt")
-    with pytest.raises(KdqError, match="the checkpoint does not fit: exits"):
+    with pytest.raises(KdqError, match="the checkpoint does not fit: projectors"):
         BYOT.load_from_checkpoint(tmp_path / "damaged.ckpt")
 
 

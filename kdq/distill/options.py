@@ -1,0 +1,52 @@
+"""Options of a method, declared as attributes of its class: the default, and what else is allowed.
+
+The base takes them as keyword arguments, keeps them as attributes and hyper-parameters, and refuses other values.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kdq.utils.checks import flag, one_of, within
+
+
+class Option(NamedTuple):
+    """A default, and what checks a value: ``check(name, value)`` returns it or raises a KdqError."""
+
+    default: Any
+    check: Callable[[str, Any], Any]
+
+
+def number(default: float, low: float = 0.0, high: float = math.inf) -> Any:
+    """A number from ``low`` to ``high``.
+
+    >>> number(0.9, high=1).default
+    0.9
+    """
+    return Option(default, lambda name, value: within(name, value, low, high))
+
+
+def count(default: int) -> Any:
+    """A whole number of at least 1."""
+    return Option(default, lambda name, value: int(within(name, value, 1)))
+
+
+def switch(default: bool = False) -> Any:
+    """True or false."""
+    return Option(default, flag)
+
+
+def choice(default: str, *others: str) -> Any:
+    """One of some words."""
+    return Option(default, lambda name, value: one_of(name, value, (default, *others)))
+
+
+def layer_names() -> Any:
+    """Names of layers, or None; whoever has the network checks them."""
+    return Option(None, lambda name, value: value)
+
+
+def options_of(method: type) -> dict[str, Option]:
+    """The options of a class and of its bases, by name; where both have one, the class's."""
+    places = (vars(base).items() for base in reversed(method.__mro__))
+    return {name: value for place in places for name, value in place if isinstance(value, Option)}
