@@ -73,11 +73,7 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
 
 
 def take_models(cell: Cell, store: Path) -> None:
-    """Copy the trained models of the cell from another ``store``, so that none of them is trained.
-
-    Raises:
-        KdqError: it lacks one, or has it damaged.
-    """
+    """Copy the trained models of the cell from another ``store``, so that none of them is trained."""
     model = planned(cell)
     for wanted in (model, *tuned_models(cell, model).values()):
         if (entry := Store(store).get(wanted.spec, wanted.slug)) is None:

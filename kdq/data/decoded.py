@@ -6,7 +6,7 @@ many are there.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +16,8 @@ from torch import Tensor
 KEPT_EVERY = 512
 
 
-class Writer(Protocol):
-    """Takes the images of a part; ``done`` of them are there from a process that was killed."""
-
-    done: int
-
-    def put(self, row: int, image: np.ndarray) -> None:
-        """Image ``row`` of the part, uint8 ``(height, width, channels)``."""
-
-    def keep(self) -> None:
-        """All that was put is on disk."""
-
-
 class OneShape:
-    """Images in ``{part}_images.npy``, uint8 ``shape``: images, height, width, channels. Others are black."""
+    """A part's images in ``{part}_images.npy``, uint8 ``shape``: images, height, width, channels. Others are black."""
 
     def __init__(self, folder: Path, part: str, shape: tuple[int, ...]) -> None:
         self.pixels, self.done = _array(folder, part, f"{part}_images.npy", shape, np.uint8)

@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from kdq.data.decoded import KEPT_EVERY, OneShape, Photographs, Shapes, Writer
+from kdq.data.decoded import KEPT_EVERY, OneShape, Photographs, Shapes
 from kdq.data.image_set import ImageSet
 from kdq.data.split import split as divided
 from kdq.utils.cpu import usable_cores
@@ -47,11 +47,7 @@ LONGEST = 2**16
 
 
 def class_names(root: str | Path) -> list[str]:
-    """The class folders of ``root/train``, sorted: label ``i`` is the i-th name.
-
-    Raises:
-        KdqError: the folder does not exist or holds fewer than two class folders.
-    """
+    """The class folders of ``root/train``, sorted: label ``i`` is the i-th name."""
     train = Path(root).expanduser() / "train"
     if not train.is_dir():
         raise KdqError(f"no folder {train}: data.root must hold train/<class>/ and test/<class>/ folders of images")
@@ -174,7 +170,7 @@ def _decode_into(
     try:
         for part, files in parts.items():
             several = whole and part == "train"
-            kept: Writer = (
+            kept: OneShape | Shapes = (
                 Shapes(temporary, part, len(files), rows[part], in_channels)
                 if several
                 else OneShape(temporary, part, (len(files), size, size, in_channels))
@@ -248,11 +244,7 @@ def _square_enough(image: Image.Image) -> Image.Image:
 def _mapped(
     folder: Path, part: str, labels: list[int], size: int, in_channels: int, whole: bool = False
 ) -> tuple[Any, Tensor]:
-    """The images and labels of a part, from the cache.
-
-    Raises:
-        KdqError: they are not what was put there.
-    """
+    """The images and labels of a part, from the cache."""
     try:
         # Copy-on-write: pages are shared with the file, and torch gets an array it may call writable.
         images, found = (

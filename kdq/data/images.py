@@ -28,9 +28,6 @@ class Images:
         images: the data.
         config: the ``data`` config: ``name, num_classes, in_channels, mean, std, val_fraction, split_seed,
             train_limit, test_limit, augment``. ``mean`` and ``std`` null: measured on the training images.
-
-    Raises:
-        KdqError: the config and the images disagree on channels or classes.
     """
 
     def __init__(self, images: ImageSet, config: Mapping[str, Any]) -> None:

@@ -73,9 +73,6 @@ def _torchvision_set(name: str, dataset: Callable[..., Any], root: Path, files: 
     """Read a torchvision data set below ``root``, fetching it first where it is missing.
 
     Archives the user put there are used before anything is fetched.
-
-    Raises:
-        KdqError: the set is not there and cannot be fetched, or what is there is corrupt.
     """
     try:
         return _read(dataset, root)

@@ -32,9 +32,6 @@ def split(images: int, val_fraction: float, seed: int, train_limit: int | None =
     >>> found = split(1000, val_fraction=0.1, seed=0, train_limit=500)
     >>> len(found.train), len(found.val), len(found.calibration(256, seed=0))
     (500, 100, 256)
-
-    Raises:
-        KdqError: the fraction is outside (0, 1) or a part would be empty.
     """
     if not 0 < val_fraction < 1:
         raise KdqError(f"data.val_fraction={val_fraction} must lie between 0 and 1: models are selected on validation")

@@ -47,9 +47,6 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
     Args:
         shape: of one input image, ``(channels, height, width)``. Rounded activations are left out: they are added to
             the graph by :func:`kdq.deploy.qdq.int8_graph`.
-
-    Raises:
-        KdqError: torch cannot export the network, or ONNX lacks one of its operations.
     """
     needs("onnx", "onnxscript")
     plain = _decoded(network)

@@ -1,7 +1,5 @@
 """Attention transfer (Zagoruyko & Komodakis 2017, arXiv 1612.03928)."""
 
-from torch import Tensor
-
 from kdq.distill.feature_losses import attention_loss
 from kdq.distill.features import FeatureMethod
 from kdq.distill.options import number
@@ -17,6 +15,4 @@ class AT(FeatureMethod):
     """
 
     weight: float = number(1000.0)
-
-    def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
-        return attention_loss(student, teacher)
+    distance = staticmethod(attention_loss)

@@ -36,12 +36,7 @@ def described(network: nn.Module) -> dict[str, Any] | Tensor | None:
 
 
 def built(description: Any, name: str) -> nn.Module:
-    """The network of a :func:`described` architecture, or ``description`` itself if it is a network.
-
-    Raises:
-        KdqError: it is neither, or is the pickled structure of a network that kdq does not know; ``name`` is the
-            argument that the caller should give.
-    """
+    """The network of a :func:`described` architecture, or ``description`` itself if it is a network."""
     if isinstance(description, nn.Module):
         return description
     if isinstance(description, Mapping):
@@ -55,11 +50,7 @@ def built(description: Any, name: str) -> nn.Module:
 
 
 def check_held(checkpoint: Mapping[str, Any], described: Mapping[str, Tensor]) -> None:
-    """Refuse a checkpoint whose state dict does not hold, by name, tensors of these shapes with all of their values.
-
-    Raises:
-        KdqError: it names the first that is missing or another.
-    """
+    """Refuse a checkpoint whose state dict does not hold, by name, tensors of these shapes with all of their values."""
     for name, tensor in described.items():
         held = checkpoint["state_dict"].get(name)
         expanded = held is not None and held.untyped_storage().nbytes() < held.nbytes  # one value, said to be many

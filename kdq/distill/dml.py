@@ -5,7 +5,6 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -121,11 +120,9 @@ class DML(DistillationModule):
 
     def _step(self) -> None:
         """Lightning clips, steps schedulers and accumulates for one optimizer only; this does so for all."""
-        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizers, list)
-        assert isinstance(schedulers, list)
+        optimizers: Any = self.optimizers()
+        schedulers: Any = self.lr_schedulers()
         for optimizer, scheduler, learner in zip(optimizers, schedulers, self.learners.values(), strict=True):
-            assert isinstance(optimizer, LightningOptimizer)
             self.clip_gradients(optimizer.optimizer, self.config.clip_grad, "norm")
             optimizer.step()
             optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from kdq.distill.feature_losses import hint_loss
 from kdq.distill.features import FeatureMethod, regressor
@@ -23,11 +23,9 @@ class FitNets(FeatureMethod):
 
     where = "middle"
     weight: float = number(100.0)
+    distance = staticmethod(hint_loss)
 
     def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:
         if student[0] == teacher[0]:
             return nn.Identity()
         return regressor(student[0], teacher[0])
-
-    def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
-        return hint_loss(student, teacher)

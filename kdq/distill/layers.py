@@ -55,11 +55,7 @@ def watched(
 
 
 def to_look_into(network: nn.Module, who: str) -> nn.Module:
-    """A copy of ``network`` in eval mode, for ``who`` to look at what its layers give.
-
-    Raises:
-        KdqError: it is compiled.
-    """
+    """A copy of ``network`` in eval mode, for ``who`` to look at what its layers give."""
     if network._compiled_call_impl is not None:  # hooks are no part of what guards it: it may run without them
         raise KdqError(
             f"{who} looks inside of its networks, where compiled ones show nothing: give networks that are not "
@@ -78,9 +74,6 @@ def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
     >>> from kdq.models import resnet18
     >>> found_layers(resnet18(num_classes=10), torch.zeros(1, 3, 32, 32), "embedding")
     ['fc:input']
-
-    Raises:
-        KdqError: the network has no such layers.
     """
     if where == "all":
         return [name for part in ("stages", "embedding") for name in found_layers(network, images, part)]
@@ -123,9 +116,6 @@ def averaged_maps(network: nn.Module, images: Tensor) -> tuple[str, list[int], s
     >>> from kdq.models import CifarResNet
     >>> averaged_maps(CifarResNet(8, num_classes=10).eval(), torch.randn(1, 3, 32, 32))
     ('layer3', [64, 8, 8], 'fc')
-
-    Raises:
-        KdqError: it takes something else.
     """
     (embedding,) = found_layers(network, images, "embedding")
     features = looked_at(network, images, [name for name, _ in network.named_modules() if name] + [embedding])
@@ -152,11 +142,7 @@ def looked_at(network: nn.Module, images: Tensor, names: Iterable[str]) -> dict[
 
 
 def check_names(network: nn.Module, role: str, names: Sequence[str]) -> None:
-    """Refuse a name that is no layer of ``network``, the ``role`` of a method.
-
-    Raises:
-        KdqError: it names the nearest one; or ``names`` is one word.
-    """
+    """Refuse a name that is no layer of ``network``, the ``role`` of a method."""
     if isinstance(names, str):
         raise KdqError(f"method.{role}_layers={names} must be a list: [{names}]")
     known = [name for name, _ in network.named_modules() if name]

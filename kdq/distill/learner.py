@@ -5,8 +5,8 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 
 class Learner(nn.Module):
@@ -81,3 +81,18 @@ def compiled_in_place(network: nn.Module) -> nn.Module:
         return network
     plain._compiled_call_impl = network.dynamo_ctx(plain._call_impl)  # type: ignore[operator]  # as Module.compile does
     return plain
+
+
+def classification_metrics(num_classes: int) -> MetricCollection:
+    """``top1``, ``top5`` (of fewer classes: all of them) and ``ece``, the expected calibration error with 15 bins.
+
+    They are shares, and are updated with probabilities ``(batch, classes)`` and labels ``(batch,)``.
+    """
+    return MetricCollection(
+        {
+            # "micro" counts images; torchmetrics' default averages over classes.
+            "top1": MulticlassAccuracy(num_classes, average="micro"),
+            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+        }
+    )

@@ -24,13 +24,12 @@ from torchmetrics import MeanMetric
 
 from kdq.distill.checkpoint import Network, built, described, unpickled
 from kdq.distill.config import TrainConfig
-from kdq.distill.learner import Learner
+from kdq.distill.learner import Learner, classification_metrics
 from kdq.distill.losses import soft_cross_entropy
 from kdq.distill.options import options_of
 from kdq.distill.progress import TrainingProgress
 from kdq.utils.checks import is_peer
 from kdq.utils.errors import KdqError
-from kdq.utils.metrics import classification_metrics
 
 
 class DistillationModule(L.LightningModule):

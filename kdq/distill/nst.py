@@ -1,7 +1,5 @@
 """Neuron selectivity transfer (Huang & Wang 2017, arXiv 1707.01219)."""
 
-from torch import Tensor
-
 from kdq.distill.feature_losses import selectivity_loss
 from kdq.distill.features import FeatureMethod
 from kdq.distill.options import number
@@ -17,6 +15,4 @@ class NST(FeatureMethod):
     """
 
     weight: float = number(50.0)
-
-    def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
-        return selectivity_loss(student, teacher)
+    distance = staticmethod(selectivity_loss)

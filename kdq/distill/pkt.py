@@ -1,7 +1,5 @@
 """Probabilistic knowledge transfer (Passalis & Tefas 2018, arXiv 1803.10837)."""
 
-from torch import Tensor
-
 from kdq.distill.feature_losses import pkt_loss
 from kdq.distill.features import FeatureMethod
 from kdq.distill.options import number
@@ -18,6 +16,4 @@ class PKT(FeatureMethod):
 
     where, maps = "embedding", False
     weight: float = number(30000.0)
-
-    def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
-        return pkt_loss(student, teacher)
+    distance = staticmethod(pkt_loss)

@@ -28,7 +28,7 @@ class SimKD(FeatureMethod):
     Projector(64, 128)
     """
 
-    ce_weight = 0.0
+    ce_weight, distance = 0.0, staticmethod(hint_loss)
 
     def __init__(self, student: Network, teacher: nn.Module | None = None, **options: Any) -> None:
         super().__init__(student, teacher, **options)
@@ -69,9 +69,6 @@ class SimKD(FeatureMethod):
         self.asked = {"student": [names["maps"]], "teacher": [maps]}
         super().connect(images)
         return self
-
-    def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
-        return hint_loss(student, teacher)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not hasattr(self.student.network, "kdq_reused"):

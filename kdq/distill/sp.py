@@ -1,7 +1,5 @@
 """Similarity-preserving distillation (Tung & Mori 2019, arXiv 1907.09682)."""
 
-from torch import Tensor
-
 from kdq.distill.feature_losses import similarity_loss
 from kdq.distill.features import FeatureMethod
 from kdq.distill.options import number
@@ -18,6 +16,4 @@ class SP(FeatureMethod):
 
     where, maps = "last", False
     weight: float = number(3000.0)
-
-    def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
-        return similarity_loss(student, teacher)
+    distance = staticmethod(similarity_loss)

@@ -71,11 +71,7 @@ class TeacherStudent(DistillationModule):
 
     @property
     def teacher(self) -> FrozenTeacher:
-        """The teacher, which is called on images and gives logits.
-
-        Raises:
-            KdqError: there is none: the module was loaded from a checkpoint, to be evaluated.
-        """
+        """The teacher, which is called on images and gives logits."""
         if self._teacher is None:
             name = type(self).__name__
             raise KdqError(

@@ -102,9 +102,6 @@ class Terms(TeacherStudent):
 def method_of(key: str, given: Mapping[str, Any]) -> tuple[type[TeacherStudent], dict[str, Any]]:
     """The class of an entry of ``terms``, and its other options. A class of one's own must be imported already: a
     checkpoint names classes, and reading one must import nothing.
-
-    Raises:
-        KdqError: there is no such method, or it is more than terms of what both networks give.
     """
     options = dict(given)
     target, kinds, waiting = options.pop("_target_", key), {}, [TeacherStudent]

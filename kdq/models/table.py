@@ -106,9 +106,6 @@ def shape_of(net: Mapping[str, Any], tensors: int, values: int) -> nn.Module:
         net: ``{"_target_": name, **arguments}``, as the file says.
         tensors: how many entries the state dict has that the file holds.
         values: how many numbers these have in all.
-
-    Raises:
-        KdqError: it is none of the table, or has other arguments than the schema, or is not what the file holds.
     """
     network = _shaped(net, tensors, values)
     found = _size(network)

@@ -29,9 +29,6 @@ def images_of(batch: Any) -> Tensor:
 def labels_of(batch: Any) -> Tensor:
     """The labels of a batch: the second item of a tuple or list, or the entry of a dictionary that is named as in
     :data:`LABELS`.
-
-    Raises:
-        KdqError: it has none.
     """
     return _part(batch, 1, LABELS, "labels")
 

@@ -94,9 +94,6 @@ def quantizable_layers(network: nn.Module, keep_float: Collection[str] = ()) -> 
     Args:
         keep_float: names of layers, parameters and modules (for all that is inside them), and patterns
             (:mod:`fnmatch`) of such names.
-
-    Raises:
-        KdqError: a layer is lazy, its weight is computed by a parametrization, or ``keep_float`` names nothing.
     """
     everything = chain(network.named_parameters(), network.named_buffers())
     if lazy := [name for name, value in everything if is_lazy(value)]:

@@ -179,13 +179,12 @@ def log_model(
 def check_fit(cell: Cell, network: nn.Module, name: str) -> None:
     """Run one image through ``network``."""
     data = cell.cfg.data
-    image = torch.zeros(1, data.in_channels, cell.images.height, cell.images.width)
     try:
         with torch.no_grad():
-            logits = network.eval()(image)
+            logits = network.eval()(torch.zeros(1, *cell.shape))
     except RuntimeError as error:
-        shape, cause = tuple(image.shape[1:]), str(error).splitlines()[0]
-        raise KdqError(f"{name} cannot take images of shape {shape}: {cause}") from error
+        cause = str(error).splitlines()[0]
+        raise KdqError(f"{name} cannot take images of shape {cell.shape}: {cause}") from error
     network.train()
     if logits.shape != (1, data.num_classes):
         raise KdqError(

@@ -29,11 +29,7 @@ from kdq.utils.errors import KdqError
 
 @contextmanager
 def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> Iterator[tuple[dict[str, Best], dict[str, Any]]]:
-    """Run ``spec`` in this process, or in one process for each of ``trainer.devices`` when there are several.
-
-    Raises:
-        KdqError: the training failed, or something else has already started several processes of kdq.
-    """
+    """Run ``spec`` in this process, or in one process for each of ``trainer.devices`` when there are several."""
     config = cell.cfg.trainer
     count = processes.count_devices(config.devices, config.accelerator) * config.num_nodes
     if cluster.tasks() > 1 or config.num_nodes > 1:

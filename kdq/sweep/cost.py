@@ -16,21 +16,19 @@ def model_work(cell: Cell, model: Model) -> float:
     have none."""
     if model.training is None:
         return 0.0
-    image = (cell.cfg.data.in_channels, cell.images.height, cell.images.width)
     passes = len(cell.images.split.train) * model.training.recipe["epochs"]
     networks = model.training.networks.items()
     return passes * sum(
-        (1 if name == "teacher" else 3) * _forward(json.dumps(net.net), image) for name, net in networks
+        (1 if name == "teacher" else 3) * _forward(json.dumps(net.net), cell.shape) for name, net in networks
     )
 
 
 def row_work(cell: Cell, rows: int) -> float:
     """Work of quantizing one model to ``rows`` widths together and evaluating each; solvers come on top."""
-    data, images = cell.cfg.data, cell.images
-    tested = min(len(images.set.test_images), data.test_limit or len(images.set.test_images))
+    there, limit = len(cell.images.set.test_images), cell.cfg.data.test_limit
+    tested = min(there, limit or there)
     calibrated = 0 if cell.cfg.quant.solver is None else cell.cfg.quant.calibration_images
-    net = json.dumps(cell.net(cell.role))
-    return (rows + 1) * (calibrated + tested) * _forward(net, (data.in_channels, images.height, images.width))
+    return (rows + 1) * (calibrated + tested) * _forward(json.dumps(cell.net(cell.role)), cell.shape)
 
 
 @lru_cache(maxsize=64)

@@ -10,9 +10,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from kdq.tracking.config import WandbConfig
 from kdq.tracking.lightning_log import LightningLog
-from kdq.tracking.run import RunInfo, RunLogger
+from kdq.tracking.run import RunInfo, RunLogger, WandbConfig
 from kdq.utils.calls import imported, made, parameters
 from kdq.utils.errors import KdqError
 from kdq.utils.messages import MOVED, unknown_option
@@ -32,7 +31,7 @@ def tracked(loggers: Mapping[str, Any], runs: Path, about: RunInfo) -> Iterator[
 
     Args:
         loggers: the ``logger`` config, each logger under its name: ``wandb`` is a
-            :class:`kdq.tracking.config.WandbConfig`, every other a ``_target_`` with its arguments.
+            :class:`kdq.tracking.run.WandbConfig`, every other a ``_target_`` with its arguments.
         runs: folder below which the logs are written.
     """
     check_loggers(loggers)

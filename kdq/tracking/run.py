@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
+
+from kdq.utils.checks import one_of
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ class RunLogger(Log):
 
     def __init__(self) -> None:
         self.logs: list[Log] = []
+        for call in ("metrics", "axis", "summary", "show", "made"):
+            setattr(self, call, partial(self._tell, call))
+
+    def _tell(self, call: str, *said: Any) -> None:
+        for log in self.logs:
+            getattr(log, call)(*said)
 
     @property
     def loggers(self) -> list[Logger]:
@@ -81,25 +90,20 @@ class RunLogger(Log):
     def folder(self) -> str:  # type: ignore[override]
         return next((log.folder for log in self.logs if log.folder), "")
 
-    def metrics(self, values: Mapping[str, float]) -> None:
-        for log in self.logs:
-            log.metrics(values)
 
-    def axis(self, x: str, curves: Sequence[str]) -> None:
-        for log in self.logs:
-            log.axis(x, curves)
+@dataclass(frozen=True)
+class WandbConfig:
+    """The node ``logger.wandb``."""
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        for log in self.logs:
-            log.summary(values)
+    project: str = "kdq"
+    entity: str | None = None
+    mode: str = "offline"  # or online, disabled
+    upload: str = "quantized"  # whose files artifacts carry: none, quantized or all
 
-    def show(self, chart: Chart) -> None:
-        for log in self.logs:
-            log.show(chart)
-
-    def made(self, artifact: Artifact) -> None:
-        for log in self.logs:
-            log.made(artifact)
+    def __post_init__(self) -> None:
+        """Raises KdqError for a value that is none of the choices."""
+        one_of("logger.wandb.mode", self.mode, ("online", "offline", "disabled"))
+        one_of("logger.wandb.upload", self.upload, ("none", "quantized", "all"))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,11 +19,10 @@ from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 from wandb.sdk.lib.paths import LogicalPath
 
 from kdq.tracking.agent import AGENT
-from kdq.tracking.config import WandbConfig
 from kdq.tracking.names import run_id, valid_name
 from kdq.tracking.patience import Patience
 from kdq.tracking.resume import folder_id, next_step
-from kdq.tracking.run import Artifact, Chart, Log, RunInfo
+from kdq.tracking.run import Artifact, Chart, Log, RunInfo, WandbConfig
 from kdq.utils.errors import KdqError
 
 log = logging.getLogger(__name__)

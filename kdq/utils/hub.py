@@ -15,9 +15,6 @@ PACKED, ROW, CARD = "model.kdq", "row.json", "README.md"
 def fetch(source: str, files: Sequence[str]) -> Path:
     """The local copy, in the hub's own cache, of the file that ``hf:owner/name:file`` names; without a name, of the
     first of ``files`` that the repository has.
-
-    Raises:
-        KdqError: there is no such file, or the hub cannot be reached and there is no cached copy.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -53,9 +50,6 @@ def fetch(source: str, files: Sequence[str]) -> Path:
 def upload(folder: Path, target: str, message: str) -> str:
     """Upload the files of ``folder`` to ``target``, ``hf:owner/name``, which is made, public, where it is not there;
     files of other names that it has stay. Returns its address.
-
-    Raises:
-        KdqError: the hub cannot be reached, or refuses the token, the name or the card.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars

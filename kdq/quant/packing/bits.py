@@ -38,9 +38,6 @@ def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
 
     >>> unpack_bits(torch.tensor([57], dtype=torch.uint8), count=4, bits=2).tolist()
     [1, 2, 3, 0]
-
-    Raises:
-        KdqError: ``packed`` does not have the length that ``count`` codes take.
     """
     if packed.numel() != packed_bytes(count, bits):
         raise KdqError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")

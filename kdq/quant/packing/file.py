@@ -162,11 +162,7 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a packed file (FORMAT.md), whose checksum matches.
-
-    Raises:
-        KdqError: it is not a complete, undamaged packed network.
-    """
+    """The header of a packed file (FORMAT.md), whose checksum matches."""
     return _read(path)[0]
 
 

@@ -99,9 +99,6 @@ def with_float_dtype(network: nn.Module, name: str) -> nn.Module:
 
     Args:
         name: one of :data:`FLOAT_DTYPES`.
-
-    Raises:
-        KdqError: the name is unknown, or a value is too large for it.
     """
     dtype = FLOAT_DTYPES[one_of("float_dtype", name, FLOAT_DTYPES)]
     rounded = copied(network)
