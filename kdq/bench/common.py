@@ -1,7 +1,9 @@
 """What several benchmarks need: their options beside kdq's own, the device, a clock, a table."""
 
+import json
 import re
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +46,13 @@ def timed(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counte
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return result, clock() - start
+
+
+def apart(*arguments: str) -> Any:
+    """What ``python -m kdq.bench`` with these arguments prints last, JSON, in a process of its own."""
+    command = [sys.executable, "-m", "kdq.bench", *arguments]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], form: str = ".4g") -> None:

@@ -12,8 +12,6 @@ one for each repeat. Memory is that of a fresh process which loads the packed fi
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.bench.common import peak_mb, show, split_options
+from kdq.bench.common import apart, peak_mb, show, split_options
 from kdq.bench.runtimes import others
 from kdq.deploy.runtime import session
 from kdq.quant.packing.file import DECODE, load_packed
@@ -120,10 +118,8 @@ class Bench:
         """Memory of the packed module, in fresh processes."""
         found: dict[str, float] = {}
         for decode in DECODE:
-            shape = json.dumps(self.cell.shape)
-            command = [sys.executable, "-m", "kdq.bench", "deploy", "--memory", str(self.packed), decode, shape]
-            result = subprocess.run(command, check=True, capture_output=True, text=True)
-            found |= {f"decode={decode}: {name}": value for name, value in json.loads(result.stdout).items()}
+            held = apart("deploy", "--memory", str(self.packed), decode, json.dumps(self.cell.shape))
+            found |= {f"decode={decode}: {name}": value for name, value in held.items()}
         return found
 
     def compared(

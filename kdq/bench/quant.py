@@ -12,8 +12,6 @@ process, one after the other; memory is that of processes of their own.
 import argparse
 import json
 import platform
-import subprocess
-import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.bench import literal
-from kdq.bench.common import best_device, peak_mb, show, timed
+from kdq.bench.common import apart, best_device, peak_mb, show, timed
 from kdq.bench.peers import brevitas
 from kdq.models import resnet18
 from kdq.quant.calibrate.layer import patches
@@ -118,8 +116,7 @@ def against_literal(net: nn.Module, quantized: Any, images: Tensor) -> dict[str,
 
 def separate_peak(whose: str, count: int, options: argparse.Namespace) -> float:
     """:func:`peak` of a process of its own."""
-    command = [sys.executable, "-m", "kdq.bench", "quant", "--peak", whose, str(count), "--bits", str(options.bits)]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return float(apart("quant", "--peak", whose, str(count), "--bits", str(options.bits)))
 
 
 def peak(whose: str, count: int, bits: int) -> float:

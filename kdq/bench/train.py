@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdq.bench.common import best_device, line, peak_mb, show, timed
+from kdq.bench.common import apart, best_device, line, peak_mb, show, timed
 from kdq.bench.loops import Step, bare, images_per_second, plain
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import TrainLoader
@@ -159,9 +159,7 @@ def _trainings(part: str, methods: Sequence[str], seconds: float) -> Iterator[di
 
 
 def _separately(case: Case) -> dict[str, Any]:
-    command = [sys.executable, "-m", "kdq.bench", "train", "--case", json.dumps(asdict(case))]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+    return dict(apart("train", "--case", json.dumps(asdict(case))))
 
 
 def _networks(case: Case) -> tuple[nn.Module, nn.Module]:

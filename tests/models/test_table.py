@@ -13,7 +13,7 @@ from torch import nn
 import kdq.quant.packing
 from kdq.models import CifarResNet
 from kdq.models.build import build
-from kdq.models.table import LARGEST, _shaped, build_small, is_in_table, shape_of, stored_name, table
+from kdq.models.table import NumbersOnCpu, build_small, is_in_table, shape_of, stored_name, table
 from kdq.utils.errors import KdqError
 
 SMALL = {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3, "in_channels": 1, "width": 0.25}
@@ -73,7 +73,8 @@ def test_classification_networks_of_torchvision_are_filled_by_a_state_dict_alone
     for name in listed[::5]:  # of every family
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            network = _shaped({"_target_": f"torchvision.models.{name}"}, *LARGEST)
+            with torch.device("meta"), NumbersOnCpu():
+                network = torchvision.models.get_model(name, weights=None)
         held = [*network.parameters(), *network.buffers()]
         assert len(held) == len(network.state_dict())
         assert not [value for module in network.modules() for value in vars(module).values() if torch.is_tensor(value)]

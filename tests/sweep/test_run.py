@@ -1,6 +1,8 @@
 """Waves as they are launched: what failed, what is on record, what the terminal says. Launchers that lie and die."""
 
 import dataclasses
+import io
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,19 +119,19 @@ def test_records_that_cannot_be_read_count_as_none(tmp_path: Path) -> None:
     assert read_failures(tmp_path).keys() == {"abc"}
 
 
-def test_the_screen_tells_waiting_jobs_from_running_ones(tmp_path: Path) -> None:
-    made, console = plan(tmp_path, *CELLS), Console(record=True, width=120)
-    status, jobs = Status(console, made, live=False), made.waves[0]
+def test_the_screen_tells_waiting_jobs_from_running_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdq.sweep.status.INTERVAL", 0.01)
+    said = io.StringIO()
+    made, console = plan(tmp_path, *CELLS), Console(file=said, force_terminal=True, width=120)
+    status, jobs = Status(console, made, live=True), made.waves[0]
     folders = [tmp_path / "runs" / str(number) for number in range(len(jobs))]
     (folders[0] / "slurm").mkdir(parents=True)  # in a queue
     (folders[1] / ".hydra").mkdir(parents=True)
     with status.wave(jobs, folders):
-        status._look()
-        console.print(status._screen())
-    text = console.export_text()
-    assert "0 done, 1 running, 0 failed, 1 waiting" in text
-    assert jobs[1].name in text
-    assert jobs[0].name not in text
+        while "0 done, 1 running, 0 failed, 1 waiting" not in said.getvalue():  # or the test's time is up
+            time.sleep(0.05)
+    assert jobs[1].name in said.getvalue()
+    assert jobs[0].name not in said.getvalue()
 
 
 def test_a_refused_submission_takes_no_submitted_job_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
