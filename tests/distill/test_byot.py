@@ -1,34 +1,27 @@
-"""BYOT: its loss against the definition in float64, what its exits are no part of, and trainings that resume."""
+"""BYOT: its loss against the definition in float64, and what its exits are no part of."""
 
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from kdq.distill import BYOT, TrainConfig
+from kdq.distill import BYOT
 from kdq.distill.progress import TrainingProgress
-from kdq.models import CifarResNet
 from kdq.utils.errors import KdqError
-
-QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-QUIET |= {"enable_model_summary": False}
+from tests.distill.small import images_and_labels, network
 
 
 def make(**options: Any) -> BYOT:
-    torch.manual_seed(1)
-    return BYOT(CifarResNet(8, num_classes=4, in_channels=1, width=0.25), num_classes=4, **options)
+    return BYOT(network(1), num_classes=4, **options)
 
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(24, 1, 16, 16, generator=generator), torch.randint(4, (24,), generator=generator)
+    images, labels = images_and_labels()
+    return images[:24], labels[:24]
 
 
 def test_the_terms_are_their_definition(batch: tuple[Tensor, Tensor]) -> None:
@@ -62,33 +55,6 @@ def test_what_the_exits_learn_from_is_a_constant(batch: tuple[Tensor, Tensor]) -
     )
     assert all(slope is None for slope in last)
     assert first.abs().sum() > 0
-
-
-def test_trained_resumed_and_read_back(batch: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    loader = DataLoader(TensorDataset(*batch), 8)
-
-    def trained(epochs: int, name: str, **fit: Any) -> BYOT:
-        module = make(config=TrainConfig(lr=0.05, schedule="constant"))
-        trainer = L.Trainer(**QUIET, max_epochs=epochs, enable_checkpointing=False)
-        trainer.fit(module, loader, loader, **fit)
-        trainer.save_checkpoint(tmp_path / name)
-        return module
-
-    trained(1, "half.ckpt")
-    whole, resumed = trained(2, "whole.ckpt"), trained(2, "resumed.ckpt", ckpt_path=tmp_path / "half.ckpt")
-    start = make().connect(batch[0][:2])
-    moved = zip(whole.projectors.parameters(), start.projectors.parameters(), strict=True)
-    assert all(not torch.equal(a, b) for a, b in moved)
-    assert whole.state_dict().keys() == resumed.state_dict().keys()
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
-    loaded = BYOT.load_from_checkpoint(tmp_path / "whole.ckpt")
-    assert torch.equal(loaded.projectors[0].classifier.weight, whole.projectors[0].classifier.weight)  # type: ignore[arg-type, union-attr]
-    assert loaded.eval_network.state_dict().keys() == CifarResNet(8, 4).state_dict().keys()
-    damaged = torch.load(tmp_path / "whole.ckpt", weights_only=True)
-    damaged["layers"]["layer3"] = [10**9, 4, 4]
-    torch.save(damaged, tmp_path / "damaged.ckpt")
-    with pytest.raises(KdqError, match="the checkpoint does not fit: projectors"):
-        BYOT.load_from_checkpoint(tmp_path / "damaged.ckpt")
 
 
 def test_a_network_of_one_stage_is_refused() -> None:

@@ -1,6 +1,5 @@
 """CRD: its loss and its bank against the definitions in float64, and trainings with a stranger's loader and kdq's."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -8,39 +7,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader
 
 from kdq.distill import CRD, Terms, TrainConfig
 from kdq.distill.feature_losses import contrast_loss, contrast_scores
 from kdq.distill.progress import TrainingProgress
-from kdq.models import CifarResNet
 from kdq.utils.errors import KdqError
-
-QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-QUIET |= {"enable_model_summary": False}
-COUNT = 48
-
-
-class Indexed(Dataset[Any]):
-    """As people write it: the index behind what the data set gives."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(COUNT, 1, 8, 8, generator=generator)
-        self.labels = torch.randint(4, (COUNT,), generator=generator)
-
-    def __len__(self) -> int:
-        return COUNT
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        return self.images[index], self.labels[index], index
-
-
-def network(seed: int, width: float = 0.25) -> nn.Module:
-    torch.manual_seed(seed)
-    return CifarResNet(8, num_classes=4, in_channels=1, width=width)
+from tests.distill.small import COUNT, QUIET, Indexed, in_two_processes, network
 
 
 def make(**options: Any) -> CRD:
@@ -117,38 +91,14 @@ def test_two_batches_against_their_definition() -> None:
     np.testing.assert_allclose(module.bank.numpy(), bank, atol=1e-5)
 
 
-def test_a_stranger_s_loader_and_a_resumed_training(tmp_path: Path) -> None:
-    class Stop(L.Callback):
-        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            trainer.should_stop = True
-
-    loader = DataLoader(Indexed(), 16)
-
-    def trained(name: str, callbacks: Any = None, **fit: Any) -> CRD:
-        module = make(config=TrainConfig(lr=0.01))
-        trainer = L.Trainer(**QUIET, max_epochs=3, callbacks=callbacks, default_root_dir=tmp_path)
-        trainer.fit(module, loader, loader, **fit)
-        trainer.save_checkpoint(tmp_path / name)
-        return module
-
-    whole = trained("whole.ckpt")
-    trained("part.ckpt", Stop())
-    resumed = trained("resumed.ckpt", ckpt_path=tmp_path / "part.ckpt")
-    assert whole.state_dict().keys() == resumed.state_dict().keys()
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
-    assert torch.isfinite(whole.log_norms).all()
-    loaded = CRD.load_from_checkpoint(tmp_path / "whole.ckpt", teacher=network(2, width=0.5))
-    assert torch.equal(loaded.bank, whole.bank)
+def test_a_stranger_s_loader() -> None:
+    module = make(config=TrainConfig(lr=0.01))
+    L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(module, DataLoader(Indexed(), 16))
+    assert torch.isfinite(module.log_norms).all()
     more = DataLoader(ConcatDataset([Indexed(), Indexed()]), 16)  # twice as many, whose indices repeat
-    L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(loaded, more)
-    assert loaded.bank.shape == (2, 2 * COUNT, 6)
-    both = Terms(network(1), network(2), num_classes=4, terms={"crd": {"dim": 6}, "vkd": {}})
-    L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(both, loader)
-    assert both.indexed
-    L.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path, enable_checkpointing=False).fit(both, loader)
-    both.trainer.save_checkpoint(tmp_path / "both.ckpt")
-    again = Terms.load_from_checkpoint(tmp_path / "both.ckpt", teacher=network(2, width=0.5))
-    assert torch.equal(again.methods["crd"].bank, both.methods["crd"].bank)  # type: ignore[arg-type]
+    L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(module, more)
+    assert module.bank.shape == (2, 2 * COUNT, 6)
+    assert Terms(network(1), network(2), num_classes=4, terms={"crd": {"dim": 6}, "vkd": {}}).indexed
     plain = DataLoader([(image, label) for image, label, _ in Indexed()], 16)  # type: ignore[arg-type, var-annotated, attr-defined]
     with pytest.raises(KdqError, match=r"give a loader of batches \(images, labels, indices\)"):
         L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(make(), plain)
@@ -178,11 +128,7 @@ def test_a_checkpoint_s_numbers_ask_for_no_more_than_it_holds(tmp_path: Path) ->
         L.Trainer(**QUIET, max_epochs=2, enable_checkpointing=False).fit(make(), more, ckpt_path=path)
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    import os
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
+def _trained(rank: int, folder: str) -> None:
     module = make(config=TrainConfig(lr=0.01))
     trainer = L.Trainer(**QUIET, max_epochs=1, devices=2, strategy="ddp", enable_checkpointing=False)
     trainer.fit(module, DataLoader(Indexed(), 12))
@@ -190,10 +136,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 
 
 def test_two_processes_have_one_bank(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    in_two_processes(_trained, str(tmp_path))
     (bank, norms), (other, other_norms) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(bank, other)
     assert torch.equal(norms, other_norms)

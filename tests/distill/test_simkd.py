@@ -1,6 +1,5 @@
 """The student under its teacher's classifier: what is trained, what is kept, and that the product is like any other."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,15 +30,9 @@ from kdq.stages.pipeline import run
 from kdq.stages.train import float_model, planned
 from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
+from tests.distill.small import QUIET, images_and_labels, in_two_processes, network
 
-QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-IMAGES = torch.randn(48, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-LABELS = torch.randint(4, (48,), generator=torch.Generator().manual_seed(1))
-
-
-def network(seed: int, width: float = 0.25) -> Any:
-    torch.manual_seed(seed)
-    return CifarResNet(8, num_classes=4, in_channels=1, width=width)
+IMAGES, LABELS = images_and_labels()
 
 
 def foreign(seed: int, planes: int, size: int = 1) -> Any:
@@ -50,10 +42,10 @@ def foreign(seed: int, planes: int, size: int = 1) -> Any:
     return nn.Sequential(*maps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(planes, 4))
 
 
-def fitted(module: SimKD, folder: Path, epochs: int = 2, **fit: Any) -> L.Trainer:
+def fitted(module: SimKD, folder: Path) -> L.Trainer:
     loader = DataLoader(TensorDataset(IMAGES, LABELS), 16)
-    trainer = L.Trainer(**QUIET, max_epochs=epochs, logger=False, default_root_dir=folder)
-    trainer.fit(module, loader, loader, **fit)
+    trainer = L.Trainer(**QUIET, max_epochs=2, default_root_dir=folder)
+    trainer.fit(module, loader, loader)
     return trainer
 
 
@@ -107,10 +99,6 @@ def test_the_classifier_stays_the_teacher_s(ema: float | None, tmp_path: Path) -
     again = SimKD.load_from_checkpoint(path, teacher=teacher)
     fitted(again, tmp_path / "again")
     assert torch.equal(again.eval_network.fc.weight, teacher.fc.weight)  # type: ignore[union-attr]
-    resumed, whole = (SimKD(network(1), teacher=teacher, num_classes=4, config=config, kd=1.0) for _ in range(2))
-    fitted(resumed, tmp_path / "resumed", 4, ckpt_path=path)
-    fitted(whole, tmp_path / "whole", 4)
-    assert resumed.state_dict().keys() == whole.state_dict().keys()
     quantized, _ = kdq.quantize(module.eval_network, [IMAGES], bits=4)
     size = kdq.save(quantized, tmp_path / "model.kdq")
     small, _ = kdq.quantize(network(1), [IMAGES], bits=4)
@@ -147,24 +135,16 @@ def test_what_it_cannot_take() -> None:
         Terms(network(1), teacher=network(2), num_classes=4, terms={"simkd": {}})
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    import os
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
+def _trained(rank: int, folder: str) -> None:
     module = SimKD(network(1), teacher=network(2, width=0.5), num_classes=4, config=TrainConfig(ema=0.5))
     loader = DataLoader(TensorDataset(IMAGES, LABELS), 16)
-    trainer = L.Trainer(**QUIET, max_epochs=2, devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    trainer = L.Trainer(**QUIET, max_epochs=2, devices=2, strategy="ddp", enable_checkpointing=False)
     trainer.fit(module, loader, loader)
     torch.save(dict(module.eval_network.state_dict()), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_end_with_one_product(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    in_two_processes(_trained, str(tmp_path))
     state, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert "layer3.projector.0.weight" in state
     assert all(torch.equal(state[name], tensor) for name, tensor in other.items() if isinstance(tensor, Tensor))

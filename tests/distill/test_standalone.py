@@ -1,7 +1,6 @@
 """Every method in a stranger's script: his own loaders, Trainer, callbacks and loggers."""
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +8,18 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdq.distill import DKD, DML, VID, VKD, CrossEntropy, DistillationModule, Mixup, TrainConfig
-from kdq.models import CifarResNet
 from kdq.utils.errors import KdqError
+from tests.distill.small import in_two_processes, network
 
 METHODS = (CrossEntropy, VKD, Mixup, DKD, DML, VID)  # the last one looks inside of the networks
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 SILENT: dict[str, Any] = QUIET | {"logger": False, "enable_checkpointing": False}
-
-
-def network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return CifarResNet(8, num_classes=4, in_channels=1, width=0.25)
 
 
 def foreign(seed: int) -> nn.Module:
@@ -181,25 +174,17 @@ def test_a_foreign_network_is_given_or_its_file_trusted(tmp_path: Path) -> None:
     L.Trainer(**SILENT, max_epochs=1).fit(again, loader(), loader(1))
 
 
-def _rank(rank: int, kind: type[DistillationModule], folder: str, port: int) -> None:
-    import os
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
+def _trained(rank: int, kind: type[DistillationModule], folder: str) -> None:
     module = make(kind, config=TrainConfig(ema=0.5))
     trainer = L.Trainer(**SILENT, max_epochs=2, devices=2, strategy="ddp")
     trainer.fit(module, loader(), loader(1))
     (tested,) = trainer.test(module, loader(2), verbose=False)
     torch.save((dict(module.eval_network.state_dict()), tested), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()  # a spawned process ends without what Lightning does at the end of one
 
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_two_processes_end_with_one_network(kind: type[DistillationModule], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (kind, str(tmp_path), port), nprocs=2)
+    in_two_processes(_trained, kind, str(tmp_path))
     (state, tested), (other, other_tested) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert tested == other_tested
     assert all(torch.equal(state[name], tensor) for name, tensor in other.items() if isinstance(tensor, Tensor))

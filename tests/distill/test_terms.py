@@ -19,9 +19,8 @@ from kdq.stages.cell import Cell
 from kdq.stages.check import check_config
 from kdq.stages.train import float_model, planned
 from kdq.utils.errors import KdqError
+from tests.distill.small import QUIET, images_and_labels, network
 
-QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-QUIET |= {"enable_model_summary": False}
 ALL: dict[str, dict[str, Any]] = {
     "at": {"weight": 500.0},
     "vid": {"kd": 0.5},
@@ -33,19 +32,13 @@ KINDS: dict[str, type[TeacherStudent]] = {"at": AT, "vid": VID, "dkd": DKD, "ctk
 MOMENT = TrainingProgress(epoch=1, epochs=2)
 
 
-def network(seed: int, width: float = 0.25) -> nn.Module:
-    torch.manual_seed(seed)
-    return CifarResNet(8, num_classes=4, in_channels=1, width=width)
-
-
 def make(kind: type[TeacherStudent] = Terms, **options: Any) -> Any:
     return kind(network(1), teacher=network(2, width=0.5), num_classes=4, **options)
 
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(48, 1, 16, 16, generator=generator), torch.randint(4, (48,), generator=generator)
+    return images_and_labels()
 
 
 @pytest.fixture
@@ -90,37 +83,6 @@ def test_one_term_is_the_method(name: str, loader: DataLoader[Any]) -> None:
         L.Trainer(**QUIET, max_epochs=2, enable_checkpointing=False).fit(each, loader)
     states = [each.student.network.state_dict() for each in (alone, module)]
     torch.testing.assert_close(states[0], states[1])
-
-
-def test_resumed_and_loaded(loader: DataLoader[Any], tmp_path: Path) -> None:
-    config = TrainConfig(lr=0.01, ema=0.5)
-
-    class Stop(L.Callback):
-        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            trainer.should_stop = True
-
-    def trained(name: str, callbacks: Any = None, **fit: Any) -> Any:
-        module = make(terms=ALL, config=config)
-        trainer = L.Trainer(**QUIET, max_epochs=3, callbacks=callbacks, default_root_dir=tmp_path)
-        trainer.fit(module, loader, loader, **fit)
-        trainer.save_checkpoint(tmp_path / name)
-        return module
-
-    whole = trained("whole.ckpt")
-    trained("part.ckpt", Stop())
-    resumed = trained("resumed.ckpt", ckpt_path=tmp_path / "part.ckpt")
-    assert whole.state_dict().keys() == resumed.state_dict().keys()
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
-    assert not any("methods" in name and "network" in name for name in whole.state_dict())
-    assert set(whole.eval_network.state_dict()) == set(network(1).state_dict())
-    trained_ones = set(map(id, whole.trained_parameters(whole.student)))
-    assert trained_ones == {id(p) for p in whole.parameters() if p.requires_grad}
-    assert float(whole.methods["ctkd"].raw.detach()) != float(make(CTKD, alpha=0.7).raw.detach())
-    images = next(iter(loader))[0]
-    loaded = Terms.load_from_checkpoint(tmp_path / "whole.ckpt")
-    assert torch.equal(loaded.eval()(images), whole.eval()(images))
-    again = Terms.load_from_checkpoint(tmp_path / "whole.ckpt", teacher=network(2, width=0.5))
-    L.Trainer(**QUIET, max_epochs=1, enable_checkpointing=False).fit(again, loader, loader)
 
 
 @pytest.mark.parametrize(
