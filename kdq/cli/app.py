@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdq.records.failures import Job
 from kdq.train.slurm import leading
+from kdq.utils.calls import imported
 from kdq.utils.config import CONFIG_PATH, plain
 from kdq.utils.cpu import keep_freed_memory, use_cores
 from kdq.utils.errors import KdqError
@@ -104,35 +105,14 @@ def _direct_optuna() -> None:
         optuna.node.direction = "${directions:${kdq.objective}}"
 
 
-def class_folders(root: str) -> int:
-    """How many classes the image folder ``root`` has: the resolver ``${class_folders:...}`` of conf/data."""
-    from kdq.data.folder import class_names
-
-    return len(class_names(root))
-
-
-def preprocessing(target: str, name: str, weights: str | None, what: str, otherwise: Any = None) -> Any:
-    """What a network's published weights want to see of an image: the resolver ``${preprocessing:...}`` of conf/model
-    and conf/data. ``what`` is a field of :class:`kdq.models.libraries.Preprocessing`."""
-    from kdq.models import libraries
-
-    found = libraries.preprocessing(target, name, weights)
-    value = otherwise if found is None else getattr(found, what)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def directions(objective: Any) -> Any:
-    """Where a search for ``kdq.objective`` goes: the resolver ``${directions:...}`` of ``hydra/sweeper=optuna``."""
-    from kdq.sweep import objective as objectives
-
-    return objectives.directions(plain(objective) if OmegaConf.is_config(objective) else objective)
-
-
 # Hydra logs what it raises: the one line that describes it is enough.
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's, which tells every plug-in of its own
 
 # On import: also a process that a launcher started composes configs.
-OmegaConf.register_new_resolver("class_folders", class_folders, replace=True)
-OmegaConf.register_new_resolver("preprocessing", preprocessing, replace=True)
-OmegaConf.register_new_resolver("directions", directions, replace=True)
+for resolver, path in {
+    "class_folders": "kdq.data.folder.class_count",
+    "preprocessing": "kdq.models.libraries.asked_of_images",
+    "directions": "kdq.sweep.objective.directions",
+}.items():  # imported when a config first asks for them
+    OmegaConf.register_new_resolver(resolver, lambda *said, path=path: imported("conf", path)(*said), replace=True)

@@ -57,6 +57,11 @@ def class_names(root: str | Path) -> list[str]:
     return names
 
 
+def class_count(root: str) -> int:
+    """How many classes the image folder ``root`` has: the resolver ``${class_folders:...}`` of conf/data."""
+    return len(class_names(root))
+
+
 def image_folder(
     root: str,
     image_size: int,

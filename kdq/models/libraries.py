@@ -106,6 +106,13 @@ def preprocessing(target: str, name: str, weights: str | None) -> Preprocessing 
     return Preprocessing(asked.crop_size[0], asked.resize_size[0], asked.interpolation.value, *normal)
 
 
+def asked_of_images(target: str, name: str, weights: str | None, field: str, otherwise: Any = None) -> Any:
+    """A ``field`` of their :func:`preprocessing`: the resolver ``${preprocessing:...}`` of conf/model and conf/data."""
+    found = preprocessing(target, name, weights)
+    value = otherwise if found is None else getattr(found, field)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def weights_of(source: str, net: Mapping[str, Any]) -> Path | None:
     """The file with the weights that ``source`` names; a library's published ones are fetched into the folder that
     the library keeps them in. None: they are in no file, but kdq's to make of others."""
