@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning as L
 import pytest
 import torch
@@ -12,7 +11,6 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdq.cli.app import CONFIG_PATH
 from kdq.distill import AT, OFD, PKT, RKD, SP, CrossEntropy, FeatureMethod, FitNets, ReviewKD
 from kdq.distill.feature_losses import attention_loss, hierarchical_loss, margin_loss, pkt_loss, similarity_loss
 from kdq.distill.layers import found_layers, watched
@@ -22,6 +20,7 @@ from kdq.models import CifarResNet, CifarShuffleNetV1, CifarVGG, WideResNet, res
 from kdq.stages.cell import Cell
 from kdq.stages.pipeline import run
 from kdq.stages.train import float_model, planned
+from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
 from tests.distill.small import QUIET, images_and_labels, network
 
@@ -234,8 +233,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_command_trains_and_stores_the_student_alone(method: str, output: Path) -> None:
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        cfg = hydra.compose("config", [*SMALL, f"method={method}", "quant.bits=4", f"paths.output_dir={output}"])
+    cfg = compose([*SMALL, f"method={method}", "quant.bits=4", f"paths.output_dir={output}"])
     student = CifarResNet(8, num_classes=10, in_channels=1, width=0.125)
     assert set(float_model(Cell(cfg)).weights()) == set(student.state_dict())
     assert "projector" not in str(planned(Cell(cfg)).spec)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning as L
 import pytest
 import torch
@@ -11,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdq.cli.app import CONFIG_PATH
 from kdq.distill import AT, CTKD, DKD, VID, VKD, FeatureMethod, TeacherStudent, Terms, TrainConfig
 from kdq.distill.progress import TrainingProgress
 from kdq.models import CifarResNet
 from kdq.stages.cell import Cell
 from kdq.stages.check import check_config
 from kdq.stages.train import float_model, planned
+from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
 from tests.distill.small import QUIET, images_and_labels, network
 
@@ -107,10 +106,9 @@ def test_options_of_each_method_are_not_this_ones() -> None:
 
 
 def composed(*overrides: str) -> Any:
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        cfg = hydra.compose("config", ["model@teacher=tiny", "model@student=tiny", "method=terms", *overrides])
-        check_config(cfg)
-        return cfg
+    cfg = compose(["model@teacher=tiny", "model@student=tiny", "method=terms", *overrides])
+    check_config(cfg)
+    return cfg
 
 
 def test_the_command_takes_methods_of_the_group(tmp_path: Path) -> None:

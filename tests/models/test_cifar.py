@@ -3,17 +3,15 @@
 import hashlib
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
 from torch import nn
 
 import kdq
-from kdq.cli.app import CONFIG_PATH
 from kdq.models import CifarMobileNetV2, CifarResNet, CifarShuffleNetV1, CifarShuffleNetV2, CifarVGG, WideResNet
 from kdq.models.build import build
 from kdq.models.weights import load_weights
-from kdq.utils.config import plain
+from kdq.utils.config import compose, plain
 from kdq.utils.errors import KdqError
 
 #: Parameters with a hundred classes, and the digest of the lines ``name shape`` of the state dict, as the code of CRD
@@ -35,8 +33,7 @@ PUBLISHED = {
 
 
 def configured(name: str) -> nn.Module:
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        cfg = hydra.compose("config", ["data=cifar100", f"model@student={name}"])
+    cfg = compose(["data=cifar100", f"model@student={name}"])
     return build(plain(cfg.student.net))
 
 

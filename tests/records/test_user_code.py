@@ -5,14 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-import hydra
 import pytest
 
-from kdq.cli.app import CONFIG_PATH
 from kdq.records.user_code import user_code
 from kdq.stages.asked import row_keys
 from kdq.stages.cell import Cell
 from kdq.stages.train import planned
+from kdq.utils.config import compose
 from tests.stages.test_train import SMALL
 
 NET = "import kdq.models\ndef net(**options): return kdq.models.CifarResNet(**options)\n"
@@ -64,8 +63,7 @@ def test_models_and_rows_change_with_the_code_that_they_call(own: Path, tmp_path
     asked += [override for override in SMALL if override != "quant=none"]
 
     def keys() -> tuple[str, str]:
-        with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-            made = Cell(hydra.compose("config", asked))
+        made = Cell(compose(asked))
         model = planned(made)
         return model.key, row_keys(made, model)["2"]
 

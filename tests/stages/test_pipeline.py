@@ -4,13 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from omegaconf import DictConfig
 
 import kdq.stages.pipeline
 from kdq.stages.pipeline import run
-from kdq.utils.config import CONFIG_PATH
+from kdq.utils.config import compose
 from tests.conftest import TINY
 
 
@@ -18,9 +17,8 @@ def test_equal_and_overlapping_jobs_at_once_quantize_every_width_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(*overrides: str) -> DictConfig:
-        with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-            fixed = ["method=baseline", "logger=none", f"paths.output_dir={tmp_path}"]
-            return hydra.compose("config", [*TINY, *fixed, *overrides])
+        fixed = ["method=baseline", "logger=none", f"paths.output_dir={tmp_path}"]
+        return compose([*TINY, *fixed, *overrides])
 
     run(config("quant=none"))  # trains
     made, real = [], kdq.stages.pipeline.quantize

@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,12 +12,12 @@ from safetensors import safe_open
 import kdq
 import kdq.quant.callback
 import kdq.stages.quantize as stage
-from kdq.cli.app import CONFIG_PATH
 from kdq.quant.bitsearch import bank
 from kdq.records.rows import Row, read_rows
 from kdq.stages.asked import complete
 from kdq.stages.cell import Cell
 from kdq.stages.pipeline import run
+from kdq.utils.config import compose
 from tests.stages.test_train import SMALL
 
 ASKED = [
@@ -29,8 +28,7 @@ ASKED = [
 
 
 def config(output: Path, *overrides: str) -> Any:
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        return hydra.compose("config", [*ASKED, *overrides, f"paths.output_dir={output}"])
+    return compose([*ASKED, *overrides, f"paths.output_dir={output}"])
 
 
 @pytest.fixture

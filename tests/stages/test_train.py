@@ -5,13 +5,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import torch
 from torchvision.models import ResNet18_Weights, resnet18
 
 import kdq.stages.train
-from kdq.cli.app import CONFIG_PATH
 from kdq.distill import CrossEntropy
 from kdq.models import WhitenedNet
 from kdq.stages.cell import Cell
@@ -19,6 +17,7 @@ from kdq.stages.pipeline import run
 from kdq.stages.train import float_model, planned
 from kdq.stages.training import TrainingSpec
 from kdq.train.fit import Best
+from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
 
 SMALL = [
@@ -37,8 +36,7 @@ SMALL = [
 
 
 def cell(output: Path, *overrides: str) -> Cell:
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        return Cell(hydra.compose("config", [*SMALL, *overrides, f"paths.output_dir={output}"]))
+    return Cell(compose([*SMALL, *overrides, f"paths.output_dir={output}"]))
 
 
 def entries(output: Path) -> list[str]:
@@ -86,8 +84,7 @@ def test_function_matching_is_a_preset(tmp_path: Path, specs: list[TrainingSpec]
     float_model(cell(tmp_path, "method=mixup_fm", "student.recipe.epochs=1"))
     assert specs[-1].label == "mixup_fm"
     assert specs[-1].method["alpha"] == 1.0
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        assert hydra.compose("config", ["method=mixup_fm"]).student.recipe.epochs == 300
+    assert compose(["method=mixup_fm"]).student.recipe.epochs == 300
 
 
 def test_students_start_where_they_are_told(tmp_path: Path, specs: list[TrainingSpec]) -> None:
@@ -116,8 +113,7 @@ def test_a_student_starts_from_imagenet(tmp_path: Path, monkeypatch: pytest.Monk
     small = [override for override in SMALL if not override.startswith("student.net")]
     small += ["data.train_limit=8", "student.recipe.batch_size=4", "student.recipe.lr=0"]
     asked = ["model@student=resnet18", "method=baseline", "student.weights=imagenet"]
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        cfg = hydra.compose("config", [*small, *asked, f"paths.output_dir={tmp_path}"])
+    cfg = compose([*small, *asked, f"paths.output_dir={tmp_path}"])
     entry = float_model(Cell(cfg))
     torch.testing.assert_close(entry.weights()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
 
@@ -189,17 +185,16 @@ def test_a_method_of_ones_own_must_be_one(tmp_path: Path) -> None:
 
 def test_a_network_that_begins_with_a_look_at_the_data_gets_one(tmp_path: Path) -> None:
     """Its first layer comes from the training images alone, and training leaves it as it is."""
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        overrides = [f"paths.output_dir={tmp_path}", "trainer=cpu", "quant=none", "logger=none", "method=baseline"]
-        overrides += [
-            "data=cifar10",
-            "data.source._target_=kdq.bench.loops.random_images",
-            "~data.source.root",
-            "~data.source.cache",
-            "~data.source.split",
-        ]
-        overrides += ["+data.source.count=128", "model@student=whitened", "student.recipe.epochs=1"]
-        made = Cell(hydra.compose("config", overrides))
+    overrides = [f"paths.output_dir={tmp_path}", "trainer=cpu", "quant=none", "logger=none", "method=baseline"]
+    overrides += [
+        "data=cifar10",
+        "data.source._target_=kdq.bench.loops.random_images",
+        "~data.source.root",
+        "~data.source.cache",
+        "~data.source.split",
+    ]
+    overrides += ["+data.source.count=128", "model@student=whitened", "student.recipe.epochs=1"]
+    made = Cell(compose(overrides))
     weights = float_model(made).weights()
     expected = WhitenedNet(10)
     expected.see(made.images.preprocess(made.images.set.train_images[made.images.split.train]))

@@ -7,18 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import torch
 from torch import Tensor
 
-from kdq.cli.app import CONFIG_PATH
 from kdq.records.store import Entry
 from kdq.stages.cell import Cell
 from kdq.stages.train import float_model, obtain, planned
 from kdq.stages.tune import tuned_models
 from kdq.train.processes import count_devices, refuse_torchrun
 from kdq.train.slurm import ended
+from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
 from tests.offline_runs import offline_runs
 
@@ -44,8 +43,7 @@ def probes_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def composed(output: Path, *overrides: str) -> Cell:
-    with hydra.initialize_config_dir(CONFIG_PATH, version_base="1.3"):
-        return Cell(hydra.compose("config", [*SMALL, *overrides, f"paths.output_dir={output}", "logger=none"]))
+    return Cell(compose([*SMALL, *overrides, f"paths.output_dir={output}", "logger=none"]))
 
 
 def trained(output: Path, *overrides: str) -> Entry:
