@@ -1,7 +1,8 @@
 """Be your own teacher: a network's last stage teaches the earlier ones (Zhang et al. 2019, arXiv 1905.08094)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +35,16 @@ class BYOT(Connected):
         with watched(self.student.network, self.layers) as maps:
             logits = self.student(images)
         smoothing, (*early, last) = self.config.label_smoothing, (maps[name] for name in self.layers)
-        ces, kls, distances = [], [], []
-        for leave, stage in zip(self.projectors, early, strict=True):
-            features, guess = leave(stage)
-            ces.append(soft_cross_entropy(guess, labels, smoothing))
-            kls.append(distillation_kl(guess, logits.detach(), self.temperature))
-            distances.append((features - last.detach().mean((2, 3))).float().square().sum(1).mean())
-        terms = {"exits": (1 - self.alpha, ces), "kl": (self.alpha, kls), "features": (self.weight, distances)}
-        sums = {name: factor * torch.stack(values).sum() for name, (factor, values) in terms.items()}
-        return {"ce": soft_cross_entropy(logits, labels, smoothing), **sums}, logits
+        weights, learnt = {"exits": 1 - self.alpha, "kl": self.alpha, "features": self.weight}, list[list[Tensor]]()
+        exits: Any = zip(self.projectors, early, strict=True)
+        for leave, stage in exits:
+            features = leave.maps(stage).mean((2, 3))
+            guess, apart = leave.classifier(features), (features - last.detach().mean((2, 3))).float()
+            kl = distillation_kl(guess, logits.detach(), self.temperature)
+            learnt.append([soft_cross_entropy(guess, labels, smoothing), kl, apart.square().sum(1).mean()])
+        sums = (torch.stack(each).sum() for each in zip(*learnt, strict=True))
+        terms = {name: weight * total for (name, weight), total in zip(weights.items(), sums, strict=True)}
+        return {"ce": soft_cross_entropy(logits, labels, smoothing), **terms}, logits
 
     def look(self, images: Tensor) -> dict[str, list[int]]:
         network = to_look_into(self.student.network, type(self).__name__)
@@ -53,22 +55,11 @@ class BYOT(Connected):
         return {name: list(features[name][0].shape[1:]) for name in names}
 
     def parts(self) -> Iterator[nn.Module]:
+        """Each exit: a 3x3 convolution, BatchNorm and ReLU for each stage that it leaves out, and a linear layer."""
         shapes = list(self.layers.values())
-        return (Exit(shapes[place:], self.num_classes) for place in range(len(shapes) - 1))
-
-
-class Exit(nn.Module):
-    """From the map of a stage to features ``(batch, channels of the last stage)`` and logits ``(batch, classes)``: a
-    3x3 convolution, BatchNorm and ReLU for each stage that it leaves out, the mean over pixels, a linear layer."""
-
-    def __init__(self, shapes: Sequence[Sequence[int]], num_classes: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for (planes, height, _), (deeper, lower, _) in pairwise(shapes):
-            stride = max(1, round(height / lower))
-            layers += [nn.Conv2d(planes, deeper, 3, stride, 1, bias=False), nn.BatchNorm2d(deeper), nn.ReLU()]
-        self.maps, self.classifier = nn.Sequential(*layers), nn.Linear(shapes[-1][0], num_classes)
-
-    def forward(self, stage: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.maps(stage).mean((2, 3))
-        return features, self.classifier(features)
+        for place in range(len(shapes) - 1):
+            maps = nn.Sequential()
+            for (planes, height, _), (deeper, lower, _) in pairwise(shapes[place:]):
+                stride = max(1, round(height / lower))
+                maps.extend([nn.Conv2d(planes, deeper, 3, stride, 1, bias=False), nn.BatchNorm2d(deeper), nn.ReLU()])
+            yield nn.ModuleDict({"maps": maps, "classifier": nn.Linear(shapes[-1][0], self.num_classes)})
