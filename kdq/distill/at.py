@@ -15,4 +15,4 @@ class AT(FeatureMethod):
     """
 
     weight: float = number(1000.0)
-    distance = staticmethod(attention_loss)
+    loss = staticmethod(attention_loss)

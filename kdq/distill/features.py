@@ -19,12 +19,12 @@ from kdq.utils.errors import KdqError
 class FeatureMethod(Connected, TeacherStudent):
     """``CE + weight sum_layers distance(student, teacher)``, and with ``kd`` the KL of vkd beside it.
 
-    A method is a subclass with a ``distance``, or :meth:`pair`, and with :meth:`projector` where it trains something of
+    A method is a subclass with a ``loss``, or :meth:`pair`, and with :meth:`projector` where it trains something of
     its own:
 
     >>> class Mean(FeatureMethod):
     ...     where = "stages"
-    ...     distance = staticmethod(lambda student, teacher: (student.mean() - teacher.mean()).square())
+    ...     loss = staticmethod(lambda student, teacher: (student.mean() - teacher.mean()).square())
     >>> from kdq.models import CifarResNet
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
     >>> module = Mean(student, teacher=teacher, num_classes=10)
@@ -35,8 +35,8 @@ class FeatureMethod(Connected, TeacherStudent):
     #: What is compared by default: ``stages``, the ``middle`` or the ``last`` of them, or a name of
     #: :func:`~kdq.distill.layers.found_layers`.
     where = "stages"
-    #: ``distance(student, teacher)``, of the features of one layer.
-    distance: Callable[[Tensor, Tensor], Tensor]
+    #: ``loss(student, teacher)``, of the features of one layer.
+    loss: Callable[[Tensor, Tensor], Tensor]
     #: Whether features must be maps ``(batch, channels, height, width)``.
     maps = True
     weight: float = number(1.0)  # of the features' distance: that of the method's paper or of the literature's code
@@ -57,7 +57,7 @@ class FeatureMethod(Connected, TeacherStudent):
 
     def pair(self, student: Tensor, teacher: Tensor, layer: int) -> Tensor:
         """The distance of one layer's features, a scalar; the student's are projected."""
-        return self.distance(student, teacher)
+        return self.loss(student, teacher)
 
     def between(self, student: Sequence[Tensor], teacher: Sequence[Tensor], progress: TrainingProgress) -> Tensor:
         """The distance of all layers: the sum over :meth:`pair`, unless a method relates layers to each other."""

@@ -23,7 +23,7 @@ class FitNets(FeatureMethod):
 
     where = "middle"
     weight: float = number(100.0)
-    distance = staticmethod(hint_loss)
+    loss = staticmethod(hint_loss)
 
     def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:
         if student[0] == teacher[0]:

@@ -15,4 +15,4 @@ class NST(FeatureMethod):
     """
 
     weight: float = number(50.0)
-    distance = staticmethod(selectivity_loss)
+    loss = staticmethod(selectivity_loss)

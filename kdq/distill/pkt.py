@@ -16,4 +16,4 @@ class PKT(FeatureMethod):
 
     where, maps = "embedding", False
     weight: float = number(30000.0)
-    distance = staticmethod(pkt_loss)
+    loss = staticmethod(pkt_loss)

@@ -28,7 +28,7 @@ class SimKD(FeatureMethod):
     Projector(64, 128)
     """
 
-    ce_weight, distance = 0.0, staticmethod(hint_loss)
+    ce_weight, loss = 0.0, staticmethod(hint_loss)
 
     def __init__(self, student: Network, teacher: nn.Module | None = None, **options: Any) -> None:
         super().__init__(student, teacher, **options)

@@ -16,4 +16,4 @@ class SP(FeatureMethod):
 
     where, maps = "last", False
     weight: float = number(3000.0)
-    distance = staticmethod(similarity_loss)
+    loss = staticmethod(similarity_loss)
