@@ -91,10 +91,12 @@ class DistillationModule(L.LightningModule):
         super().__init_subclass__()
         bases = [base for base in cls.__mro__ if issubclass(base, DistillationModule) and "__init__" in vars(base)]
         each = [parameter for base in bases for parameter in signature(base.__init__).parameters.values()]
-        taken = {p.name: p for p in reversed(each) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        del taken["self"]
+        taken: dict[str, Parameter] = {}
+        for p in each:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self":
+                taken.setdefault(p.name, p)
         for name, option in options_of(cls).items():
-            taken[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=option.default)
+            taken.setdefault(name, Parameter(name, Parameter.KEYWORD_ONLY, default=option.default))
         order = sorted(taken.values(), key=lambda p: (p.kind, p.default is not p.empty))
         cls.__signature__ = Signature(order)  # type: ignore[attr-defined]
 

@@ -47,6 +47,10 @@ def layer_names() -> Any:
 
 
 def options_of(method: type) -> dict[str, Option]:
-    """The options of a class and of its bases, by name; where both have one, the class's."""
-    places = (vars(base).items() for base in reversed(method.__mro__))
-    return {name: value for place in places for name, value in place if isinstance(value, Option)}
+    """The options of a class, then those of its bases, by name; where both have one, the class's."""
+    found: dict[str, Option] = {}
+    for base in method.__mro__:
+        for name, value in vars(base).items():
+            if isinstance(value, Option):
+                found.setdefault(name, value)
+    return found
