@@ -258,7 +258,7 @@ def test_packed_models_of_someone_who_knows_the_checksum(tmp_path: Path) -> None
     torch.manual_seed(0)
     quantized, _ = kdq.quantize(build(net), [torch.randn(16, 1, 8, 8)], bits=3, act_bits=8)
     path = tmp_path / "model.kdq"
-    kdq.save(quantized, path)
+    kdq.save(quantized, path, classes=["a", "b", "c"])
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header, image = json.loads(metadata["kdq"]), torch.randn(2, 1, 8, 8)
@@ -270,6 +270,7 @@ def test_packed_models_of_someone_who_knows_the_checksum(tmp_path: Path) -> None
             continue
         network = kdq.load(path)
         assert network(image).shape == (2, 3)
+        kdq.save(network, tmp_path / "again.kdq")
         # The checksum cannot tell what else may be so: other or no activation quantizers, another preprocessing.
         assert (one["net"], one["layers"]) == (header["net"], header["layers"])
     assert not (tmp_path / MARK).exists()

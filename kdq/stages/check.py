@@ -6,7 +6,7 @@ as ``${data.root}`` does.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any, get_type_hints
 
@@ -40,6 +40,7 @@ def check_config(cfg: DictConfig) -> None:
     check.node("deploy", deploy, kind if deploy.get("formats") else NoDeploy)
     check.module("method", check.config["method"])
     check.module("tune", check.config["tune"])
+    check.present("quant", quant, QUANT[:-1])
     check.names("quant", quant, (*QUANT, *OPTIONS))
     check.names("quant.search", quant.get("search") or {}, SEARCH_OPTIONS)
     check.seed("quant.seed", quant["seed"])
@@ -77,10 +78,9 @@ class _Check:
                 raise KdqError(f"{where}={node} is no choice: {kind} is chosen with {group}={node}")
             raise KdqError(f"{where}={node} has options of its own: {', '.join(f'{where}.{name}' for name in hints)}")
         self.names(where, node, hints)
+        self.present(where, node, hints)
         for name, hint in hints.items():
             option = f"{where}.{name}".lstrip(".")
-            if name not in node:
-                raise KdqError(f"{option} is missing in this config: give +{option}=...")
             if isinstance(node[name], Mapping) and "_target_" in node[name]:
                 continue  # takes what its callable does
             if isinstance(hint, type) and is_dataclass(hint):
@@ -97,12 +97,20 @@ class _Check:
             if name not in known and not {option, f".{name}"} & self.referred:
                 raise KdqError(unknown_option(option, self.config, known))
 
+    def present(self, where: str, node: Mapping[str, Any], needed: Iterable[str]) -> None:
+        """``node`` has a value of each name."""
+        for name in needed:
+            if name not in node:
+                option = f"{where}.{name}".lstrip(".")
+                raise KdqError(f"{option} is missing in this config: give +{option}=...")
+
     def seed(self, option: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
             raise KdqError(f"{option}={value!r} must be a whole number from 0 to {LARGEST}")
 
     def module(self, where: str, node: Mapping[str, Any]) -> None:
         """``method`` and ``tune`` have the options of their module, ``name``, and what their stage takes itself."""
+        self.present(where, node, ("name", "_target_"))
         target = node["_target_"]
         if target is None:
             return self.names(where, node, ("name", "_target_"))
@@ -118,10 +126,9 @@ class _Check:
             if kind is Terms:
                 self.terms(f"{where}.terms", options.pop("terms", {}))
         else:
-            for name in ("images", "recipe", *(("teacher",) if "teacher" in takes else ())):
-                if name not in options:
-                    raise KdqError(f"tune.{name} is missing in this config: give +tune.{name}=...")
-                del options[name]
+            own = ("images", "recipe", *(("teacher",) if "teacher" in takes else ()))
+            self.present(where, options, own)
+            options = {name: value for name, value in options.items() if name not in own}
             check_type("tune.images", node["images"], int | None)
             self.node("tune.recipe", node["recipe"], Recipe)
         if (known := parameters(kind)) is not None:  # but for what the stage gives

@@ -147,6 +147,8 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
             if network is None
             else copy.deepcopy(unwrapped(network)).cpu()
         )
+        if not isinstance(header["preprocess"] or {}, dict) or not isinstance(header.get("classes", []), list):
+            raise KdqError("its preprocess is no object, or its classes are no list")
         activations = {name: _activation(fields) for name, fields in header.get("activations", {}).items()}
         _fill(network, path, header, tensors, weights, decode)
         for name, quantizer in activations.items():
