@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdq.records.failures import Failure
+from kdq.records.rows import ROW_FORMAT, read_rows
 from kdq.report.tables import unbound
 from kdq.sweep.plan import Plan
 
@@ -30,8 +31,12 @@ def print_plan(console: Console, plan: Plan) -> None:
 def summary(plan: Plan) -> list[str]:
     """What is there and what will be made, in a few lines."""
     trainings = sum(job.kind != "rows" for job in plan.jobs)
-    missing = sum(len(job.makes) for job in plan.jobs if job.kind == "rows")
-    lines = [f"rows:     {len(plan.rows)} asked for, {len(plan.rows) - missing} there, {missing} to make"]
+    missing = {key: name for job in plan.jobs if job.kind == "rows" for key, name in job.makes.items()}
+    lines = [f"rows:     {len(plan.rows)} asked for, {len(plan.rows) - len(missing)} there, {len(missing)} to make"]
+    rows, names = plan.output / "rows", set(missing.values())
+    alike = {key for name, _, key in (path.stem.rpartition("-") for path in rows.glob("*.json")) if name in names}
+    if older := [row for row in read_rows(rows, alike) if row.row_format < ROW_FORMAT]:
+        lines.append(f"again:    {len(older)} of them, which an older kdq made: its rows are read, but not found again")
     if missing:
         lines.append(
             f"models:   {trainings + plan.models_there} distinct, {plan.models_there} there, {trainings} to make"

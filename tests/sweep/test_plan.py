@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 from hydra.errors import HydraException
 from rich.console import Console
 
+from kdq.records.rows import write_row
 from kdq.stages.cell import Cell
 from kdq.stages.pipeline import run, train
 from kdq.stages.train import planned
 from kdq.sweep.plan import Overrides, Plan, make_plan
-from kdq.sweep.show import cost, duration, print_plan
+from kdq.sweep.show import cost, duration, print_plan, summary
 from kdq.utils.config import compose
 from tests.conftest import TINY
+from tests.rows import ROW
 
 METHODS = ("teacher", "baseline", "vkd", "mixup", "dml", "dkd")
 BITS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 26, 32)
@@ -130,6 +133,16 @@ def test_the_plan_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for words in ("3 jobs in 3 waves", "teacher, 2 epochs", "2 rows at 2 4 bits", "2 asked for, 0 there, 2 to make"):
         assert words in text
     assert "2 distinct, 0 there, 2 to make" in text
+    assert "again" not in text
+
+
+def test_rows_of_an_older_kdq_that_are_made_again_are_said(tmp_path: Path) -> None:
+    """Those of this one's format that another setting made are other rows."""
+    alike: dict[str, Any] = {"arch": "resnet20", "quantizer": "best", "bits": 2}
+    write_row(tmp_path / "rows", replace(ROW, **alike, config_hash="feed", row_format=2))
+    write_row(tmp_path / "rows", replace(ROW, **alike | {"bits": 4}, config_hash="beef"))
+    plan = plan_of(tmp_path, grid(method=("vkd",), quant__bits=(2, 4, 8)))
+    assert "again:    1 of them, which an older kdq made" in "\n".join(summary(plan))
 
 
 def test_work_is_three_forward_passes_of_what_learns_and_one_of_what_teaches(tmp_path: Path) -> None:
