@@ -58,6 +58,12 @@ def test_seeds_that_share_widths_count_with_what_they_share() -> None:
     np.testing.assert_allclose(found.top1, [[80, 90], [82, 91]])
 
 
+def test_of_seeds_that_share_nothing_the_first_counts() -> None:
+    found = curve(_model([(0, 2, 100, 80.0), (0, 4, 400, 90.0), (1, 3, 200, 85.0), (1, 8, 800, 91.0)]))
+    assert found is not None
+    assert found.seeds == (0,)
+
+
 def test_three_seeds_of_one_width_are_a_point() -> None:
     found = curve(_model([(seed, 2, 100, 80.0 + seed) for seed in range(3)]))
     assert found is not None

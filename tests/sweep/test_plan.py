@@ -54,6 +54,7 @@ def test_six_methods_twelve_widths_two_seeds_are_twelve_trainings_and_twelve_pas
     for number, wave in enumerate(plan.waves):
         earlier = {key for before in plan.waves[:number] for job in before for key in job.makes}
         assert all(job.needs <= earlier for job in wave)
+    assert [len(job.needs) for job in plan.waves[-1]].count(2) == 6  # of a distilled student and its teacher
 
 
 def test_the_keys_of_jobs_are_those_of_a_cell_alone(tmp_path: Path) -> None:

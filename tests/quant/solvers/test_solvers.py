@@ -148,6 +148,7 @@ def test_refit_keeps_the_scale_of_a_row_of_zeros() -> None:
     Q, refitted = refit(torch.ones(2, 3), torch.eye(3), torch.tensor([[0.0, 0, 0], [1, 1, 1]]), alphabet)
     assert refitted.scale.flatten().tolist() == [1.0, 1.0]
     assert Q[0].abs().max() == 0
+    assert refit(-torch.ones(2, 3), torch.eye(3), torch.ones(2, 3), alphabet)[1].scale.flatten().tolist() == [1.0, 1.0]
 
 
 def test_alphabets_have_the_levels_they_say() -> None:
