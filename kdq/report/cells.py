@@ -15,7 +15,7 @@ SERIES = ["data", "method", "arch", "quantizer"]
 CELL = [*SERIES, "width"]
 #: Columns whose mean and standard deviation over seeds are shown, and columns that have a mean only.
 SPREAD = ["top1", "top1_float", "drop", "top1_onnx_int8", "top1_onnx_fp32"]
-MEANS = ["val_top1", "nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "float_bytes"]
+MEANS = ["val_top1", "nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "float_bytes", "epochs"]
 #: Median latencies in milliseconds.
 LATENCIES = [name for name in COLUMNS if name.startswith("latency_ms_")]
 _LONGEST_NAME = 60
@@ -103,7 +103,7 @@ def records(frame: pd.DataFrame) -> list[Any]:
 
 def missing(found: pd.DataFrame) -> pd.DataFrame:
     """The cells of each data set's grid that have fewer seeds than others: one line per cell with ``n`` and
-    ``wanted``.
+    ``wanted``. A model whose weights were read from a file is wanted once.
 
     The grid is every model and quantizer of the data set at every width of that quantizer; searched widths are
     points of their own and no part of it.
@@ -113,11 +113,12 @@ def missing(found: pd.DataFrame) -> pd.DataFrame:
     for (data, quantizer), group in grid.groupby(["data", "quantizer"], sort=True):
         wanted = int(group["n"].max())
         counts = {(m, a, w): int(n) for m, a, w, n in records(group[["method", "arch", "width", "n"]])}
-        for method, arch, tune in records(group[["method", "arch", "tune"]].drop_duplicates()):
+        for (method, arch, tune), model in group.groupby(["method", "arch", "tune"], sort=False):
+            each = 1 if model["epochs"].fillna(-1).max() == 0 else wanted
             for width in sorted(group["width"].unique()):
                 n = counts.get((method, arch, width), 0)
-                if n < wanted and (n or not tune):  # a width is tuned by itself
-                    lines.append((data, method, arch, quantizer, width, n, wanted))
+                if n < each and (n or not tune):  # a width is tuned by itself
+                    lines.append((data, method, arch, quantizer, width, n, each))
     return pd.DataFrame(lines, columns=[*CELL, "n", "wanted"])
 
 

@@ -61,6 +61,13 @@ def test_missing_cells(row: Callable[..., Row]) -> None:
     assert found[["method", "width", "n", "wanted"]].values.tolist() == [["a", 2.0, 1, 2], ["b", 3.0, 0, 2]]
 
 
+def test_weights_from_a_file_are_wanted_once(row: Callable[..., Row]) -> None:
+    rows = [row(method="teacher", epochs=0), *(row(method="a", epochs=30, seed=seed) for seed in (0, 1))]
+    assert missing(cells(named(rows))).empty
+    found = missing(cells(named([*rows, row(method="a", epochs=30, bits=3)])))
+    assert found[["method", "width", "n", "wanted"]].values.tolist() == [["a", 3.0, 1, 2], ["teacher", 3.0, 0, 1]]
+
+
 def test_searches_are_no_part_of_the_grid(row: Callable[..., Row]) -> None:
     rows = [row(method="a", search="greedy", avg_bits=2.9), row(method="b", search="greedy", avg_bits=3.9)]
     assert missing(cells(named(rows))).empty
