@@ -202,7 +202,7 @@ def _made(rows: pd.DataFrame) -> str:
         for quantizer, part in rows.groupby("quantizer", sort=True)
     ]
     tuned = [
-        f"tuned with {tune} ({_range(part['tune_epochs'].dropna(), 'g')} epochs)"
+        f"tuned with {tune} ({_epochs(part['tune_epochs'])})"
         for tune, part in rows[rows["tune"] != ""].groupby("tune", sort=True)
     ]
     devices, seeds = ", ".join(sorted(set(rows["device"]))), rows["seed"].nunique()
@@ -217,7 +217,12 @@ def _training(part: pd.DataFrame) -> str:
     if epochs.max() == 0:
         return "weights from a file"
     recipes = sorted(set(part["recipe"]) - {""})
-    return f"{_range(epochs)} epochs, {recipes[0] if len(recipes) == 1 else f'{len(recipes)} recipes'}"
+    return f"{_epochs(epochs)}, {recipes[0] if len(recipes) == 1 else f'{len(recipes)} recipes'}"
+
+
+def _epochs(values: pd.Series) -> str:
+    said = _range(values.dropna())
+    return f"{said} epoch{'' if said == '1' else 's'}"
 
 
 def _speed(rows: pd.DataFrame, name: Callable[[Model], str]) -> list[str]:
