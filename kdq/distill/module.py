@@ -54,6 +54,8 @@ class DistillationModule(L.LightningModule):
         options: those that the method declares, see :mod:`kdq.distill.options`.
     """
 
+    #: The config group that its options lie in, for messages.
+    group = "method"
     #: The networks that the method takes beside the student, as keyword arguments: ``teacher``, ``peer``.
     takes: tuple[str, ...] = ()
     #: Whether it needs each image's place in the training set; kdq's loader gives it where this is set.
@@ -74,7 +76,8 @@ class DistillationModule(L.LightningModule):
         known = options_of(type(self))
         if unknown := sorted(options.keys() - known):
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}")
-        chosen = {name: each.check(f"method.{name}", options.get(name, each.default)) for name, each in known.items()}
+        given = {name: options.get(name, each.default) for name, each in known.items()}
+        chosen = {name: each.check(f"{self.group}.{name}", given[name]) for name, each in known.items()}
         vars(self).update(chosen)
         # Of this class's and of the method's own arguments. The teacher's network stays out of every checkpoint.
         self.save_hyperparameters(ignore=["student", "teacher", "peer", "config"])

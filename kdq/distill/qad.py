@@ -17,16 +17,15 @@ from torch.optim import Adam, Optimizer
 
 from kdq.distill.checkpoint import Network, built, described
 from kdq.distill.config import TrainConfig
+from kdq.distill.cross_entropy import CrossEntropy
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy
 from kdq.distill.module import DistillationModule
+from kdq.distill.options import choice, number, switch
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
 from kdq.quant.fake import fake_quantized, layout, quantized, rounded_weights, roundings, with_layout
-from kdq.utils.checks import flag, one_of, within
 
-#: BatchNorm normalises with each batch's own statistics and goes on averaging them, or stays as it is.
-BATCHNORM = ("train", "frozen")
 #: What Adam moves a rounded weight by in a step, in levels of its layer, over the learning rate; all else it moves by
 #: the rate itself, a scale by that share of it. Finer alphabets take finer steps so.
 LEVELS_RATE = 10
@@ -40,29 +39,29 @@ class IntoQuantized(DistillationModule):
 
     Args:
         student: what :func:`kdq.quantize` or :func:`kdq.load` gave; it is not modified.
-        args, kwargs: of :class:`~kdq.distill.module.DistillationModule`, or of the method's other base.
-        batchnorm: ``train``, or ``frozen``.
+        args, options: of :class:`~kdq.distill.module.DistillationModule`, or of the method's other base.
         config: of the training; what a mapping does not say is as in :data:`TUNING`. Its optimizer is Adam, with
             ``momentum`` as the first beta, and rates as :data:`LEVELS_RATE` says.
-        learn_scales: the scales of the alphabets are trained, too, without weight decay.
     """
 
+    group = "tune"
     keeps = "last"  # the schedule's end gains more than a choice among epochs that validation hardly tells apart
+    #: BatchNorm normalises with each batch's own statistics and goes on averaging them, or stays as it is.
+    batchnorm: str = choice("train", "frozen")
+    #: The scales of the alphabets are trained, too, without weight decay.
+    learn_scales: bool = switch(True)
 
     def __init__(
         self,
         student: Network,
         *args: Any,
-        batchnorm: str = "train",
-        learn_scales: bool = True,
         config: TrainConfig | Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
         config = replace(TUNING, **config) if isinstance(config, Mapping) else config or TUNING
-        super().__init__(_trainable(student), *args, config=config, **kwargs)
-        self.batchnorm = one_of("tune.batchnorm", batchnorm, BATCHNORM)
+        super().__init__(_trainable(student), *args, config=config, **options)
         for rounding in roundings(self.student.network):
-            rounding.scale.requires_grad_(flag("tune.learn_scales", learn_scales))
+            rounding.scale.requires_grad_(self.learn_scales)
         self.train()  # kdq.quantize gives a network in eval mode, and a Trainer leaves it there
 
     def quantized(self) -> nn.Module:
@@ -111,6 +110,8 @@ class IntoQuantized(DistillationModule):
 class QAD(IntoQuantized, TeacherStudent):
     """``alpha T^2 KL(teacher || student) + (1 - alpha) CE``, the student's weights rounded to their alphabets.
 
+    The teacher is the float network itself, or another one.
+
     >>> import kdq, torch
     >>> network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     >>> student, report = kdq.quantize(network, torch.randn(64, 8).split(16), bits=2)
@@ -118,25 +119,9 @@ class QAD(IntoQuantized, TeacherStudent):
     >>> images = torch.randn(5, 8)
     >>> torch.equal(module.quantized()(images), student(images))  # kdq.save(module.quantized(), "model.kdq")
     True
-
-    Args:
-        student, batchnorm, learn_scales: see :class:`IntoQuantized`.
-        teacher: the float network itself, or another one.
-        alpha: the teacher's share of the loss; with 1, the default, labels change nothing.
-        kwargs: of :class:`~kdq.distill.teacher_student.TeacherStudent`.
     """
 
-    def __init__(
-        self,
-        student: Network,
-        teacher: nn.Module | None = None,
-        *,
-        alpha: float = 1.0,
-        temperature: float = 4.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(student, teacher, temperature=temperature, **kwargs)
-        self.alpha = within("tune.alpha", alpha, 0, 1)
+    alpha: float = number(1.0, high=1)  # the teacher's share of the loss; with 1 labels change nothing
 
     def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
         logits = self.student(images)
@@ -147,7 +132,7 @@ class QAD(IntoQuantized, TeacherStudent):
         return terms, logits
 
 
-class QAT(IntoQuantized):
+class QAT(IntoQuantized, CrossEntropy):
     """``CE(z_s, y)``, the student's weights rounded to their alphabets: the control of :class:`QAD`.
 
     >>> import kdq, torch
@@ -156,10 +141,6 @@ class QAT(IntoQuantized):
     >>> QAT(student, num_classes=3, learn_scales=False).batchnorm
     'train'
     """
-
-    def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
-        logits = self.student(images)
-        return {"ce": soft_cross_entropy(logits, labels, self.config.label_smoothing)}, logits
 
 
 def _trainable(student: Any) -> nn.Module:

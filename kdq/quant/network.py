@@ -1,7 +1,5 @@
 """Quantize a whole network on calibration images."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

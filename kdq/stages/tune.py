@@ -8,8 +8,6 @@ images was lower there. (Not their accuracy: of weights from outside, which may 
 says little, and of two networks that are both near a third one, how near each is says more.)
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Mapping

@@ -7,8 +7,6 @@ costs, and memory holds the activations of one chunk plus a fixed number of byte
 in a temporary folder.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -18,8 +18,6 @@ there, the quantized network's has ``m~`` and ``v~``.
 Neither adds a byte to the stored network.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """How far the quantized networks' activations are from the float one's."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

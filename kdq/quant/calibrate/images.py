@@ -1,7 +1,5 @@
 """The calibration images on their way through a network: see :mod:`kdq.quant.calibrate.chunks` for how they travel."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ A layer is what happens when ``F.linear`` or a convolution is called with a para
 calls it: an ``nn.Linear``, the attention that reads the weights of its ``nn.Linear``, or code of one's own.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

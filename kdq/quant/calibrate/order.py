@@ -1,7 +1,5 @@
 """The layers of a network in the order they run, found by running it on one image."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ moments are sums, ``G = sum_k X~_k'X~_k`` and ``C = sum_k X~_k'X_k``. When the f
 later ones is not known, for it depends on Q: the float network's X_k stands for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 

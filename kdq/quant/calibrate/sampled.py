@@ -1,7 +1,5 @@
 """Second moments from a random share of non-overlapping patches, as the published study took them."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

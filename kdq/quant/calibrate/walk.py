@@ -9,8 +9,6 @@ From :data:`WIDE` bits up, X~ agrees with X to the precision of what is solved, 
 that cuts the largest off, as the published study's does, leaves errors at any width.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
