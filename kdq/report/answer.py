@@ -169,11 +169,11 @@ def _pairs(found: list[Model]) -> Iterator[tuple[str, Model, Model]]:
 
 
 def _at_widths(a: pd.DataFrame, b: pd.DataFrame, column: str) -> Iterator[Place]:
-    """Each width that both have, and last their float models, which lose nothing."""
+    """Each width that both have, and last their float models, which lose nothing; a tuned network has none."""
     for width in sorted(set(a["width"]) & set(b["width"])):
         mine, other = a[a["width"] == width], b[b["width"] == width]
         yield _place(width, bool(mine["searched"].any()), mine[column].to_numpy(), other[column].to_numpy())
-    if column == "top1":
+    if column == "top1" and not any((model["tune"] != "").any() for model in (a, b)):
         whole = [model.groupby("seed")["top1_float"].mean().to_numpy() for model in (a, b)]
         yield _place(math.inf, False, *whole)
 

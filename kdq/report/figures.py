@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # What embeds fonts logs every letter that it finds.
 logging.getLogger("fontTools").setLevel(logging.WARNING)
 
-_MARKERS = "osD^vPX*<>"
+_MARKERS, _TUNED = "osD^vX*<>", "P"
 #: Panels, and names in the legend, that a figure has at most; more would be too small to read.
 MOST_SETS, MOST_QUANTIZERS, MOST_NAMES = 4, 3, 24
 _FLOAT, _FRONT = "float", "no other is better at its size or speed"
@@ -70,8 +70,7 @@ def _looks(found: pd.DataFrame) -> dict[Any, dict[str, Any]]:
     return {
         (method, arch): {
             "color": colors[method],
-            "marker": _MARKERS[archs.index(arch) % len(_MARKERS)],
-            "mfc": "white" if " + " in method else colors[method],
+            "marker": _TUNED if " + " in method else _MARKERS[archs.index(arch) % len(_MARKERS)],
         }
         for method, arch in sorted(records(found[["method", "arch"]].drop_duplicates()))
     }
@@ -114,12 +113,13 @@ def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]])
 
 
 def _lines(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any], x: str, whole: Any, y: str = "top1") -> None:
-    """One line per model with bars of one standard deviation over seeds, and its float model, hollow, behind its end.
-    ``whole``: the float model's place on the axis: a column, or a number; None leaves it out."""
+    """One line per model with bars of one standard deviation over seeds, and its float model, hollow, behind its end;
+    that of a tuned network is another's. ``whole``: its place on the axis: a column, or a number; None leaves it
+    out."""
     for model, group in part.sort_values(x).groupby(["method", "arch"], sort=True):
         spread = group[f"{y}_std"].fillna(0)
         panel.errorbar(group[x], group[y], spread, capsize=1.5, elinewidth=0.7, **style[model])
-        if whole is not None:
+        if whole is not None and not (group["tune"] != "").any():
             end = group[whole].mean() if isinstance(whole, str) else whole
             look = _EXPLAINED[_FLOAT] | {key: style[model][key] for key in ("color", "marker")}
             points = [group[x].iloc[-1], end], [group[y].iloc[-1], float_model(group)["top1_float"]]
