@@ -47,10 +47,23 @@ def layer_names() -> Any:
 
 
 def options_of(method: type) -> dict[str, Option]:
-    """The options of a class, then those of its bases, by name; where both have one, the class's."""
+    """The options of a class, then those of its bases, by name; where both have one, the class's. A plain value in a
+    class is another default for the option of its bases.
+
+    >>> class Base:
+    ...     alpha = number(0.9, high=1)
+    >>> class Mine(Base):
+    ...     alpha = 0.5
+    >>> options_of(Mine)["alpha"].default
+    0.5
+    """
     found: dict[str, Option] = {}
+    plain: dict[str, Any] = {}
     for base in method.__mro__:
         for name, value in vars(base).items():
-            if isinstance(value, Option):
-                found.setdefault(name, value)
+            if not isinstance(value, Option):
+                plain.setdefault(name, value)
+            elif name not in found:
+                default = plain.get(name, value.default)
+                found[name] = value if hasattr(default, "__get__") else value._replace(default=default)
     return found
