@@ -40,7 +40,8 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
     """The config of the row's cell, to be made below ``output``.
 
     Args:
-        overrides: values that are others here, such as ``data.root=FOLDER``.
+        overrides: values that are others here, such as ``data.root=FOLDER``, and with a ``+`` those that kdq has got
+            since the row was made.
         trust: call what kdq's own configs do not.
     """
     if row.config is None:
@@ -63,11 +64,13 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
     cfg.paths.output_dir = str(output)
     for override in overrides:
         key, equals, _ = override.partition("=")
-        if not equals or OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
+        there = OmegaConf.select(cfg, key.removeprefix("+"), default=_MISSING) is not _MISSING
+        if not equals or there == key.startswith("+"):
             raise KdqError(
-                f"{override!r} changes no value of this row's config: give KEY=VALUE, such as data.root=FOLDER"
+                f"{override!r} changes no value of this row's config: give KEY=VALUE, such as data.root=FOLDER, or "
+                "+KEY=VALUE for one that an older kdq did not have"
             )
-        cfg.merge_with(OmegaConf.from_dotlist([override]))
+        cfg.merge_with(OmegaConf.from_dotlist([override.removeprefix("+")]))
     OmegaConf.set_struct(cfg, True)
     return cfg
 

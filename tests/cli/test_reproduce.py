@@ -93,6 +93,19 @@ def test_values_that_are_others_here(folder: Path, tmp_path: Path) -> None:
             config_of(row, tmp_path, [wrong])
 
 
+def test_what_an_older_kdq_did_not_have_is_given_with_a_plus(folder: Path, tmp_path: Path) -> None:
+    (row, *_) = read_rows(folder / "rows")
+    config = json.loads(json.dumps(row.config))
+    limit = config["data"].pop("test_limit")
+    older = dataclasses.replace(row, config=config)
+    with pytest.raises(KdqError, match=r"give \+data.test_limit="):
+        Cell(config_of(older, tmp_path))
+    again = config_of(older, tmp_path, [f"+data.test_limit={'null' if limit is None else limit}"])
+    assert Cell(again).recorded() == Cell(config_of(row, tmp_path)).recorded()
+    with pytest.raises(KdqError, match="changes no value of this row's config"):  # as Hydra: it is there already
+        config_of(row, tmp_path, ["+data.test_limit=5"])
+
+
 def test_rows_without_a_config_say_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(KdqError, match=r"carries no config: it is of kdq 0 .* the recipe, and the options of"):
         config_of(ROW, tmp_path)
