@@ -134,9 +134,13 @@ class Row:
     row_format: Int = ROW_FORMAT
 
     @property
+    def name(self) -> str:
+        """What people tell rows apart by: of its file, of its packed network and of that in W&B."""
+        return f"{self.data}-{self.method}-{self.arch}-s{self.seed}-{self.quantizer}-b{self.bits}"
+
+    @property
     def file_name(self) -> str:
-        series = f"{self.data}-{self.method}-{self.arch}-s{self.seed}-{self.quantizer}"
-        return f"{series}-b{self.bits}-{self.config_hash}.json"
+        return f"{self.name}-{self.config_hash}.json"
 
 
 #: Bytes of a row's file name: file systems take 255, and a file that is being written has some more.
@@ -229,7 +233,7 @@ def find_row(name: str, output: Path) -> Row:
     hashes = [row.config_hash for row in rows]
     near = [row.config_hash for row in matching] or difflib.get_close_matches(name, hashes, 4, 0.3) or hashes
     named = [row for row in rows if row.config_hash in near[:4]]
-    listed = ", ".join(f"{row.config_hash} ({row.file_name.rpartition('-')[0]})" for row in named)
+    listed = ", ".join(f"{row.config_hash} ({row.name})" for row in named)
     problem = f"{len(matching)} cells start with {name!r}" if matching else f"no cell {name!r} below {output}"
     raise KdqError(f"{problem}: {'choose one of' if matching else 'there are for example'} {listed}")
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -229,10 +230,6 @@ def _row(
     common: Mapping[str, Any],
 ) -> Row:
     network, report = result.network, result.report
-    label = "-".join(str(common[column]) for column in ("data", "method", "arch", "quantizer"))
-    label += f"-{cell.cfg.tune.name}" if common["tune"] else ""
-    artifact = Path("store") / "quantized" / f"{label}-s{common['seed']}-b{bits}-{key}.kdq"
-    size = save_packed(network, cell.output / artifact, cell.images.card(), cell.images.set.classes)
     values: dict[str, Any] = dict(common) | dict(scores)
     config = cell.recorded()
     unquantized = sum(parameter.numel() for parameter in network.parameters() if parameter.ndim >= 2)
@@ -243,13 +240,14 @@ def _row(
         "top1_float": reference["top1"],
         "drop": round(reference["top1"] - scores["top1"], 4),
         "weight_bits_total": report.weight_bits_total if report.layers else report.float_bits * unquantized,
-        "size_bytes": size,
         "quantize_seconds": report.seconds,
         "bops": bit_operations(network, _image(cell)),
         "config_hash": key,
-        "artifact": str(artifact),
     }
-    return Row(**values)
+    row = Row(**values, size_bytes=0, artifact="")
+    artifact = Path("store", "quantized", row.file_name).with_suffix(".kdq")
+    size = save_packed(network, cell.output / artifact, cell.images.card(), cell.images.set.classes)
+    return replace(row, size_bytes=size, artifact=str(artifact))
 
 
 def _ready(cell: Cell, entry: Entry) -> nn.Module:

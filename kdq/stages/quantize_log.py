@@ -86,9 +86,8 @@ def log_row(track: RunLogger, row: Row, file: Path) -> None:
     track.metrics({"quantize/bits": row.bits} | {f"quantize/{curve}": getattr(row, curve) for curve in CURVES})
     width = f"{row.bits}bit" if not row.search else row.search
     track.summary({f"top1_{width}": row.top1, f"size_bytes_{width}": row.size_bytes, "top1_float": row.top1_float})
-    name = f"{row.data}-{row.method}-{row.arch}-s{row.seed}-{row.quantizer}-b{row.bits}"
     facts = {"bits": row.bits, "avg_bits": row.avg_bits, "top1": row.top1, "drop": row.drop, "bytes": row.size_bytes}
-    track.made(Artifact(name, row.config_hash, "quantized", file, facts))
+    track.made(Artifact(row.name, row.config_hash, "quantized", file, facts))
 
 
 def log_deployed(track: RunLogger, row: Row) -> None:

@@ -54,6 +54,7 @@ def test_rows_of_several_widths_are_one_pass_and_say_what_their_files_compute(
     assert [row.bits for row in rows] == [2, 4, 8]
     (batch,) = Cell(cfg).images.evaluation("test", torch.device("cpu"))
     for row in rows:
+        assert Path(row.artifact).stem == Path(row.file_name).stem  # one name for both
         network = kdq.load(tmp_path / row.artifact).to(memory_format=torch.channels_last)
         with torch.no_grad():
             logits = network(batch[0])
