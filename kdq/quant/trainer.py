@@ -1,12 +1,13 @@
 """What a callback takes of a Trainer: images from its loaders, the best weights of its checkpoints."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -18,15 +19,15 @@ from kdq.utils.errors import KdqError
 class Loaders:
     """Calibration images and images that choose, this process's share of them.
 
-    Calibration images come from the first of these that is there: ``calibration``, the datamodule's
-    ``calibration_dataloader()``, the first validation loader. ``count`` is of all processes together; ``user`` is the
-    callback's name, for messages.
+    Calibration images come from the first of these that is there: ``calibration``, which gives what the network takes,
+    the datamodule's ``calibration_dataloader()``, the first validation loader. ``count`` is of all processes together;
+    ``user`` is the callback's name, for messages.
     """
 
     def __init__(
         self, user: str, trainer: L.Trainer, module: L.LightningModule, calibration: Iterable[Any] | None, count: int
     ) -> None:
-        self.user, self.count = user, count
+        self.user, self.count, self.trainer, self._own = user, count, trainer, calibration is not None
         self.images_of: Callable[[Any], Tensor] = getattr(module, "images_of", batches.images_of)
         self.labels_of: Callable[[Any], Tensor] = getattr(module, "labels_of", batches.labels_of)
         data = getattr(trainer, "datamodule", None)
@@ -58,7 +59,8 @@ class Loaders:
     def calibration(self) -> Iterator[Tensor]:
         """Calibration images in batches."""
         left, found = share(self.count), False
-        for batch in self.validation if self._calibration is None else self._calibration:
+        loader = self.validation if self._calibration is None else self._calibration
+        for batch in loader if self._own else self._batches(loader):
             if left <= 0:
                 break
             images, found = self.images_of(batch), True
@@ -66,6 +68,18 @@ class Loaders:
             left -= len(images)
         if not found:
             raise KdqError(f"{self.user} has no calibration image: the loader is empty")
+
+    def _batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Batches as a validation step gets them: in the Trainer's precision, on its device, through the hooks of the
+        module and the datamodule, which may normalise there."""
+        trainer = self.trainer
+        for batch in loader:
+            stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING  # no hook is to augment
+            try:
+                prepared = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            finally:
+                trainer.state.stage = stage
+            yield prepared
 
     def disjoint(self, choosing: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Calibration images, and ``choosing`` validation images with their labels, of all processes together.
@@ -81,7 +95,7 @@ class Loaders:
             parts = [(slice(1, None, 2), share(choosing)), (slice(0, None, 2), share(self.count))]
         left = [count for _, count in parts]
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
-        for batch in self.validation:  # one pass: a loader that shuffles has another order in the next
+        for batch in self._batches(self.validation):  # one pass: a loader that shuffles has another order in the next
             if max(left) <= 0:
                 break
             images, labels = self.images_of(batch), self.labels_of(batch)
@@ -106,8 +120,9 @@ def load_best(module: L.LightningModule, trainer: L.Trainer, restored: Collectio
         restored: files that a resumed checkpoint names. They may be anybody's, and no code in them runs; what this run
             has written holds whatever hyperparameters the module saves.
     """
-    monitors = (checkpoint for checkpoint in checkpoints(trainer) if checkpoint.monitor)
-    best = next((c.best_model_path for c in monitors if Path(c.best_model_path).is_file()), None)
+    paths = (checkpoint.best_model_path for checkpoint in checkpoints(trainer) if checkpoint.monitor)
+    best = next((path for path in paths if path and get_filesystem(path).exists(path)), None)  # s3:// and the like, too
     if best is not None:
-        stored = torch.load(best, map_location="cpu", weights_only=best in restored)
+        with get_filesystem(best).open(best, "rb") as file:
+            stored = torch.load(file, map_location="cpu", weights_only=best in restored)
         module.load_state_dict(stored["state_dict"], strict=module.strict_loading)

@@ -3,9 +3,10 @@
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -106,7 +107,7 @@ def test_a_fit_ends_with_a_quantized_copy_of_the_best_weights(loaders: Any, data
         GreedyBitSearch(avg_bits=3.0, candidates=CANDIDATES, network="backbone", path=None),
         Remember(),
         ModelCheckpoint(tmp_path / "last"),  # monitors nothing
-        ModelCheckpoint(tmp_path / "best", monitor="val/acc", mode="max"),
+        ModelCheckpoint("memory://best", monitor="val/acc", mode="max"),  # of no folder of this machine
         max_epochs=3,
         default_root_dir=tmp_path,
     )
@@ -255,6 +256,24 @@ def test_batches_are_dictionaries_or_what_the_module_s_own_hooks_say(data: Any) 
         assert search.result.report.avg_bits <= 3
 
 
+def test_batches_pass_the_hooks_that_a_validation_step_s_pass(data: Any) -> None:
+    """Images that the module normalises on the device; in float64, too."""
+
+    class OnDevice(Foreign):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            assert not self.trainer.training  # no augmentation
+            return batch[0] * 2 - 1, batch[1]
+
+    loader = DataLoader(data[1], 64)
+    expected, _ = kdq.quantize(backbone(), [data[1].tensors[0] * 2 - 1], 3)
+    for precision in ("32-true", "64-true"):
+        quantization = PostTrainingQuantization(3, network="backbone", path=None)
+        search = GreedyBitSearch(avg_bits=3, candidates=CANDIDATES, network="backbone", path=None)
+        trainer_with(quantization, search, precision=precision).validate(OnDevice(), loader, verbose=False)
+        if precision == "32-true":
+            assert_equal(codes(quantization.result.network), codes(expected))
+
+
 def test_a_network_that_the_module_s_setup_makes_is_found(loaders: Any) -> None:
     class Late(Foreign):
         def __init__(self) -> None:
@@ -355,10 +374,9 @@ class Shuffled:
 
 @pytest.mark.parametrize(("calibration", "choosing"), [(30, 20), (5, 100), (1000, 1000)])
 def test_no_image_of_the_validation_loader_both_calibrates_and_chooses(calibration: int, choosing: int) -> None:
-    class Trainer:
-        val_dataloaders: Iterable[Any] = (Shuffled(), [])
-
-    found, pairs = Loaders("x", Trainer(), object(), None, calibration).disjoint(choosing)  # type: ignore[arg-type]
+    trainer: Any = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.validate_loop._combined_loader = SimpleNamespace(iterables=(Shuffled(), []))
+    found, pairs = Loaders("x", trainer, L.LightningModule(), None, calibration).disjoint(choosing)
     one, other = torch.cat(found).long().tolist(), torch.cat([labels for _, labels in pairs]).tolist()
     assert not set(one) & set(other)
     assert (len(one), len(other)) == (min(calibration, 52), min(choosing, 51))
