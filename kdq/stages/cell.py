@@ -38,10 +38,12 @@ class Cell:
     """One point of the grid, or several that differ in their bits only."""
 
     cfg: DictConfig
+    checked: bool = False  # by who resolved it: that done, it does not say any more who reads its keys
 
     def __post_init__(self) -> None:
         """Raises KdqError for a key that nobody reads, a value of another type, and a name that no file can have."""
-        check_config(self.cfg)
+        if not self.checked:
+            check_config(self.cfg)
         check_trainer(plain(self.cfg.trainer))
         check_loggers(plain(self.cfg.logger))
         for part in ("data", "method", "teacher", "student", "quant", "tune"):

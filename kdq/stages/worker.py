@@ -61,7 +61,7 @@ def _worker(job_file: Path) -> None:
     processes.follow_parent()
     keep_freed_memory()
     job, rank, world_size = json.loads(job_file.read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    cell, spec, work = Cell(OmegaConf.create(job["cfg"])), TrainingSpec.from_json(job["spec"]), Path(job["work"])
+    cell, spec, work = Cell(OmegaConf.create(job["cfg"]), True), TrainingSpec.from_json(job["spec"]), Path(job["work"])
     try:
         with train(cell, spec, work, rank, world_size) as (best, metrics):
             if rank == 0:

@@ -62,7 +62,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None
 @pytest.mark.parametrize(
     ("method", "target", "extra"),
     [
-        ("baseline", "Probe", []),
+        ("baseline", "Probe", ["+data.mine=0", "data.split_seed=${data.mine}"]),  # a key that another one reads
         ("vkd", "ProbedVKD", []),
         ("dkd", "ProbedDKD", []),
         ("mixup", "ProbedMixup", ["method.per_sample=true"]),
