@@ -8,9 +8,11 @@
     store/.work/<key>/         an unfinished training: its last checkpoint, until it is published
     store/.locks/<key>.lock    held by whoever trains it
 
-The key is a hash of the spec, so equal models meet in one entry and different ones never do. An entry appears by one
-rename, complete. The lock is a lease that its holder refreshes: when the holder dies, here or on another host that
-shares the folder, the next one takes over and resumes from the last checkpoint.
+The key is a hash of the spec, so equal models meet in one entry and different ones never do. What the machine decides
+is no part of it: the device, its threads, and the number of processes, each of which has BatchNorm statistics of its
+own images; ``metrics.json`` names them. An entry appears by one rename, complete. The lock is a lease that its holder
+refreshes: when the holder dies, here or on another host that shares the folder, the next one takes over and resumes
+from the last checkpoint.
 """
 
 import hashlib

@@ -19,6 +19,7 @@ from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.cell import Cell
 from kdq.stages.train import Model, checked_network
+from kdq.train.trainer import limited
 from kdq.utils.config import plain
 from kdq.utils.errors import KdqError
 
@@ -77,6 +78,7 @@ def row_spec(cell: Cell, model: Model | Entry, bits: int | None, tuned: Model | 
         "quant": quant,
         "bits": bits,
         **user_code(quant),
+        **({"limits": limits} if (limits := limited(plain(cell.cfg.trainer))) else {}),
         **({} if tuned is None else {"tune": {"name": cell.cfg.tune.name, "model": tuned.key}}),
     }
 

@@ -177,7 +177,13 @@ def _trained(
             name: {"net": other.network.net, "seed": other.network.seed, "weights": other.identity}
             for name, other in others.items()
         },
-        **user_code(role["net"], method, plain(cell.cfg.callbacks), *(other.network.net for other in others.values())),
+        **user_code(
+            role["net"],
+            method,
+            plain(cell.cfg.callbacks),
+            plain(cell.cfg.data.augment),
+            *(other.network.net for other in others.values()),
+        ),
     }
     label, job_type = ("teacher", "teacher") if role_name == "teacher" else (method_name, "distill")
     # A teacher is a baseline, too: the store has one entry for both.

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from kdq.models.build import build
 from kdq.stages.asked import row_keys
 from kdq.stages.train import planned
 from tests.stages.test_train import cell
@@ -50,3 +52,26 @@ def test_what_content_depends_on_is_in_its_key(
 @pytest.mark.parametrize("override", NEITHER)
 def test_nothing_else_is(override: str, plain: tuple[str, str], tmp_path: Path) -> None:
     assert keys(tmp_path, override) == plain
+
+
+def test_a_trial_s_row_is_another_than_the_real_one(tmp_path: Path) -> None:
+    """Also of a teacher from a file, whose weights depend on no flag."""
+    start = ["method=teacher", "quant=none", "model@teacher=tiny"]
+    torch.save(build(cell(tmp_path, *start).of_role("teacher")["net"]).state_dict(), tmp_path / "teacher.pt")
+    start.append(f"teacher.weights={tmp_path / 'teacher.pt'}")
+    made = [cell(tmp_path, *start, *more) for more in ([], ["trainer.limit_test_batches=1"])]
+    models = [planned(each) for each in made]
+    assert models[0].key == models[1].key
+    assert len({key for pair in zip(made, models, strict=True) for key in row_keys(*pair).values()}) == 2
+
+
+def test_an_augmentation_of_one_s_own_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for value in ("images", "255 - images"):
+        text = (
+            f"class Own:\n    def draw(self, *_): ...\n    def __call__(self, images, draws):\n        return {value}\n"
+        )
+        (tmp_path / "own_augmentation.py").write_text(text)
+        found.append(keys(tmp_path, "~data.augment", "+data.augment={_target_: own_augmentation.Own}")[0])
+    assert found[0] != found[1]
