@@ -39,7 +39,7 @@ class ImageDataModule(L.LightningDataModule):
             preprocess=self.images.preprocess,
             augment=self.images.augment,
             seed=self.seed,
-            epoch=lambda: trainer.current_epoch,
+            epoch=lambda: 0 if trainer.overfit_batches else trainer.current_epoch,  # type: ignore[attr-defined]
             portions=self.portions,
             rank=trainer.global_rank,
             world_size=trainer.world_size,

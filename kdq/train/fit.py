@@ -48,13 +48,23 @@ class KeepBest(Callback):
     """Remembers each learner's weights of the epoch with its highest validation accuracy (the last of equals, which
     saw the lowest learning rate), or of the last one where its module ``keeps`` that.
 
-    They travel inside the one checkpoint that is written each epoch: a crash can never separate the two.
+    They travel inside the one checkpoint that is written each epoch: a crash can never separate the two. So does
+    whether a callback such as EarlyStopping ended the training, which then stays ended.
     """
 
     def __init__(self) -> None:
         self.best: dict[str, Best] = {}
         self.seconds = 0.0
-        self._since = 0.0
+        self._since, self._validated = 0.0, -1
+        self._stopped = False
+        self._trainer: L.Trainer | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trainer = trainer
+        trainer.should_stop |= self._stopped
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.perf_counter()
@@ -62,6 +72,8 @@ class KeepBest(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)
         self.seconds += time.perf_counter() - self._since
+        if self._validated != trainer.current_epoch:  # check_val_every_n_epoch, or max_steps ended it
+            return
         for name, learner in pl_module.learners.items():
             top1, loss = pl_module.last_validated("top1", name), pl_module.last_validated("loss", name)
             if not math.isfinite(loss):
@@ -76,11 +88,14 @@ class KeepBest(Callback):
                 self.best[name] = Best(top1, trainer.current_epoch, weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": {name: vars(best) for name, best in self.best.items()}, "seconds": self.seconds}
+        # Asked now: Lightning lets EarlyStopping decide after all other callbacks.
+        stopped = self._stopped or (self._trainer is not None and self._trainer.should_stop)
+        best = {name: vars(best) for name, best in self.best.items()}
+        return {"best": best, "seconds": self.seconds, "stopped": stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = {name: Best(**best) for name, best in state_dict["best"].items()}
-        self.seconds = state_dict["seconds"]
+        self.seconds, self._stopped = state_dict["seconds"], state_dict.get("stopped", False)
 
 
 class _Progress(Callback):
@@ -100,7 +115,7 @@ class _Progress(Callback):
         self.bar.update()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        top1 = 100 * float(trainer.callback_metrics["val/top1"])
+        top1 = 100 * float(trainer.callback_metrics.get("val/top1", math.nan))
         self.bar.set_postfix_str(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, val {top1:.2f}%", refresh=False
         )

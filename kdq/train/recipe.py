@@ -14,7 +14,8 @@ class Recipe(TrainConfig):
         epochs: of the training; ``trainer.max_epochs`` sets those of all trainings.
         batch_size: images an optimizer step, over all processes and portions together.
         accumulate: portions in which the images of a step are processed, one after the other, where they do not fit
-            the memory together. Without BatchNorm and Mixup the step is the same for any number.
+            the memory together. Without BatchNorm the step is the same for any number, but for Mixup and for methods
+            that relate the images of a batch to each other.
     """
 
     epochs: int = 30

@@ -17,6 +17,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,11 +170,45 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     assert metrics["epochs"] == 5
 
 
+@pytest.mark.parametrize(("flag", "value", "epoch"), [("check_val_every_n_epoch", 2, 1), ("max_steps", 9, 0)])
+def test_only_validated_epochs_are_kept(flag: str, value: int, epoch: int, tmp_path: Path) -> None:
+    """Of three epochs of seven steps: the second one, and the first one where the second is cut short."""
+    trained = module("vkd")
+    best, _ = train(trained, small_images(), TRAINER | {flag: value}, tmp_path)
+    assert best["student"].epoch == epoch
+    with pytest.raises(KdqError, match="ended without a validated epoch"):
+        train(module("vkd"), small_images(), TRAINER | {"limit_val_batches": 0}, tmp_path / "none")
+
+
+def test_overfitted_batches_are_the_same_in_every_epoch(tmp_path: Path) -> None:
+    trained, seen = module("vkd"), list[list[int]]()
+    step = trained.training_step
+    trained.training_step = lambda batch, batch_idx: seen.append(batch[1].tolist()) or step(batch, batch_idx)  # type: ignore
+    train(trained, small_images(), TRAINER | {"overfit_batches": 1}, tmp_path)
+    assert len(seen) == EPOCHS
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_training_that_was_ended_early_stays_ended(tmp_path: Path) -> None:
+    """A crash between its end and the store changes nothing."""
+    stops = [EarlyStopping("val/top1", mode="max", min_delta=1.0, patience=1) for _ in range(2)]
+    first, again = (
+        fit(
+            module("baseline", epochs=6), small_images(), TRAINER, Recipe(epochs=6, batch_size=32), tmp_path, (), [stop]
+        )
+        for stop in stops
+    )
+    assert first[1]["epochs"] == again[1]["epochs"] == 2
+    assert equal(first[0]["student"].weights, again[0]["student"].weights)
+
+
 def test_of_equal_epochs_the_last_is_kept() -> None:
     trained, keep = module("baseline"), KeepBest()
     for epoch, top1 in enumerate([0.5, 0.7, 0.7, 0.6]):
         trained.last_validated = lambda name, learner, value=top1: value  # type: ignore[method-assign, misc]
-        keep.on_train_epoch_end(SimpleNamespace(current_epoch=epoch), trained)  # type: ignore[arg-type]
+        trainer: Any = SimpleNamespace(current_epoch=epoch)
+        keep.on_validation_end(trainer, trained)
+        keep.on_train_epoch_end(trainer, trained)
     assert (keep.best["student"].epoch, keep.best["student"].top1) == (2, 0.7)
 
 
