@@ -123,7 +123,7 @@ class DML(DistillationModule):
         optimizers: Any = self.optimizers()
         schedulers: Any = self.lr_schedulers()
         for optimizer, scheduler, learner in zip(optimizers, schedulers, self.learners.values(), strict=True):
-            self.clip_gradients(optimizer.optimizer, self.config.clip_grad, "norm")
+            self.clip_gradients(optimizer.optimizer, self.config.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()

@@ -95,7 +95,8 @@ def refined_losses(student: Tensor, teacher: Tensor, target: Tensor, temperature
     )
     scd = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
     above = teacher >= teacher.gather(1, target[:, None])
-    below = [logits.masked_fill(above, torch.finfo(logits.dtype).min / 2) for logits in (student, teacher)]
+    least = torch.finfo(teacher.dtype).min / 2 * min(1.0, temperature)  # finite when divided by the temperature
+    below = [logits.masked_fill(above, least) for logits in (student, teacher)]
     return temperature**2 * scd, distillation_kl(below[0], below[1], temperature)
 
 

@@ -137,13 +137,22 @@ class DistillationModule(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must define losses(images, labels, progress)")
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.automatic_optimization and self.config.accumulate > 1:
-            if self.trainer.accumulate_grad_batches not in (1, self.config.accumulate):
-                raise KdqError(
-                    f"accumulate={self.config.accumulate} and Trainer(accumulate_grad_batches="
-                    f"{self.trainer.accumulate_grad_batches}) differ: give one of them"
-                )
+        if stage != "fit" or not self.automatic_optimization:
+            return
+        self._portions = self.trainer.accumulate_grad_batches
+        for option, flag, unset in (
+            ("accumulate", "accumulate_grad_batches", 1),
+            ("clip_grad", "gradient_clip_val", None),
+        ):
+            mine, theirs = getattr(self.config, option), getattr(self.trainer, flag)
+            if unset not in (mine, theirs) and mine != theirs:
+                raise KdqError(f"{option}={mine} and Trainer({flag}={theirs}) differ: give one of them")
+        if self.config.accumulate > 1:
             self.trainer.accumulate_grad_batches = self.config.accumulate
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit" and self.automatic_optimization:  # the Trainer is its owner's, for another fit
+            self.trainer.accumulate_grad_batches = self._portions
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
         images, labels, *rest = batch
@@ -163,10 +172,15 @@ class DistillationModule(L.LightningModule):
         trainer, steps = self.trainer, self.trainer.num_training_batches
         epochs: float = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else math.inf  # type: ignore[assignment]
         if trainer.max_steps > 0:
-            epochs = min(epochs, trainer.max_steps * trainer.accumulate_grad_batches / steps)
+            epochs = min(epochs, self.max_steps * trainer.accumulate_grad_batches / steps)
         return TrainingProgress(
             trainer.current_epoch, batch_idx, epochs, int(steps), trainer.global_rank, trainer.world_size
         )
+
+    @property
+    def max_steps(self) -> float:
+        """The steps of each optimizer at which the Trainer, which counts those of all, ends; infinite without such."""
+        return self.trainer.max_steps / len(self.learners) if self.trainer.max_steps > 0 else math.inf
 
     def total(self, name: str, terms: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> Tensor:
         """The sum of one learner's ``terms``; it and they are logged, without waiting for the device.
@@ -240,8 +254,10 @@ class DistillationModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches
-        if not self.automatic_optimization and not math.isinf(steps):  # its Trainer counts every batch as a step
-            steps = math.ceil(steps / self.config.accumulate)
+        if not self.automatic_optimization and not math.isinf(steps):  # its Trainer takes every batch for a step
+            epochs, steps = self.trainer.max_epochs or -1, self.max_steps
+            if epochs > 0:
+                steps = min(steps, epochs * math.ceil(self.trainer.num_training_batches / self.config.accumulate))
         if math.isinf(steps) and self.config.schedule != "constant":
             raise KdqError(
                 f"schedule={self.config.schedule} needs an end: give Trainer(max_epochs=...) or max_steps, or "

@@ -25,6 +25,7 @@ from kdq.distill.options import choice, number, switch
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.teacher_student import TeacherStudent
 from kdq.quant.fake import fake_quantized, layout, quantized, rounded_weights, roundings, with_layout
+from kdq.utils.errors import KdqError
 
 #: What Adam moves a rounded weight by in a step, in levels of its layer, over the learning rate; all else it moves by
 #: the rate itself, a scale by that share of it. Finer alphabets take finer steps so.
@@ -146,5 +147,10 @@ class QAT(IntoQuantized, CrossEntropy):
 def _trainable(student: Any) -> nn.Module:
     """A network with roundings: of a quantized one, of one that has them already, or of a checkpoint's description."""
     if isinstance(student, Mapping):
+        if not isinstance(student["network"], Mapping):
+            raise KdqError(
+                "the checkpoint names no network that kdq builds by itself: give load_from_checkpoint(path, "
+                "student=network), with what kdq.quantize or kdq.load gave"
+            )
         return with_layout(built(student["network"], "student"), student["layout"])
     return fake_quantized(student) if isinstance(student, nn.Module) and not layout(student) else student

@@ -15,6 +15,9 @@ from kdq.utils.checks import one_of, within
 from kdq.utils.errors import KdqError
 from kdq.utils.names import STABLE
 
+#: A method that has one of these of its own is more than its terms.
+BEYOND_TERMS = ("losses", "product", "on_train_epoch_start", "configure_optimizers")
+
 
 class Terms(TeacherStudent):
     """``ce CE + sum_methods terms(method)``: one pass through the student and one through the teacher.
@@ -109,7 +112,7 @@ def method_of(key: str, given: Mapping[str, Any]) -> tuple[type[TeacherStudent],
         kind = waiting.pop()
         waiting += kind.__subclasses__()
         path = f"{kind.__module__}.{kind.__qualname__}"
-        only_terms = kind.losses is TeacherStudent.losses and kind.product is TeacherStudent.product
+        only_terms = all(getattr(kind, name) is getattr(TeacherStudent, name) for name in BEYOND_TERMS)
         if only_terms and kind not in (TeacherStudent, Terms):
             kinds[STABLE.get(path, path)] = kind
     return kinds[one_of(f"method.terms.{key}", STABLE.get(target, target), sorted(kinds))], options

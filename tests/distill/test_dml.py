@@ -130,6 +130,27 @@ def test_every_portion_is_stepped_and_averaged(make: Callable[..., Any], batch: 
     assert [learner.average.updates for learner in module.learners.values()] == [4, 4]
 
 
+def test_its_schedule_ends_with_its_last_step(make: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> None:
+    """Two epochs of three batches, two a step: four steps of each optimizer. By value, too, gradients are clipped."""
+    module = make(DML, {"accumulate": 2, "schedule": "cosine", "clip_grad": 1.0})
+    flags = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    loader = DataLoader(TensorDataset(*batch), len(batch[0]) // 3)
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", gradient_clip_algorithm="value", **flags)
+    trainer.fit(module, loader)
+    assert [scheduler.last_epoch for scheduler in module.lr_schedulers()] == [4, 4]
+    assert [scheduler.get_last_lr()[0] for scheduler in module.lr_schedulers()] == pytest.approx([0.0, 0.0], abs=1e-9)
+    module = make(DML, {"schedule": "cosine"})
+    L.Trainer(max_steps=8, accelerator="cpu", **flags).fit(module, loader)  # of both together
+    assert [scheduler.last_epoch for scheduler in module.lr_schedulers()] == [4, 4]
+    assert [scheduler.get_last_lr()[0] for scheduler in module.lr_schedulers()] == pytest.approx([0.0, 0.0], abs=1e-9)
+    assert module.progress(0).epochs == 4 / 3
+
+
 class Passed(DML):
     """A method of one's own that passes on what it is given."""
 

@@ -129,10 +129,17 @@ def test_the_trainers_flags_do_what_the_config_does() -> None:
         states.append(module.student.network.fc.weight.detach().clone())
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
-    with pytest.raises(KdqError, match="differ: give one of them"):
-        L.Trainer(**SILENT, max_epochs=1, accumulate_grad_batches=3).fit(
-            make(VKD, config=TrainConfig(accumulate=2)), loader(), loader(1)
-        )
+    for flags, config in (
+        ({"accumulate_grad_batches": 3}, TrainConfig(accumulate=2)),
+        ({"gradient_clip_val": 0.2}, TrainConfig(clip_grad=0.1)),
+    ):
+        trainer = L.Trainer(**SILENT, max_epochs=1, **flags)
+        with pytest.raises(KdqError, match="differ: give one of them"):
+            trainer.fit(make(VKD, config=config), loader(), loader(1))
+    trainer = L.Trainer(**SILENT, max_epochs=1)  # which is as it was afterwards
+    for accumulate in (4, 2):
+        trainer.fit(make(VKD, config=TrainConfig(accumulate=accumulate)), loader(), loader(1))
+        assert trainer.accumulate_grad_batches == 1
 
 
 def test_a_schedule_needs_an_end() -> None:

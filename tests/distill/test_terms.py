@@ -91,6 +91,7 @@ def test_one_term_is_the_method(name: str, loader: DataLoader[Any]) -> None:
         ({"at": {}, "b": {"_target_": "kdq.distill.AT", "name": "at"}}, "each of another name"),
         ({"att": {}}, r"method.terms.att='att' is unknown: .* \(did you mean at\?\)"),
         ({"mixup": {}}, "method.terms.mixup='mixup' is unknown"),  # is more than terms
+        ({"published_vkd": {}}, "method.terms.published_vkd='published_vkd' is unknown"),  # and so is this
         ({"os": {"_target_": "os.system"}}, "method.terms.os='os.system' is unknown"),
         ({"vkd": {"weight": -1.0}}, "method.terms.vkd.weight=-1.0 must be"),
     ],
