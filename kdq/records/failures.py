@@ -56,7 +56,7 @@ def record(output: Path, failure: Failure) -> None:
 
 def forget(output: Path, keys: Container[str]) -> None:
     """Remove what was recorded for ``keys``: they have been made, or will be tried again."""
-    for path in (output / "failed").glob("*.json"):
+    for path in (output / "failed").glob("[!.]*.json"):
         if path.stem.rpartition("-")[2] in keys:
             path.unlink(missing_ok=True)
 
@@ -64,7 +64,7 @@ def forget(output: Path, keys: Container[str]) -> None:
 def read_failures(output: Path) -> dict[str, Failure]:
     """What is recorded below ``output``, by key; a file that cannot be read counts as none."""
     failures = {}
-    for path in sorted((output / "failed").glob("*.json")):
+    for path in sorted((output / "failed").glob("[!.]*.json")):
         try:
             failure = Failure(**parse_json(regular(path).read_bytes()))
         except (OSError, ValueError, TypeError):

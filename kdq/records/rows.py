@@ -181,7 +181,7 @@ def read_rows(folder: Path, hashes: Container[str] | None = None, skipped: list[
     """
     rows: dict[str, Row] = {}
     # A row's own file comes last: it may have got columns since it was published.
-    for path in [*sorted(folder.glob("*.jsonl")), *sorted(folder.glob("*.json"))]:
+    for path in [*sorted(folder.glob("*.jsonl")), *sorted(folder.glob("[!.]*.json"))]:  # no half-written one
         published = path.suffix == ".jsonl"
         if hashes is not None and not published and path.stem.rpartition("-")[2] not in hashes:
             continue

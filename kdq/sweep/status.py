@@ -23,7 +23,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from kdq.records.failures import read_failures
-from kdq.records.rows import has, read_rows
+from kdq.records.rows import read_rows
+from kdq.stages.asked import complete
 from kdq.sweep.plan import Job, Plan
 from kdq.sweep.show import duration
 
@@ -91,7 +92,7 @@ class Status:
                 watched.state, watched.since = "running", now
             took = duration(now - watched.since)
             made = there.issuperset(watched.job.makes)
-            if made and watched.job.columns:  # of rows that were there before
+            if made and watched.job.kind == "rows":  # which may have been there before
                 made = present(output, watched.job.makes, watched.job.columns).issuperset(watched.job.makes)
             if made:
                 watched.state = "done"
@@ -136,8 +137,8 @@ class Status:
 
 
 def present(output: Path, keys: Iterable[str], columns: Mapping[str, Any] = MappingProxyType({})) -> set[str]:
-    """Which of ``keys`` have a model, or a readable row with ``columns``, below ``output``."""
+    """Which of ``keys`` have a model, or a readable row with ``columns`` and its packed file, below ``output``."""
     asked = set(keys)
     models = {path.name.rpartition("-")[2] for path in (output / "store").glob("[!.]*-*")}
-    rows = {row.config_hash for row in read_rows(output / "rows", asked) if has(row, columns)}
+    rows = {row.config_hash for row in read_rows(output / "rows", asked) if complete(output, row, columns)}
     return rows | (models & asked)

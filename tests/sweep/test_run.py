@@ -154,9 +154,13 @@ def test_a_refused_submission_takes_no_submitted_job_with_it(monkeypatch: pytest
 
 
 def test_rows_are_done_when_they_have_the_columns_asked_for(tmp_path: Path) -> None:
-    write_row(tmp_path / "rows", ROW)
+    (tmp_path / "model.kdq").write_bytes(b" " * ROW.size_bytes)
+    row = dataclasses.replace(ROW, artifact="model.kdq")
+    write_row(tmp_path / "rows", row)
     assert present(tmp_path, [ROW.config_hash]) == {ROW.config_hash}
     assert not present(tmp_path, [ROW.config_hash], {"top1_onnx_int8": None})
-    write_row(tmp_path / "rows", dataclasses.replace(ROW, top1_onnx_int8=97.0, deploy_hash="a"))
+    write_row(tmp_path / "rows", dataclasses.replace(row, top1_onnx_int8=97.0, deploy_hash="a"))
     assert present(tmp_path, [ROW.config_hash], {"top1_onnx_int8": None, "deploy_hash": "a"})
     assert not present(tmp_path, [ROW.config_hash], {"top1_onnx_int8": None, "deploy_hash": "b"})
+    (tmp_path / "model.kdq").unlink()
+    assert not present(tmp_path, [ROW.config_hash])
