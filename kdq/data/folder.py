@@ -127,7 +127,10 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         raise KdqError(f"{folder} has class folders that train/ lacks: {', '.join(extra[:5])}")
     found = []
     for label, name in enumerate(classes):
-        files = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in EXTENSIONS)
+        found_here = ((f, f.relative_to(folder).parts) for f in (folder / name).rglob("*"))
+        files = sorted(
+            f for f, parts in found_here if f.suffix.lower() in EXTENSIONS and not any(p.startswith(".") for p in parts)
+        )
         if not files:
             raise KdqError(f"{folder / name} holds no image ({', '.join(sorted(EXTENSIONS))})")
         found += [(file, label) for file in files]

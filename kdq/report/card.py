@@ -43,7 +43,7 @@ def card(
 def _metadata(name: str, row: Row | None, licence: str) -> ModelCardData:
     """What the hub reads of the card."""
     measured: dict[str, Any] = {}
-    if row is not None:
+    if row is not None and not row.limited:
         data = printable(row.data)
         result = EvalResult("image-classification", data, data, "accuracy", round(row.top1, 2), dataset_split="test")
         result.metric_name = "top-1 (%)"
@@ -99,6 +99,7 @@ def _facts(header: Mapping[str, Any], size: int, row: Row | None) -> list[tuple[
             ("top-1 on the test images", f"{row.top1:.2f} % (float {row.top1_float:.2f} %)"),
             ("measured on", row.device),
         ]
+        facts += [("A TRIAL, NO RESULT", row.limited)] if row.limited else []
     facts = [(name, printable(text)) for name, text in facts]
     if names := [printable(str(name)) for name in header.get("classes") or ()]:
         facts.append(("classes", ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")))

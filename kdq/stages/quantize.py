@@ -50,6 +50,7 @@ class Tuned(NamedTuple):
     result: Quantized
     seconds: float
     epochs: int
+    val_top1: float
 
 
 def quantize(
@@ -92,7 +93,9 @@ def quantize(
                 result = callback.results[width]
                 if not rows:
                     _log_quantized(cell, callback, keys, track)
-            of_tune = {"tune_seconds": tuned[name].seconds, "tune_epochs": tuned[name].epochs} if tuned else {}
+            of_tune: dict[str, Any] = {}
+            if tuned:
+                _, of_tune["tune_seconds"], of_tune["tune_epochs"], of_tune["val_top1"] = tuned[name]
             bits = asked_bits(cell)[name] or math.ceil(result.report.avg_bits)
             rows[name] = _row(cell, bits, key, result, reference, scores, common | of_tune)
             write_row(cell.output / "rows", rows[name])

@@ -89,7 +89,7 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
         "precision": cell.cfg.trainer.precision,
         **cell.training_flags(),
         "seed": role["seed"],
-        **user_code(quant, method, plain(cell.cfg.callbacks)),
+        **user_code(quant, method, plain(cell.cfg.callbacks), plain(cell.cfg.data.augment)),
     }
     slug = f"{cell.cfg.data.name}-{cell.cfg.method.name}-{role['name']}-s{role['seed']}-{cell.cfg.quant.name}-b{name}"
     training = TrainingSpec(
@@ -167,4 +167,5 @@ def tuned(cell: Cell, entry: Entry, made: Entry) -> Tuned:
     network = quantized(network).to(cell.device).to(memory_format=torch.channels_last)
     if cell.cfg.quant.float_dtype is not None:
         network = with_float_dtype(network, cell.cfg.quant.float_dtype)
-    return Tuned(Quantized(network, report), made.metrics["train_seconds"], made.metrics["epochs"])
+    facts = made.metrics
+    return Tuned(Quantized(network, report), facts["train_seconds"], facts["epochs"], float(facts["val_top1"]))

@@ -127,6 +127,9 @@ def test_a_stranger_s_code_is_not_run(folder: Path, tmp_path: Path) -> None:
     saving = {"save": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "/etc/kdq"}}
     with pytest.raises(KdqError, match="a callback in /etc/kdq; if you trust it"):
         config_of(dataclasses.replace(row, config={**config, "callbacks": saving}), tmp_path)
+    augment = {"_target_": "kdq.data.photographs.RandAugment", "ops": 2}
+    ours = dataclasses.replace(row, config={**config, "data": {**config["data"], "augment": augment}})
+    assert config_of(ours, tmp_path).data.augment.ops == 2
     trusted: Row = dataclasses.replace(row, config={**config, "student": {"net": {"_target_": "mine.network"}}})
     assert config_of(trusted, tmp_path, trust=True).student.net["_target_"] == "mine.network"
 

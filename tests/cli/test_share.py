@@ -138,6 +138,9 @@ def test_a_card_is_text_whatever_names_say() -> None:
     header = {"net": None, "preprocess": None, "classes": names, "layers": {"fc": {"shape": [4, 2], "levels": 5}}}
     row = dataclasses.replace(ROW, arch=evil, method=evil, quantizer=evil, recipe=evil)
     text = card("me/net", header, 600, row)
+    trial = card("me/net", header, 600, dataclasses.replace(row, limited="fast_dev_run=True"))
+    assert "A TRIAL, NO RESULT" in trial
+    assert "model-index" not in trial
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head)["license"] == "unknown"
     assert "<b>" not in body

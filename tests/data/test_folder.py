@@ -31,6 +31,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_images_and_labels_are_those_of_the_files(root: Path, tmp_path: Path) -> None:
+    (root / "train/dog/.ipynb_checkpoints").mkdir()
+    (root / "train/dog/.ipynb_checkpoints/1-checkpoint.png").write_bytes((root / "train/dog/1.png").read_bytes())
     found = image_folder(str(root), 6, 3, str(tmp_path / "cache"))
     assert found.classes == ("cat", "dog")
     assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
