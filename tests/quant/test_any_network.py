@@ -288,6 +288,42 @@ def test_inputs_of_attention_cannot_be_rounded() -> None:
     kdq.quantize(transformer(), [pictures(4)], act_bits=8, keep_float=["*_proj"])
 
 
+class Calls(nn.Module):
+    """Two layers, and between them what a function does."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(6, 8), nn.Linear(8, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("named", "plain"),
+    [
+        (lambda x: x + x.max(1, keepdim=True).values, lambda x: x + x.amax(1, keepdim=True)),
+        (lambda x: x.topk(8).values, lambda x: x.sort(descending=True)[0]),
+        (lambda x: x.gather(1, x.sort(1).indices), lambda x: x.sort(1)[0]),
+        (lambda x: x - torch.aminmax(x, dim=1, keepdim=True).min, lambda x: x - x.amin(1, keepdim=True)),
+        (
+            lambda x: x + torch.stack(torch.aminmax(x, dim=1, keepdim=True)).sum(0),
+            lambda x: x + torch.stack([x.amin(1, keepdim=True), x.amax(1, keepdim=True)]).sum(0),
+        ),
+    ],
+    ids=["max", "topk", "sort", "aminmax", "stack"],
+)
+def test_results_of_torch_functions_have_their_names(
+    named: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor]
+) -> None:
+    images, found = torch.randn(70, 6, generator=torch.Generator().manual_seed(1)), []
+    for function in (named, plain):
+        torch.manual_seed(0)
+        found.append(kdq.quantize(Calls(function), [images], bits=3)[0])
+    with torch.no_grad():
+        assert torch.equal(found[0](images), found[1](images))
+
+
 def _inside(network: nn.Module) -> nn.Module:
     network[0] = torch.compile(network[0], backend="eager")  # type: ignore[index, assignment]
     return network
