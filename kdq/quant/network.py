@@ -132,6 +132,11 @@ def _running(model: nn.Module, images: Tensor, config: QuantConfig) -> Order:
             f"act_bits={config.act_bits} rounds the inputs of modules, and something else takes the weights of "
             f"{', '.join(order.bypassed[:4])}: name them in keep_float, or leave act_bits None (null)"
         )
+    if config.act_bits is not None and order.repeated:
+        raise KdqError(
+            f"act_bits={config.act_bits} has one range a layer, and {', '.join(order.repeated[:4])} run more than "
+            "once, or share their weight with a layer that runs: name them in keep_float, or leave act_bits None (null)"
+        )
     return order
 
 

@@ -288,6 +288,27 @@ def test_inputs_of_attention_cannot_be_rounded() -> None:
     kdq.quantize(transformer(), [pictures(4)], act_bits=8, keep_float=["*_proj"])
 
 
+@pytest.mark.parametrize(
+    ("network", "shape", "name"),
+    [
+        (lambda: Tied(), (70, 12), "first"),
+        (lambda: Looped(), (70, 3, 10, 10), "loop"),
+        (lambda: nn.Sequential(*[layer := nn.Linear(8, 8), nn.ReLU(), layer]), (70, 8), "0"),
+    ],
+    ids=["shared weight", "another stride", "shared module"],
+)
+def test_inputs_of_a_layer_that_runs_more_than_once_cannot_be_rounded(
+    network: Callable[[], nn.Module], shape: tuple[int, ...], name: str
+) -> None:
+    with pytest.raises(KdqError, match=rf"act_bits=8 has one range a layer, and {name} run .*name them in keep_float"):
+        kdq.quantize(network(), [torch.randn(shape)], act_bits=8)
+
+
+def test_layers_beside_a_repeated_one_may_be_rounded() -> None:
+    made, _ = kdq.quantize(Tied(), [torch.randn(70, 12)], act_bits=8, keep_float=["second"])
+    assert list(made.quantized_activations) == ["head"]
+
+
 class Calls(nn.Module):
     """Two layers, and between them what a function does."""
 
