@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdq.models.table import shape_of, stored_name
-from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.activations import ActivationQuantizer, remove_hooks
 from kdq.quant.layers import holders, place_of, unwrapped, weight_of
 from kdq.quant.packing.bits import packed_bytes
 from kdq.quant.packing.packed import PackedWeight, keep_packed
@@ -147,6 +147,8 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
             if network is None
             else copy.deepcopy(unwrapped(network)).cpu()
         )
+        for module in network.modules():  # a given one may round by its own ranges
+            remove_hooks(module, ActivationQuantizer)
         if not isinstance(header["preprocess"] or {}, dict) or not isinstance(header.get("classes", []), list):
             raise KdqError("its preprocess is no object, or its classes are no list")
         activations = {name: _activation(fields) for name, fields in header.get("activations", {}).items()}

@@ -296,3 +296,16 @@ def test_names_that_begin_like_a_weights_are_kept(tmp_path: Path) -> None:
     quantized, _ = kdq.quantize(net, [torch.randn(8, 3, 2, 2)], bits=4)
     kdq.save(quantized, tmp_path / "net.kdq")
     assert kdq.load(tmp_path / "net.kdq", network=net).state_dict()["1.weight_scale"] == 3
+
+
+def test_a_given_network_lends_its_shape_and_not_its_rounding(tmp_path: Path, relu_net: nn.Module) -> None:
+    images = torch.randn(8, 3, 8, 8)
+    rounding, _ = kdq.quantize(relu_net, [images], bits=8, act_bits=2)
+    saved, _ = kdq.quantize(relu_net, [images], bits=8)
+    kdq.save(saved, tmp_path / "net.kdq")
+    with torch.no_grad():
+        before = rounding(images)
+        assert torch.equal(kdq.load(tmp_path / "net.kdq", network=rounding)(images), saved(images))
+        assert torch.equal(rounding(images), before)
+        kdq.save(rounding, tmp_path / "rounding.kdq")
+        assert torch.equal(kdq.load(tmp_path / "rounding.kdq", network=rounding)(images), before)
