@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from kdq.models.table import shape_of, stored_name
 from kdq.quant.activations import ActivationQuantizer, remove_hooks
@@ -191,6 +192,12 @@ def _fill(
     decode: str,
 ) -> None:
     """Give ``network`` the file's values."""
+    for name in weights:
+        if parametrize.is_parametrized(*place_of(network, name)):
+            raise KdqError(
+                f"the given network computes its weight of {name} as it runs, by decode='layer' or a parametrization: "
+                "pass it as it was built"
+            )
     places = holders(network)
     holding = {name: places[id(weight_of(network, name))] for name in weights}
     state, expected = network.state_dict(), float_entries(network, weights)

@@ -309,3 +309,12 @@ def test_a_given_network_lends_its_shape_and_not_its_rounding(tmp_path: Path, re
         assert torch.equal(rounding(images), before)
         kdq.save(rounding, tmp_path / "rounding.kdq")
         assert torch.equal(kdq.load(tmp_path / "rounding.kdq", network=rounding)(images), before)
+
+
+def test_a_given_network_has_weights_to_fill(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 4))
+    kdq.save(kdq.quantize(net, [torch.randn(9, 8)], bits=4)[0], tmp_path / "net.kdq")
+    packed = kdq.load(tmp_path / "net.kdq", network=net, decode="layer")
+    for computing in (packed, nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)))):
+        with pytest.raises(KdqError, match=r"its weight of 0 as it runs, by decode=.layer.*: pass it as it was built"):
+            kdq.load(tmp_path / "net.kdq", network=computing)
