@@ -138,6 +138,17 @@ def test_a_bit_search_measures_attention_at_its_widths() -> None:
         assert stitched(assignment).loss > stitched(wide).loss
 
 
+@pytest.mark.parametrize("keep", [[], ["block.self_attn", "patch"]])
+def test_packed_weights_are_not_quantized_again_nor_dropped(tmp_path: Path, keep: list[str]) -> None:
+    """Those of ``in_proj`` neither, whose module is no layer's."""
+    kept = ["patch", "*.out_proj", "*.linear*", "head"]
+    for options in ({}, {"keep_float": kept}):
+        kdq.save(kdq.quantize(transformer(), [pictures(4)], bits=3, **options)[0], tmp_path / "network.kdq")
+        loaded = kdq.load(tmp_path / "network.kdq", network=transformer(), decode="layer")
+        with pytest.raises(KdqError, match=r"(patch|block.self_attn) decodes its weight as it runs: .* decode='once'"):
+            kdq.quantize(loaded, [pictures(4)], keep_float=keep)
+
+
 def test_attention_is_trained_through_its_rounding() -> None:
     network, _ = kdq.quantize(transformer(), [pictures()], bits=2)
     training = fake_quantized(network)
