@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import kdq
 from kdq import KdqError
@@ -318,6 +319,28 @@ def test_inputs_of_a_layer_that_runs_more_than_once_cannot_be_rounded(
 def test_layers_beside_a_repeated_one_may_be_rounded() -> None:
     made, _ = kdq.quantize(Tied(), [torch.randn(70, 12)], act_bits=8, keep_float=["second"])
     assert list(made.quantized_activations) == ["head"]
+
+
+def _pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("computed", [_pruned, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_computed_weight_may_stay_float(computed: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = nn.Sequential(computed(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 3)), torch.randn(70, 8)
+    with pytest.raises(KdqError, match=r"the weight of 0 is computed.*or name it in keep_float"):
+        kdq.quantize(network, [images])
+    network(images).sum().backward()  # as after training
+    made, report = kdq.quantize(network, [images], bits=3, keep_float=["0"], float_dtype="bf16")
+    assert [layer.name for layer in report.layers] == ["2"]
+    kdq.save(made, tmp_path / "network.kdq")
+    with torch.no_grad():
+        expected = made(images)
+        assert torch.equal(kdq.load(tmp_path / "network.kdq", network=network)(images), expected)
+        assert torch.equal(quantized(fake_quantized(made))(images), expected)
+        assert torch.allclose(made[0](images), network[0](images), rtol=0.1, atol=0.05)
 
 
 class Calls(nn.Module):

@@ -6,7 +6,6 @@ layers left float) is stored as it is, or in 16 bits where the network was round
 is a JSON header. FORMAT.md beside this file describes all of it. Nothing in a file is code, and reading it runs none.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from kdq.quant.activations import ActivationQuantizer, remove_hooks
 from kdq.quant.layers import holders, place_of, unwrapped, weight_of
 from kdq.quant.packing.bits import packed_bytes
 from kdq.quant.packing.packed import PackedWeight, keep_packed
-from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight, float_entries
+from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight, copied, float_entries
 from kdq.quant.solvers.alphabet import MAX_BITS
 from kdq.utils.errors import KdqError, one_line
 from kdq.utils.files import parse_json, regular, replacing
@@ -143,11 +142,7 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     try:
         tensors = _with_zeros(header, tensors)
         weights = {name: _layer(tensors, name, layer) for name, layer in header["layers"].items()}
-        network = (
-            _architecture(path, header, tensors, weights)
-            if network is None
-            else copy.deepcopy(unwrapped(network)).cpu()
-        )
+        network = _architecture(path, header, tensors, weights) if network is None else copied(unwrapped(network)).cpu()
         for module in network.modules():  # a given one may round by its own ranges
             remove_hooks(module, ActivationQuantizer)
         if not isinstance(header["preprocess"] or {}, dict) or not isinstance(header.get("classes", []), list):
