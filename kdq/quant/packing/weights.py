@@ -134,4 +134,6 @@ def float_entries(network: nn.Module, weights: Collection[str]) -> dict[str, Ten
         if is_packed(module, attribute)
     )
     state = network.state_dict()
+    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise KdqError(f"{other[0]} is no tensor, and packed files hold nothing else: let get_extra_state return one")
     return {name: value for name, value in state.items() if name not in aliases and not name.startswith(packed)}

@@ -318,3 +318,27 @@ def test_a_given_network_has_weights_to_fill(tmp_path: Path) -> None:
     for computing in (packed, nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)))):
         with pytest.raises(KdqError, match=r"its weight of 0 as it runs, by decode=.layer.*: pass it as it was built"):
             kdq.load(tmp_path / "net.kdq", network=computing)
+
+
+class Extra(nn.Linear):
+    """A layer with more in its state dict than tensors."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__(8, 4)
+        self.state = state
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    images = torch.randn(9, 8)
+    made, _ = kdq.quantize(nn.Sequential(Extra({"count": 3})), [images], bits=4)
+    with pytest.raises(KdqError, match=r"^0\._extra_state is no tensor.*: let get_extra_state return one$"):
+        kdq.save(made, tmp_path / "net.kdq")
+    made, _ = kdq.quantize(nn.Sequential(Extra(torch.tensor(3))), [images], bits=4)
+    kdq.save(made, tmp_path / "net.kdq")
+    assert kdq.load(tmp_path / "net.kdq", network=nn.Sequential(Extra(torch.tensor(0))))[0].state == 3
