@@ -202,7 +202,8 @@ def _fill(
         2 + ("zero" not in x) for x in header["layers"].values()
     ):
         raise KdqError(f"{path} does not fit the network: they name different tensors")
-    dtypes = {value.dtype for value in floats.values()}
+    # What the network itself holds in 16 bits was not rounded to them.
+    dtypes = {value.dtype for name, value in floats.items() if value.dtype != state[name].dtype}
     network.kdq_float_dtype = next((name for name, dtype in FLOAT_DTYPES.items() if dtype in dtypes), None)  # type: ignore[assignment]
     for name, weight in weights.items():
         if weight.shape != weight_of(network, name).shape:

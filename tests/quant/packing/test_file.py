@@ -342,3 +342,14 @@ def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     made, _ = kdq.quantize(nn.Sequential(Extra(torch.tensor(3))), [images], bits=4)
     kdq.save(made, tmp_path / "net.kdq")
     assert kdq.load(tmp_path / "net.kdq", network=nn.Sequential(Extra(torch.tensor(0))))[0].state == 3
+
+
+@pytest.mark.parametrize("float_dtype", [None, "bf16", "fp16"])
+def test_a_buffer_in_16_bits_is_not_a_network_rounded_to_them(tmp_path: Path, float_dtype: str | None) -> None:
+    net, images = nn.Sequential(nn.Linear(8, 4)), torch.randn(9, 8)
+    net.register_buffer("mean", torch.tensor(0.1, dtype=torch.float16))
+    made, _ = kdq.quantize(net, [images], bits=4, float_dtype=float_dtype)
+    size = kdq.save(made, tmp_path / "net.kdq")
+    loaded = kdq.load(tmp_path / "net.kdq", network=net)
+    assert loaded.kdq_float_dtype == float_dtype
+    assert kdq.save(loaded, tmp_path / "again.kdq") == size
