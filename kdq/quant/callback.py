@@ -22,7 +22,7 @@ from kdq.quant.config import QuantConfig, configured
 from kdq.quant.layers import quantizable_layers, unwrapped
 from kdq.quant.network import Quantized, check_network, quantize_widths
 from kdq.quant.packing.file import save_packed
-from kdq.quant.packing.weights import standing_in
+from kdq.quant.packing.weights import copied, standing_in
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.quant.trainer import Loaders, checkpoints, load_best
 from kdq.utils.errors import KdqError
@@ -128,7 +128,7 @@ class QuantizationCallback(Callback, ABC):
             self.check(self._find(pl_module), self._loaders(trainer, pl_module, 1))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        module = copy.deepcopy(pl_module)
+        module = copied(pl_module)
         load_best(module, trainer, self._restored)
         self._make(self._find(module), trainer, pl_module)
 

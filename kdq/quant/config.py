@@ -82,7 +82,8 @@ class QuantConfig:
             patterns of such names: ``["fc", "*.in_proj"]``.
         float_dtype: what is not quantized (biases, BatchNorm, ``keep_float``) is rounded to ``"bf16"`` or ``"fp16"``,
             to be stored in 16 bits; None leaves it in float32.
-        act_bits: the inputs of every quantized layer are rounded too, one scale per tensor; None leaves them float.
+        act_bits: the inputs of every quantized layer are rounded too, one scale per tensor, so layers that run more
+            than once are refused; None leaves them float.
         act_range: ``"mse"``, ``"percentile"`` or ``"percentile_99.9"``, see
             :meth:`kdq.quant.activations.Histogram.quantizer`.
         correct: after each layer, the means of biased channels are put right (``"bias"``), or the means and variances

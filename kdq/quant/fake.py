@@ -7,7 +7,6 @@ for bit. The rounding has a derivative of zero almost everywhere; the straight-t
 Courville 2013, arXiv 1308.3432) takes that of the identity in its place, inside of the alphabet's range.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -203,7 +202,7 @@ def fake_quantized(network: nn.Module) -> nn.Module:
 def quantized(network: nn.Module) -> nn.Module:
     """A copy of a :func:`fake_quantized` network that computes with its codes, as :func:`kdq.quantize` gives: in eval
     mode, with ``quantized_weights``. A 16-bit ``float_dtype`` is kept."""
-    plain = copy.deepcopy(network)
+    plain = copied(network)
     weights, activations = {}, {}
     for name, module, attribute, rounding in _weight_roundings(plain):
         weights[name] = rounding.quantized_weight(module.parametrizations[attribute].original)  # type: ignore[index, union-attr]
@@ -244,7 +243,7 @@ def layout(network: nn.Module) -> dict[str, dict[str, int]]:
 def with_layout(network: nn.Module, layers: Layout) -> nn.Module:
     """A copy of a float ``network`` that rounds as ``layers`` say: what the state dict of a :func:`fake_quantized` one
     fits."""
-    trainable = copy.deepcopy(network)
+    trainable = copied(network)
     for name, numbers in layers.items():
         module, attribute = place_of(trainable, name)
         zero = torch.zeros(len(weight_of(trainable, name)))

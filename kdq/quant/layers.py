@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from kdq.quant.calibrate.layer import LAYERS
+from kdq.quant.packing.packed import is_packed
 from kdq.utils.errors import KdqError
 
 
@@ -100,13 +101,15 @@ def quantizable_layers(network: nn.Module, keep_float: Collection[str] = ()) -> 
         raise KdqError(f"{lazy[0]} is lazy and has no shape yet: run the network once on a batch first")
     kept = _kept(network, keep_float)
     for name, module in network.named_modules():
+        if any(is_packed(module, attribute) for attribute in getattr(module, "parametrizations", ())):
+            user = name or "the network"
+            raise KdqError(f"{user} decodes its weight as it runs: load the network with decode='once' to quantize it")
         if isinstance(module, LAYERS) and "weight" not in module._parameters:
             if all(id(value) in kept for value in module.parameters() if value.ndim >= 2):
                 continue
             raise KdqError(
-                f"the weight of {name} is computed, by pruning, weight_norm, another parametrization or "
-                "decode='layer': undo that (prune.remove, parametrize.remove_parametrizations, decode='once'), or name "
-                "it in keep_float"
+                f"the weight of {name} is computed, by pruning, weight_norm or another parametrization: undo that "
+                "(prune.remove, parametrize.remove_parametrizations), or name it in keep_float"
             )
     large = ((name, value) for name, value in network.named_parameters() if value.ndim >= 2)
     return [layer_name(name) for name, value in large if id(value) not in kept and value.is_floating_point()]

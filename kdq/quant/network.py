@@ -1,6 +1,5 @@
 """Quantize a whole network on calibration images."""
 
-import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
@@ -14,7 +13,7 @@ from kdq.quant.calibrate.order import Order, running_order
 from kdq.quant.calibrate.walk import Walk
 from kdq.quant.config import QuantConfig, configured
 from kdq.quant.layers import LeftFloat, left_float, quantizable_layers, unwrapped, weight_of
-from kdq.quant.packing.weights import with_float_dtype, with_quantized_weights
+from kdq.quant.packing.weights import copied, with_float_dtype, with_quantized_weights
 from kdq.quant.report import Report
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.utils.errors import KdqError
@@ -93,9 +92,7 @@ def quantize_widths(
     if config.first_last_bits is not None:
         ends = dict.fromkeys((order.layers[0], order.layers[-1]), config.first_last_bits)
         by_layer = [bits | ends for bits in by_layer]
-    walk = Walk(
-        copy.deepcopy(model).eval(), chain([head], iterator), by_layer, config, isolated, on_layer, order.repeated
-    )
+    walk = Walk(copied(model).eval(), chain([head], iterator), by_layer, config, isolated, on_layer, order.repeated)
     walk.run()
     left = _left(model, order, config)
     results = []
@@ -123,7 +120,7 @@ def _running(model: nn.Module, images: Tensor, config: QuantConfig) -> Order:
         raise KdqError("the network is TorchScript, which runs nothing but tensors: quantize what it was made of")
     candidates = quantizable_layers(model, config.keep_float)
     check_values(model, candidates)
-    order = running_order(copy.deepcopy(model).eval(), images, candidates) if candidates else Order([], {}, [], [])
+    order = running_order(copied(model).eval(), images, candidates) if candidates else Order([], {}, [], [])
     if not order.layers:
         rest = ", ".join(f"{x.name} of {x.kind} ({x.why})" for x in _left(model, order, config)[:4])
         raise KdqError("the network has no convolution or linear layer to quantize" + (rest and f"; it has {rest}"))
@@ -131,6 +128,11 @@ def _running(model: nn.Module, images: Tensor, config: QuantConfig) -> Order:
         raise KdqError(
             f"act_bits={config.act_bits} rounds the inputs of modules, and something else takes the weights of "
             f"{', '.join(order.bypassed[:4])}: name them in keep_float, or leave act_bits None (null)"
+        )
+    if config.act_bits is not None and order.repeated:
+        raise KdqError(
+            f"act_bits={config.act_bits} has one range a layer, and {', '.join(order.repeated[:4])} run more than "
+            "once, or share their weight with a layer that runs: name them in keep_float, or leave act_bits None (null)"
         )
     return order
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import kdq
 from kdq import KdqError
@@ -136,6 +137,17 @@ def test_a_bit_search_measures_attention_at_its_widths() -> None:
         assignment = wide | {layer: 2}
         assert stitched(assignment) == Stitched(network, bank.weights, batches)(assignment)
         assert stitched(assignment).loss > stitched(wide).loss
+
+
+@pytest.mark.parametrize("keep", [[], ["block.self_attn", "patch"]])
+def test_packed_weights_are_not_quantized_again_nor_dropped(tmp_path: Path, keep: list[str]) -> None:
+    """Those of ``in_proj`` neither, whose module is no layer's."""
+    kept = ["patch", "*.out_proj", "*.linear*", "head"]
+    for options in ({}, {"keep_float": kept}):
+        kdq.save(kdq.quantize(transformer(), [pictures(4)], bits=3, **options)[0], tmp_path / "network.kdq")
+        loaded = kdq.load(tmp_path / "network.kdq", network=transformer(), decode="layer")
+        with pytest.raises(KdqError, match=r"(patch|block.self_attn) decodes its weight as it runs: .* decode='once'"):
+            kdq.quantize(loaded, [pictures(4)], keep_float=keep)
 
 
 def test_attention_is_trained_through_its_rounding() -> None:
@@ -286,6 +298,85 @@ def test_inputs_of_attention_cannot_be_rounded() -> None:
     with pytest.raises(KdqError, match=r"act_bits=8 .*block.self_attn.in_proj, block.self_attn.out_proj: name them"):
         kdq.quantize(transformer(), [pictures(4)], act_bits=8)
     kdq.quantize(transformer(), [pictures(4)], act_bits=8, keep_float=["*_proj"])
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "name"),
+    [
+        (lambda: Tied(), (70, 12), "first"),
+        (lambda: Looped(), (70, 3, 10, 10), "loop"),
+        (lambda: nn.Sequential(*[layer := nn.Linear(8, 8), nn.ReLU(), layer]), (70, 8), "0"),
+    ],
+    ids=["shared weight", "another stride", "shared module"],
+)
+def test_inputs_of_a_layer_that_runs_more_than_once_cannot_be_rounded(
+    network: Callable[[], nn.Module], shape: tuple[int, ...], name: str
+) -> None:
+    with pytest.raises(KdqError, match=rf"act_bits=8 has one range a layer, and {name} run .*name them in keep_float"):
+        kdq.quantize(network(), [torch.randn(shape)], act_bits=8)
+
+
+def test_layers_beside_a_repeated_one_may_be_rounded() -> None:
+    made, _ = kdq.quantize(Tied(), [torch.randn(70, 12)], act_bits=8, keep_float=["second"])
+    assert list(made.quantized_activations) == ["head"]
+
+
+def _pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("computed", [_pruned, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_computed_weight_may_stay_float(computed: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = nn.Sequential(computed(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 3)), torch.randn(70, 8)
+    with pytest.raises(KdqError, match=r"the weight of 0 is computed.*or name it in keep_float"):
+        kdq.quantize(network, [images])
+    network(images).sum().backward()  # as after training
+    made, report = kdq.quantize(network, [images], bits=3, keep_float=["0"], float_dtype="bf16")
+    assert [layer.name for layer in report.layers] == ["2"]
+    kdq.save(made, tmp_path / "network.kdq")
+    with torch.no_grad():
+        expected = made(images)
+        assert torch.equal(kdq.load(tmp_path / "network.kdq", network=network)(images), expected)
+        assert torch.equal(quantized(fake_quantized(made))(images), expected)
+        assert torch.allclose(made[0](images), network[0](images), rtol=0.1, atol=0.05)
+
+
+class Calls(nn.Module):
+    """Two layers, and between them what a function does."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(6, 8), nn.Linear(8, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("named", "plain"),
+    [
+        (lambda x: x + x.max(1, keepdim=True).values, lambda x: x + x.amax(1, keepdim=True)),
+        (lambda x: x.topk(8).values, lambda x: x.sort(descending=True)[0]),
+        (lambda x: x.gather(1, x.sort(1).indices), lambda x: x.sort(1)[0]),
+        (lambda x: x - torch.aminmax(x, dim=1, keepdim=True).min, lambda x: x - x.amin(1, keepdim=True)),
+        (
+            lambda x: x + torch.stack(torch.aminmax(x, dim=1, keepdim=True)).sum(0),
+            lambda x: x + torch.stack([x.amin(1, keepdim=True), x.amax(1, keepdim=True)]).sum(0),
+        ),
+    ],
+    ids=["max", "topk", "sort", "aminmax", "stack"],
+)
+def test_results_of_torch_functions_have_their_names(
+    named: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor]
+) -> None:
+    images, found = torch.randn(70, 6, generator=torch.Generator().manual_seed(1)), []
+    for function in (named, plain):
+        torch.manual_seed(0)
+        found.append(kdq.quantize(Calls(function), [images], bits=3)[0])
+    with torch.no_grad():
+        assert torch.equal(found[0](images), found[1](images))
 
 
 def _inside(network: nn.Module) -> nn.Module:

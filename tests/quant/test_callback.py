@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import kdq
@@ -136,6 +137,14 @@ def test_a_training_is_the_same_with_and_without_callbacks(data: Any) -> None:
         trainer_with(*callbacks, max_epochs=2, num_sanity_val_steps=0).fit(module, *loaders)
         trained.append(state(module))
     assert_equal(*trained)
+
+
+def test_a_pruned_network_is_quantized_after_its_training(loaders: Any) -> None:
+    module = Foreign()
+    prune.l1_unstructured(module.backbone[0], "weight", 0.5)
+    quantization = PostTrainingQuantization(3, network="backbone", path=None, keep_float=["0"], calibration=loaders[1])
+    trainer_with(quantization, max_epochs=1, limit_train_batches=2).fit(module, loaders[0])
+    assert list(quantization.result.network.quantized_weights) == ["3"]
 
 
 @pytest.mark.parametrize("act_bits", [None, 6])

@@ -1,6 +1,5 @@
 """Networks stitched together from layers that were quantized once, at every width, and their loss."""
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -17,7 +16,7 @@ from kdq.quant.calibrate.order import eager
 from kdq.quant.distributed import gathered, summed
 from kdq.quant.layers import weight_of
 from kdq.quant.packing.packed import PackedWeight
-from kdq.quant.packing.weights import QuantizedWeight
+from kdq.quant.packing.weights import QuantizedWeight, copied
 from kdq.utils.errors import KdqError
 
 #: Bytes of layer outputs kept between evaluations.
@@ -47,7 +46,7 @@ class Stitched:
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
         self.bank = bank
-        self.network = copy.deepcopy(model).eval()
+        self.network = copied(model).eval()
         device = next(model.parameters()).device
         self.batches = [(images.to(device), labels.to(device)) for images, labels in batches]
         if not self.batches:

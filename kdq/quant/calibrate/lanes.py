@@ -99,9 +99,20 @@ def replace_lanes(value: Any, kind: type, replacement: Callable[[Any], Any]) -> 
         return replacement(value)
     if isinstance(value, dict):
         return {key: replace_lanes(item, kind, replacement) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(replace_lanes(item, kind, replacement) for item in value)
+    if type(value) in (list, tuple) or _is_named(value):
+        return _like(value, [replace_lanes(item, kind, replacement) for item in value])
     return value
+
+
+def _is_named(value: Any) -> bool:
+    """Whether it is what functions such as ``torch.max`` return, a tuple whose items have names."""
+    return type(value).__module__ == "torch.return_types"
+
+
+def _like(sample: Any, items: list[Any]) -> Any:
+    """``items`` as what ``sample`` is: a list, a tuple, or one whose items have names."""
+    kind = type(sample)
+    return kind(items) if isinstance(sample, list) or kind is tuple or _is_named(sample) else kind(*items)
 
 
 def _pick(value: Any, lane: int) -> Any:
@@ -140,11 +151,11 @@ def _gather(results: list[Any]) -> Any:
     sample = results[0]
     if isinstance(sample, Tensor):
         return Lanes(results)
-    gathered = (
+    gathered = [
         Lanes([value[index] for value in results]) if isinstance(item, Tensor) else item
         for index, item in enumerate(sample)
-    )
-    return list(gathered) if isinstance(sample, list) else tuple(gathered)
+    ]
+    return _like(sample, gathered)
 
 
 #: The values of one chunk, by the keys a tape knows them under.

@@ -134,7 +134,7 @@ class Walk:
         outputs = self.images.pass_through(self._forward(name, call), inputs)
         bias = self.tensors.get(id(call.bias))
         if self.config.correct is not None and bias is not None:
-            if first_time:
+            if any(version.lane and bias not in version.state for version in self.versions):  # each bias once
                 self._correct_bias(bias, call, outputs)
             outputs = self.images.pass_through(self._shift(bias, call), outputs)
         if first_time:

@@ -6,7 +6,6 @@ layers left float) is stored as it is, or in 16 bits where the network was round
 is a JSON header. FORMAT.md beside this file describes all of it. Nothing in a file is code, and reading it runs none.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from kdq.models.table import shape_of, stored_name
-from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.activations import ActivationQuantizer, remove_hooks
 from kdq.quant.layers import holders, place_of, unwrapped, weight_of
 from kdq.quant.packing.bits import packed_bytes
 from kdq.quant.packing.packed import PackedWeight, keep_packed
-from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight, float_entries
+from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight, copied, float_entries
 from kdq.quant.solvers.alphabet import MAX_BITS
 from kdq.utils.errors import KdqError, one_line
 from kdq.utils.files import parse_json, regular, replacing
@@ -142,11 +142,9 @@ def load_packed(path: str | Path, network: nn.Module | None = None, decode: str 
     try:
         tensors = _with_zeros(header, tensors)
         weights = {name: _layer(tensors, name, layer) for name, layer in header["layers"].items()}
-        network = (
-            _architecture(path, header, tensors, weights)
-            if network is None
-            else copy.deepcopy(unwrapped(network)).cpu()
-        )
+        network = _architecture(path, header, tensors, weights) if network is None else copied(unwrapped(network)).cpu()
+        for module in network.modules():  # a given one may round by its own ranges
+            remove_hooks(module, ActivationQuantizer)
         if not isinstance(header["preprocess"] or {}, dict) or not isinstance(header.get("classes", []), list):
             raise KdqError("its preprocess is no object, or its classes are no list")
         activations = {name: _activation(fields) for name, fields in header.get("activations", {}).items()}
@@ -189,6 +187,12 @@ def _fill(
     decode: str,
 ) -> None:
     """Give ``network`` the file's values."""
+    for name in weights:
+        if parametrize.is_parametrized(*place_of(network, name)):
+            raise KdqError(
+                f"the given network computes its weight of {name} as it runs, by decode='layer' or a parametrization: "
+                "pass it as it was built"
+            )
     places = holders(network)
     holding = {name: places[id(weight_of(network, name))] for name in weights}
     state, expected = network.state_dict(), float_entries(network, weights)
@@ -198,7 +202,8 @@ def _fill(
         2 + ("zero" not in x) for x in header["layers"].values()
     ):
         raise KdqError(f"{path} does not fit the network: they name different tensors")
-    dtypes = {value.dtype for value in floats.values()}
+    # What the network itself holds in 16 bits was not rounded to them.
+    dtypes = {value.dtype for name, value in floats.items() if value.dtype != state[name].dtype}
     network.kdq_float_dtype = next((name for name, dtype in FLOAT_DTYPES.items() if dtype in dtypes), None)  # type: ignore[assignment]
     for name, weight in weights.items():
         if weight.shape != weight_of(network, name).shape:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from kdq.quant.packing.packed import is_packed
 from kdq.quant.solvers.alphabet import code_bits, decode
 from kdq.utils.checks import one_of
 from kdq.utils.errors import KdqError
+
+Network = TypeVar("Network", bound=nn.Module)
 
 #: What values that are not quantized may be rounded to.
 FLOAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,10 +46,18 @@ class QuantizedWeight:
         return decode(rows, self.scale[:, None], self.zero[:, None], self.levels).view(self.codes.shape)
 
 
-def copied(network: nn.Module) -> nn.Module:
-    """A copy of ``network`` that shares its codes, which never change and take more memory than itself."""
+def copied(network: Network) -> Network:
+    """A copy of ``network`` that shares its codes, which never change and take more memory than itself.
+
+    What modules compute from their parameters and keep, such as a pruned weight, is copied by its values.
+    """
     codes = getattr(network, "quantized_weights", {}).values()
-    return copy.deepcopy(network, {id(weight): weight for weight in codes})
+    memo: dict[int, Any] = {id(weight): weight for weight in codes}
+    for module in network.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # which deepcopy refuses
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(network, memo)
 
 
 def with_quantized_weights(
@@ -61,7 +72,7 @@ def with_quantized_weights(
         activations: quantizers of the inputs of layers, by name, kept as its ``quantized_activations``.
         state: new values of other entries of the state dict.
     """
-    quantized = copy.deepcopy(model).eval()
+    quantized = copied(model).eval()
     with torch.no_grad():
         for name, weight in weights.items():
             weight_of(quantized, name).copy_(weight.decode())
@@ -123,4 +134,6 @@ def float_entries(network: nn.Module, weights: Collection[str]) -> dict[str, Ten
         if is_packed(module, attribute)
     )
     state = network.state_dict()
+    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise KdqError(f"{other[0]} is no tensor, and packed files hold nothing else: let get_extra_state return one")
     return {name: value for name, value in state.items() if name not in aliases and not name.startswith(packed)}

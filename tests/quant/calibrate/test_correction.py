@@ -40,6 +40,33 @@ def test_layers_with_a_bias_keep_their_means(relu_net: nn.Module, correct: str) 
         assert error(outputs_of(corrected, name, images).mean(1), expected) < 1e-5
 
 
+class Shared(nn.Module):
+    """Two layers that share their weight, or their bias."""
+
+    def __init__(self, attribute: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        setattr(self.second, attribute, getattr(self.first, attribute))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+@pytest.mark.parametrize("attribute", ["weight", "bias"])
+def test_each_bias_is_corrected_where_it_first_runs(attribute: str) -> None:
+    torch.manual_seed(0)
+    network, images = Shared(attribute), torch.randn(150, 8)
+    names = ["first", "second", "head"] if attribute == "weight" else ["first", "head"]
+    plain, _ = kdq.quantize(network, [images], bits=2, solver="gpfq")
+    corrected, report = kdq.quantize(network, [images], bits=2, solver="gpfq", correct="bias")
+    for name in names:
+        expected = outputs_of(network, name, images).mean(1)
+        assert error(outputs_of(plain, name, images).mean(1), expected) > 0.01
+        assert error(outputs_of(corrected, name, images).mean(1), expected) < 1e-5
+    outputs, exact = (outputs_of(net, "head", images) for net in (corrected, network))
+    assert float((outputs - exact).norm() / exact.norm()) == pytest.approx(report.layers[-1].error, rel=1e-3)
+
+
 def test_batchnorms_keep_their_means_and_variances() -> None:
     torch.manual_seed(0)
     network, images = CifarResNet(20, num_classes=10, width=0.25).eval(), torch.randn(100, 3, 16, 16)

@@ -296,3 +296,60 @@ def test_names_that_begin_like_a_weights_are_kept(tmp_path: Path) -> None:
     quantized, _ = kdq.quantize(net, [torch.randn(8, 3, 2, 2)], bits=4)
     kdq.save(quantized, tmp_path / "net.kdq")
     assert kdq.load(tmp_path / "net.kdq", network=net).state_dict()["1.weight_scale"] == 3
+
+
+def test_a_given_network_lends_its_shape_and_not_its_rounding(tmp_path: Path, relu_net: nn.Module) -> None:
+    images = torch.randn(8, 3, 8, 8)
+    rounding, _ = kdq.quantize(relu_net, [images], bits=8, act_bits=2)
+    saved, _ = kdq.quantize(relu_net, [images], bits=8)
+    kdq.save(saved, tmp_path / "net.kdq")
+    with torch.no_grad():
+        before = rounding(images)
+        assert torch.equal(kdq.load(tmp_path / "net.kdq", network=rounding)(images), saved(images))
+        assert torch.equal(rounding(images), before)
+        kdq.save(rounding, tmp_path / "rounding.kdq")
+        assert torch.equal(kdq.load(tmp_path / "rounding.kdq", network=rounding)(images), before)
+
+
+def test_a_given_network_has_weights_to_fill(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 4))
+    kdq.save(kdq.quantize(net, [torch.randn(9, 8)], bits=4)[0], tmp_path / "net.kdq")
+    packed = kdq.load(tmp_path / "net.kdq", network=net, decode="layer")
+    for computing in (packed, nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)))):
+        with pytest.raises(KdqError, match=r"its weight of 0 as it runs, by decode=.layer.*: pass it as it was built"):
+            kdq.load(tmp_path / "net.kdq", network=computing)
+
+
+class Extra(nn.Linear):
+    """A layer with more in its state dict than tensors."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__(8, 4)
+        self.state = state
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    images = torch.randn(9, 8)
+    made, _ = kdq.quantize(nn.Sequential(Extra({"count": 3})), [images], bits=4)
+    with pytest.raises(KdqError, match=r"^0\._extra_state is no tensor.*: let get_extra_state return one$"):
+        kdq.save(made, tmp_path / "net.kdq")
+    made, _ = kdq.quantize(nn.Sequential(Extra(torch.tensor(3))), [images], bits=4)
+    kdq.save(made, tmp_path / "net.kdq")
+    assert kdq.load(tmp_path / "net.kdq", network=nn.Sequential(Extra(torch.tensor(0))))[0].state == 3
+
+
+@pytest.mark.parametrize("float_dtype", [None, "bf16", "fp16"])
+def test_a_buffer_in_16_bits_is_not_a_network_rounded_to_them(tmp_path: Path, float_dtype: str | None) -> None:
+    net, images = nn.Sequential(nn.Linear(8, 4)), torch.randn(9, 8)
+    net.register_buffer("mean", torch.tensor(0.1, dtype=torch.float16))
+    made, _ = kdq.quantize(net, [images], bits=4, float_dtype=float_dtype)
+    size = kdq.save(made, tmp_path / "net.kdq")
+    loaded = kdq.load(tmp_path / "net.kdq", network=net)
+    assert loaded.kdq_float_dtype == float_dtype
+    assert kdq.save(loaded, tmp_path / "again.kdq") == size
