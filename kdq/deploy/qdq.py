@@ -148,7 +148,9 @@ class Builder:
         """Replace the weight of ``node`` by INT8 codes and its bias by INT32 ones."""
         weight = torch.from_numpy(self.constants[node.input[1]].copy())
         bias = torch.from_numpy(self.constants[node.input[2]].copy()) if len(node.input) > 2 else None
-        int8 = int8_weight(weight, self.coded.get(layer), self.factors.get(layer), bias, input_scale)
+        factor = self.factors.get(layer)
+        coded = None if factor is None else self.coded.get(layer)
+        int8 = int8_weight(weight, coded, factor, bias, input_scale)
         self.exact[layer] = int8.exact
         node.input[1] = self.dequantized(f"{layer}.weight", int8.codes.numpy(), int8.scale.numpy())
         if bias is not None:

@@ -147,6 +147,42 @@ def test_a_norm_that_shares_its_input_is_not_folded(images: Tensor) -> None:
     assert (_run(models["int8"], images) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+class _Norms(nn.Module):
+    """Convolutions whose BatchNorm has no parameters, or is one for both."""
+
+    def __init__(self, affine: bool, shared: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.Linear(8, 5)
+        self.first = nn.BatchNorm2d(8, affine=affine)
+        self.second = self.first if shared else nn.BatchNorm2d(8, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.two(self.first(self.one(x)).relu())).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(("affine", "shared"), [(True, False), (False, False), (True, True)])
+def test_the_factors_of_every_folded_norm_are_in_the_codes(images: Tensor, affine: bool, shared: bool) -> None:
+    torch.manual_seed(0)
+    network = _Norms(affine, shared)
+    for _ in range(5):
+        network(images * 3)
+    quantized, _ = kdq.quantize(network.eval(), [images], bits=4)
+    models = onnx_models(quantized, SHAPE, calibration=[images])
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load_from_string(models["fp32"]).graph.node}
+    with torch.no_grad():
+        expected = quantized(images)
+    for kind, most in (("fp32", 1e-5), ("codes", 1e-5), ("int8", 0.02)):
+        assert (_run(models[kind], images) - expected).norm() < most * expected.norm(), kind
+
+
+def test_a_norm_of_tokens_is_not_folded_into_their_features(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = trained_norms(nn.Sequential(nn.Flatten(2), nn.Linear(81, 3), nn.BatchNorm1d(3), nn.Flatten()))
+    model = onnx_models(network, SHAPE, ["fp32"])["fp32"]
+    with torch.no_grad():
+        torch.testing.assert_close(_run(model, images), network(images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def mixed(images: Tensor) -> nn.Module:
     """A residual network with layers of 2 to 8 bits and inputs of 8, as a packed file's user has it."""
