@@ -119,6 +119,7 @@ class Builder:
         self.constants = {item.name: onnx.numpy_helper.to_array(item) for item in self.model.graph.initializer}
         self.exact: dict[str, Tensor] = {}
         self.made: dict[tuple[str, ActivationQuantizer], str] = {}
+        self.made_constants: dict[tuple[str, bytes, bytes], str] = {}
         self.nodes: dict[str, list[Any]] = {}
 
     def rounded(self, tensor: str, quantizer: ActivationQuantizer) -> str:
@@ -159,10 +160,15 @@ class Builder:
             node.input[2] = self.dequantized(f"{layer}.bias", codes, scale)
 
     def dequantized(self, name: str, codes: np.ndarray, scale: np.ndarray) -> str:
-        """A constant as codes and scales along its first axis."""
-        inputs = [self.constant(f"{name}_codes", codes), self.constant(f"{name}_scale", scale)]
+        """A constant as codes and scales along its first axis. A layer that runs again takes the one that is made, or,
+        where its input's other scale makes another one of its bias, that."""
+        key = (name, codes.tobytes(), scale.tobytes())
+        if key in self.made_constants:
+            return self.made_constants[key]
+        others = sum(name == other for other, *_ in self.made_constants) or ""
+        inputs = [self.constant(f"{name}_codes{others}", codes), self.constant(f"{name}_scale{others}", scale)]
         inputs.append(self.constant(f"{name}_zero", np.zeros(len(scale), codes.dtype)))
-        output = f"{name}_float"
+        output = self.made_constants[key] = f"{name}_float{others}"
         self.nodes.setdefault("", []).append(self.onnx.helper.make_node("DequantizeLinear", inputs, [output], axis=0))
         return output
 
