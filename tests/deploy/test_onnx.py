@@ -109,6 +109,16 @@ class _Kernel(nn.Module):
         return nn.functional.conv2d(input, self.kernel)
 
 
+def test_quantized_layers_that_stay_float_are_told(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    bits = {"0.kernel": 4, "2": 16, "5": 17}  # "codes" ends at 16
+    network = nn.Sequential(_Kernel(), nn.ReLU(), nn.Conv2d(4, 4, 7), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    quantized, _ = kdq.quantize(network.eval(), [images], bits=bits)
+    onnx_models(quantized, SHAPE, ["codes", "int8"], [images], "mse")
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("kdq.deploy")]
+    assert told == [f"these layers stay float in {x}: the exporter changed them: 0.kernel" for x in ("codes", "INT8")]
+
+
 class _AroundOne(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.batch_norm(input, self.running_mean, self.running_var, 1 + self.weight, self.bias)
