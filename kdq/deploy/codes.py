@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from kdq.deploy.fold import Coded
 from kdq.deploy.graph import FloatGraph
@@ -27,16 +26,18 @@ def codes_graph(source: FloatGraph, weights: Mapping[str, Coded]) -> tuple[Any, 
     build, stored = Builder(source, weights), {}
     for node in build.model.graph.node:
         layer = layer_of(node, build.constants)
-        weight = weights.get(layer or "")
+        weight, factor = weights.get(layer or ""), source.factors.get(layer or "")
         bits = None if weight is None else next((bits for bits in TYPES if weight.bits <= bits), None)
-        if layer is None or weight is None or bits is None:
+        if layer is None or weight is None or factor is None or bits is None:
+            continue
+        name = node.input[1]
+        node.input[1] = f"{name}_mul"
+        if layer in stored:  # it runs twice
             continue
         kind, opset, version = TYPES[bits]
-        factor = source.factors.get(layer, torch.ones(len(weight.scale)))
         scale = (weight.scale.double() * factor).float().numpy()
         each = (-1,) + (1,) * (weight.codes.ndim - 1)
         codes = weight.codes.numpy().astype(np.uint16).astype(getattr(ml_dtypes, kind, None) or kind)
-        name = node.input[1]
         steps: tuple[tuple[str, list[str], dict[str, int]], ...] = (
             ("Cast", [build.constant(f"{name}_codes", codes)], {"to": build.onnx.TensorProto.FLOAT}),
             ("Sub", [f"{name}_cast", build.constant(f"{name}_zero", weight.zero.numpy().reshape(each))], {}),
@@ -45,7 +46,6 @@ def codes_graph(source: FloatGraph, weights: Mapping[str, Coded]) -> tuple[Any, 
         for step, inputs, options in steps:
             made = build.onnx.helper.make_node(step, inputs, [f"{name}_{step.lower()}"], **options)
             build.nodes.setdefault("", []).append(made)
-        node.input[1] = f"{name}_mul"
         stored[layer] = bits
         standard = next(opsets for opsets in build.model.opset_import if opsets.domain == "")
         standard.version = max(standard.version, opset)

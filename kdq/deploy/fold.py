@@ -1,4 +1,4 @@
-"""BatchNorm folded into the layer before it, and folded weights as INT8 codes.
+"""Weights with BatchNorm folded into them as INT8 codes.
 
 In eval mode BatchNorm multiplies each channel by a factor and adds a shift; so does the scale of a quantized weight.
 Hence the few levels of a low-bit weight survive folding exactly: the codes stay, and the channel's scale takes the
@@ -9,8 +9,7 @@ halves the scale. A whole number may multiply all codes of a channel, and divide
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch import Tensor
 
 from kdq.quant.packing.packed import PackedWeight
 from kdq.quant.packing.weights import QuantizedWeight
@@ -35,21 +34,6 @@ class Int8Weight:
     codes: Tensor  # int8, in the weight's shape
     scale: Tensor  # float32, positive, (out_channels,)
     exact: Tensor  # bool, (out_channels,)
-
-
-def folded(weight: Tensor, bias: Tensor | None, norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer that does what the given one and ``norm``, in eval mode, after it do: torch's own fusion, in float64.
-    Its weight and bias have the weight's dtype; the third are the factors ``(out_channels,)``, float64, that the
-    channels of the weight ``(out_channels, ...)`` were multiplied by."""
-    mean, variance, scale, shift, offset = (
-        None if value is None else value.detach().double()
-        for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias, bias)
-    )
-    assert mean is not None
-    assert variance is not None
-    factor = (variance + norm.eps).rsqrt() * (1 if scale is None else scale)
-    fused, fused_bias = fuse_conv_bn_weights(weight.detach().double(), offset, mean, variance, norm.eps, scale, shift)
-    return fused.detach().to(weight.dtype), fused_bias.detach().to(weight.dtype), factor
 
 
 def int8_weight(

@@ -4,18 +4,17 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
-from kdq.deploy.fold import folded
 from kdq.deploy.runtime import needs
 from kdq.quant.activations import ActivationQuantizer, remove_hooks
+from kdq.quant.layers import layer_name, weight_of
 from kdq.quant.packing.packed import keep_decoded
 from kdq.quant.packing.weights import copied
 from kdq.utils.errors import KdqError
@@ -23,18 +22,17 @@ from kdq.utils.errors import KdqError
 #: The newest that ONNX Runtime fuses INT8 graphs of.
 OPSET = 21
 _aten = torch.ops.aten
-_LAYERS = {_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default}
-_LAYERS |= {_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding}
 
 
 @dataclass(frozen=True)
 class FloatGraph:
-    """An ONNX model, and by layer the factors of the BatchNorms folded into their weights.
+    """An ONNX model, and what its weights are of the network's own.
 
     Attributes:
         model: ``onnx.ModelProto``; its input ``image`` ``(batch, channels, height, width)`` and its output ``logits``
             have a dynamic batch, and a layer's weight is the initializer ``<layer>.weight``.
-        factors: layer name to ``(out_channels,)``.
+        factors: quantized layer to ``(out_channels,)``, float64: what the BatchNorm folded into the layer multiplied
+            its channels by; ones where there is none. A layer whose weight in the graph is anything else is not there.
     """
 
     model: Any
@@ -54,7 +52,6 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
         remove_hooks(module, ActivationQuantizer)
     program = _exported(plain, shape)
     with _quietly():
-        factors = _fold(program, plain)
         _flatten(program.graph)
         try:
             exported = torch.onnx.export(
@@ -65,7 +62,7 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
     assert exported is not None
     model = exported.model_proto
     _pool(model.graph)
-    return FloatGraph(model, factors)
+    return FloatGraph(model, _factors(model.graph, plain))
 
 
 def _decoded(network: nn.Module) -> nn.Module:
@@ -91,37 +88,6 @@ def _exported(network: nn.Module, shape: tuple[int, ...]) -> torch.export.Export
             return torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=dynamic)
         except Exception as error:  # torch raises many kinds, for many reasons, over many lines
             raise KdqError(f"torch cannot export this network for {shape} images: {_first_line(error)}") from error
-
-
-def _fold(program: torch.export.ExportedProgram, network: nn.Module) -> dict[str, Tensor]:
-    """Fold every BatchNorm that alone reads a layer's output; its bias becomes the layer's. Only where both take what
-    their modules hold: what a forward pass computes (a weight, a bias, statistics) is not what folding would change."""
-    held = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
-    factors = {}
-    for node in list(program.graph.nodes):
-        if node.target not in _LAYERS or len(node.users) != 1:
-            continue
-        norm, weight = next(iter(node.users)), node.args[1]
-        if norm.target != _aten.batch_norm.default or norm.args[0] is not node or not _own(norm.args[2], weight):
-            continue
-        layer, module = (held.get(each.name, "").rpartition(".")[0] for each in (weight, norm.args[2]))
-        bias_of_layer = node.args[2] if len(node.args) > 2 else None
-        taken = {"weight": weight} | ({} if bias_of_layer is None else {"bias": bias_of_layer})
-        affine = dict(zip(("weight", "bias", "running_mean", "running_var"), norm.args[1:5], strict=True))
-        if not (_held(held, layer, taken) and _held(held, module, affine)):
-            continue
-        norm_module: Any = network.get_submodule(module)
-        owner = network.get_submodule(layer)
-        bias = None if bias_of_layer is None else owner.bias
-        new_weight, new_bias, factor = folded(owner.weight, bias, norm_module)  # type: ignore[arg-type]
-        program.state_dict[f"{layer}.weight"] = nn.Parameter(new_weight)
-        program.state_dict[f"{module}.bias"] = nn.Parameter(new_bias)
-        node.args = (*node.args[:2], norm.args[2], *node.args[3:])
-        norm.replace_all_uses_with(node)
-        program.graph.erase_node(norm)
-        factors[layer] = factor
-        node.graph.lint()
-    return factors
 
 
 def _flatten(graph: torch.fx.Graph) -> None:
@@ -163,15 +129,23 @@ def _pool(graph: Any) -> None:
         graph.initializer.remove(item)
 
 
-def _held(held: Mapping[str, str], module: str, taken: Mapping[str, Node | None]) -> bool:
-    """Every one of the inputs taken is the module's own of that name."""
-    own = {name: f"{module}.{name}".removeprefix(".") for name in taken}
-    return all(node is not None and held.get(node.name) == own[name] for name, node in taken.items())
+def _factors(graph: Any, network: nn.Module) -> dict[str, Tensor]:
+    """What ``graph``, whose BatchNorms were folded as the exporter sees fit, multiplied the weights' channels by."""
+    import onnx
 
-
-def _own(*parameters: Node | None) -> bool:
-    """The parameters exist and are used once: changing them changes nothing else."""
-    return all(parameter is not None and len(parameter.users) == 1 for parameter in parameters)
+    weights, factors = getattr(network, "quantized_weights", {}), {}
+    for item in graph.initializer:
+        if not item.name.endswith("weight") or (layer := layer_name(item.name)) not in weights:
+            continue
+        own = weight_of(network, layer).detach().double()
+        made = torch.from_numpy(onnx.numpy_helper.to_array(item).astype("float64"))
+        if made.shape != own.shape:
+            continue
+        rows, own = made.flatten(1), own.flatten(1)
+        factor = ((rows * own).sum(1) / (own * own).sum(1)).nan_to_num(1)
+        if torch.allclose(rows, own * factor[:, None], rtol=1e-4, atol=1e-30):
+            factors[layer] = factor
+    return factors
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from kdq.deploy.calibrate import divergence, histograms
-from kdq.deploy.codes import codes_graph
+from kdq.deploy.codes import TYPES, codes_graph
+from kdq.deploy.fold import Coded
 from kdq.deploy.graph import FloatGraph, float_graph
 from kdq.deploy.qdq import ACT_BITS, int8_graph, unmeasured
 from kdq.deploy.runtime import needs
@@ -56,7 +57,9 @@ def onnx_models(
     if "fp32" in formats:
         found["fp32"] = _finished(source.model, card | {"kdq.weights": "float32"})
     if "codes" in formats:
-        model, stored = codes_graph(source, getattr(network, "quantized_weights", {}))
+        weights: Mapping[str, Coded] = getattr(network, "quantized_weights", {})
+        model, stored = codes_graph(source, weights)
+        _tell_float("codes", {name for name, weight in weights.items() if weight.bits <= max(TYPES)} - set(stored))
         widths = ", ".join(f"{count} layers in {bits} bits" for bits, count in sorted(Counter(stored.values()).items()))
         found["codes"] = _finished(model, card | {"kdq.weights": f"codes: {widths or 'none'}"})
     if "int8" in formats:
@@ -89,13 +92,17 @@ def _int8(
     if len(candidates) > 1:
         candidates.sort(key=lambda candidate: divergence(source.model, candidate[0], batches))
     model, exact = candidates[0]
-    if float_layers := sorted(set(weights) - set(exact)):
-        log.warning("these layers stay float in INT8: the exporter changed them: %s", ", ".join(float_layers))
+    _tell_float("INT8", set(weights) - set(exact))
     channels = sum(len(mask) for mask in exact.values())
     kept = sum(int(mask.sum()) for mask in exact.values())
     bits = sorted({weights[name].bits for name, mask in exact.items() if name in weights and bool(mask.any())})
     text = f"int8; {kept} of {channels} channels hold the packed network's own levels"
     return model, text + (f" of {', '.join(map(str, bits))} bits" if bits else "")
+
+
+def _tell_float(where: str, layers: Collection[str]) -> None:
+    if layers:
+        log.warning("these layers stay float in %s: the exporter changed them: %s", where, ", ".join(sorted(layers)))
 
 
 def _card(network: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:

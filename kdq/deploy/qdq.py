@@ -119,6 +119,7 @@ class Builder:
         self.constants = {item.name: onnx.numpy_helper.to_array(item) for item in self.model.graph.initializer}
         self.exact: dict[str, Tensor] = {}
         self.made: dict[tuple[str, ActivationQuantizer], str] = {}
+        self.made_constants: dict[tuple[str, bytes, bytes], str] = {}
         self.nodes: dict[str, list[Any]] = {}
 
     def rounded(self, tensor: str, quantizer: ActivationQuantizer) -> str:
@@ -148,7 +149,9 @@ class Builder:
         """Replace the weight of ``node`` by INT8 codes and its bias by INT32 ones."""
         weight = torch.from_numpy(self.constants[node.input[1]].copy())
         bias = torch.from_numpy(self.constants[node.input[2]].copy()) if len(node.input) > 2 else None
-        int8 = int8_weight(weight, self.coded.get(layer), self.factors.get(layer), bias, input_scale)
+        factor = self.factors.get(layer)
+        coded = None if factor is None else self.coded.get(layer)
+        int8 = int8_weight(weight, coded, factor, bias, input_scale)
         self.exact[layer] = int8.exact
         node.input[1] = self.dequantized(f"{layer}.weight", int8.codes.numpy(), int8.scale.numpy())
         if bias is not None:
@@ -157,10 +160,15 @@ class Builder:
             node.input[2] = self.dequantized(f"{layer}.bias", codes, scale)
 
     def dequantized(self, name: str, codes: np.ndarray, scale: np.ndarray) -> str:
-        """A constant as codes and scales along its first axis."""
-        inputs = [self.constant(f"{name}_codes", codes), self.constant(f"{name}_scale", scale)]
+        """A constant as codes and scales along its first axis. A layer that runs again takes the one that is made, or,
+        where its input's other scale makes another one of its bias, that."""
+        key = (name, codes.tobytes(), scale.tobytes())
+        if key in self.made_constants:
+            return self.made_constants[key]
+        others = sum(name == other for other, *_ in self.made_constants) or ""
+        inputs = [self.constant(f"{name}_codes{others}", codes), self.constant(f"{name}_scale{others}", scale)]
         inputs.append(self.constant(f"{name}_zero", np.zeros(len(scale), codes.dtype)))
-        output = f"{name}_float"
+        output = self.made_constants[key] = f"{name}_float{others}"
         self.nodes.setdefault("", []).append(self.onnx.helper.make_node("DequantizeLinear", inputs, [output], axis=0))
         return output
 

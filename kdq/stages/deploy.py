@@ -90,6 +90,9 @@ def deploy(cell: Cell, row: Row) -> Row:
         models = {name: models[name]}
         found = (name, values[f"top1_onnx_{name}"], single[name].median_ms)
         values |= dict(zip(KEPT, found, strict=True))
+    if row.deploy_hash != values["deploy_hash"]:  # nor do the models that were measured with other settings
+        for name in set(FORMATS) - set(models):
+            path.with_suffix(f".{name}.onnx").unlink(missing_ok=True)
     for name, model in models.items():
         with replacing(path.with_suffix(f".{name}.onnx")) as temporary:
             temporary.write_bytes(model)

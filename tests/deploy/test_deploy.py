@@ -113,6 +113,8 @@ def test_other_settings_are_measured_again_and_alone(run: Any, cli: Any, tmp_pat
     (again,) = [row for row in read_rows(tmp_path / "copy" / "rows") if row.bits == 8]
     assert (again.throughput_batch, again.top1_onnx_int8, again.latency_ms_onnx_int8) == (4, None, None)
     assert again.top1_onnx_fp32 == next(row.top1_onnx_fp32 for row in rows if row.bits == 8)
+    files = [(tmp_path / "copy" / again.artifact).with_suffix(f".{kind}.onnx").is_file() for kind in ("fp32", "int8")]
+    assert files == [True, False]
 
 
 def test_best_keeps_the_fastest_that_is_accurate_enough(run: Any, cli: Any, tmp_path: Path) -> None:

@@ -1,42 +1,12 @@
-"""Folding and INT8 codes against the layers they stand for."""
+"""INT8 codes against the folded weights they stand for."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdq.deploy.fold import folded, int8_weight
+from kdq.deploy.fold import int8_weight
 from kdq.quant.packing.weights import QuantizedWeight
 from kdq.quant.solvers.alphabets import ALPHABETS
-
-
-def _norm(channels: int) -> nn.BatchNorm2d:
-    """With factors of either sign, and one of zero."""
-    norm = nn.BatchNorm2d(channels).eval()
-    for value in (norm.weight, norm.bias, norm.running_mean):
-        assert isinstance(value, Tensor)
-        nn.init.normal_(value)
-    assert norm.running_var is not None
-    norm.running_var.uniform_(0.1, 3)
-    with torch.no_grad():
-        norm.weight[0] = 0
-    return norm
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_folded_layer_does_what_the_layer_and_its_norm_did(bias: bool) -> None:
-    layer, norm, images = nn.Conv2d(3, 8, 3, bias=bias).double(), _norm(8).double(), torch.randn(2, 3, 9, 9).double()
-    weight, offset, _ = folded(layer.weight, layer.bias, norm)
-    torch.testing.assert_close(nn.functional.conv2d(images, weight, offset), norm(layer(images)))
-
-
-def test_a_norm_without_parameters_folds_too() -> None:
-    norm = nn.BatchNorm2d(4, affine=False).eval()
-    nn.init.uniform_(norm.running_var, 0.5, 2)
-    images, linear = torch.randn(5, 4).double(), nn.Linear(4, 4).double()
-    weight, bias, factor = folded(linear.weight, linear.bias, norm)
-    expected = norm.double()(linear(images)[..., None, None])[..., 0, 0]
-    torch.testing.assert_close(images @ weight.T + bias, expected)
-    torch.testing.assert_close(weight, linear.weight * factor[:, None])
 
 
 def _coded(weight: Tensor, alphabet: str, bits: int) -> QuantizedWeight:
@@ -49,7 +19,9 @@ def _coded(weight: Tensor, alphabet: str, bits: int) -> QuantizedWeight:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
 def test_levels_of_up_to_seven_bits_survive(alphabet: str, bits: int) -> None:
     coded = _coded(torch.randn(8, 4, 3, 3), alphabet, bits)
-    wanted, bias, factor = folded(coded.decode(), None, _norm(8))
+    factor, bias = torch.randn(8).double(), torch.randn(8)
+    factor[0] = 0
+    wanted = coded.decode() * factor.float().view(-1, 1, 1, 1)
     int8 = int8_weight(wanted, coded, factor, bias, input_scale=0.02)
     assert int8.codes.dtype == torch.int8
     assert bool((int8.scale > 0).all())

@@ -109,6 +109,16 @@ class _Kernel(nn.Module):
         return nn.functional.conv2d(input, self.kernel)
 
 
+def test_quantized_layers_that_stay_float_are_told(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    bits = {"0.kernel": 4, "2": 16, "5": 17}  # "codes" ends at 16
+    network = nn.Sequential(_Kernel(), nn.ReLU(), nn.Conv2d(4, 4, 7), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    quantized, _ = kdq.quantize(network.eval(), [images], bits=bits)
+    onnx_models(quantized, SHAPE, ["codes", "int8"], [images], "mse")
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("kdq.deploy")]
+    assert told == [f"these layers stay float in {x}: the exporter changed them: 0.kernel" for x in ("codes", "INT8")]
+
+
 class _AroundOne(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.batch_norm(input, self.running_mean, self.running_var, 1 + self.weight, self.bias)
@@ -145,6 +155,79 @@ def test_a_norm_that_shares_its_input_is_not_folded(images: Tensor) -> None:
         expected = network(images)
     torch.testing.assert_close(_run(models["fp32"], images), expected, rtol=1e-4, atol=1e-5)
     assert (_run(models["int8"], images) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+class _Chain(nn.Module):
+    """Without sums: INT8 rounds exactly what the evaluated network rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
+        self.two, self.head = nn.Conv2d(8, 8, 3, groups=2), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.one(x)))
+        return self.head(torch.relu(self.two(x)).flatten(1))
+
+
+class _Norms(nn.Module):
+    """Convolutions whose BatchNorm has no parameters, or is one for both."""
+
+    def __init__(self, affine: bool, shared: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.Linear(8, 5)
+        self.first = nn.BatchNorm2d(8, affine=affine)
+        self.second = self.first if shared else nn.BatchNorm2d(8, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.two(self.first(self.one(x)).relu())).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(("affine", "shared"), [(True, False), (False, False), (True, True)])
+def test_the_factors_of_every_folded_norm_are_in_the_codes(images: Tensor, affine: bool, shared: bool) -> None:
+    torch.manual_seed(0)
+    network = _Norms(affine, shared)
+    for _ in range(5):
+        network(images * 3)
+    quantized, _ = kdq.quantize(network.eval(), [images], bits=4)
+    models = onnx_models(quantized, SHAPE, calibration=[images])
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load_from_string(models["fp32"]).graph.node}
+    with torch.no_grad():
+        expected = quantized(images)
+    for kind, most in (("fp32", 1e-5), ("codes", 1e-5), ("int8", 0.02)):
+        assert (_run(models[kind], images) - expected).norm() < most * expected.norm(), kind
+
+
+class _Twice(_Chain):
+    """A layer that runs twice, on tensors of different ranges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.two(self.norm(self.one(x)).relu()).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_a_layer_that_runs_twice_is_stored_once(images: Tensor, act_bits: int | None) -> None:
+    torch.manual_seed(0)
+    quantized, _ = kdq.quantize(trained_norms(_Twice()), [images], bits=4, act_bits=act_bits)
+    models = onnx_models(quantized, SHAPE, ["codes", "int8"], [images])
+    with torch.no_grad():
+        expected = quantized(images)
+    for kind, most in (("codes", 1e-5 if act_bits is None else 0.05), ("int8", 0.05)):
+        assert (_run(models[kind], images) - expected).norm() < most * expected.norm(), kind
+        kinds = {name: value.size for name, value in _constants(onnx.load_from_string(models[kind])).items()}
+        assert [size for name, size in kinds.items() if name.startswith("two.weight_codes")] == [8 * 8 * 9]
+
+
+def test_a_norm_of_tokens_is_not_folded_into_their_features(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = trained_norms(nn.Sequential(nn.Flatten(2), nn.Linear(81, 3), nn.BatchNorm1d(3), nn.Flatten()))
+    model = onnx_models(network, SHAPE, ["fp32"])["fp32"]
+    with torch.no_grad():
+        torch.testing.assert_close(_run(model, images), network(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -284,19 +367,6 @@ def test_means_over_height_and_width_are_pools(images: Tensor) -> None:
     assert (kinds.count("GlobalAveragePool"), kinds.count("ReduceMean")) == (1, 3)
     assert {item.name for item in graph.initializer} <= {name for node in graph.node for name in node.input}
     torch.testing.assert_close(_run(model, images), _Means()(images), rtol=1e-4, atol=1e-6)
-
-
-class _Chain(nn.Module):
-    """Without sums: INT8 rounds exactly what the evaluated network rounds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.norm = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
-        self.two, self.head = nn.Conv2d(8, 8, 3, groups=2), nn.Linear(32, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.one(x)))
-        return self.head(torch.relu(self.two(x)).flatten(1))
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
