@@ -22,7 +22,7 @@ from kdq.utils.hub import HUB, ROW, fetch
 log = logging.getLogger(__name__)
 
 #: Version of the columns below; a reader reads all earlier ones.
-ROW_FORMAT = 3
+ROW_FORMAT = 4
 
 
 def _encodable(text: str) -> str:
@@ -61,7 +61,8 @@ Config = Annotated[dict[str, Any], AfterValidator(_writable)]
 class Row:
     """One cell. Accuracies and drops are in percent (points), sizes in bytes, times in seconds unless named ``_ms``,
     throughputs in images a second. What was not measured is None: rows of earlier formats, and cells without
-    ``deploy``, lack the columns behind ``act_bits``.
+    ``deploy``, lack the columns behind ``act_bits``. ``val_top1`` is the accuracy on validation images; in formats before 4
+    that of the float model, or of the tuned one.
 
     This class is the schema: reading (:func:`read_rows`) and the types of :func:`table` follow from its annotations.
     """
@@ -129,6 +130,7 @@ class Row:
     deployed: Text | None = None  # the format that deploy=best keeps, and its measurements
     top1_deployed: Float | None = None
     latency_ms_deployed: Float | None = None
+    val_top1_float: Float | None = None  # of the float model on the validation images
     versions: Text = ""  # of what computed it, beside kdq
     config: Config | None = None  # what composes the cell again, interpolations as written: kdq-reproduce
     row_format: Int = ROW_FORMAT

@@ -27,7 +27,7 @@ from kdq.stages.asked import asked_bits, quant_config, quant_spec, row_axes, row
 from kdq.stages.cell import Cell
 from kdq.stages.quantize_log import log_axes, log_layers, log_row, log_search
 from kdq.tracking.run import RunLogger
-from kdq.train.evaluate import test
+from kdq.train.evaluate import test, validation_top1
 from kdq.train.trainer import evaluation_trainer, limited
 from kdq.utils.config import plain
 from kdq.utils.cpu import settle_threads
@@ -50,7 +50,6 @@ class Tuned(NamedTuple):
     result: Quantized
     seconds: float
     epochs: int
-    val_top1: float
 
 
 def quantize(
@@ -81,8 +80,9 @@ def quantize(
         measured = _Evaluation(cell, callback)
         reference = _reference(cell, entry, lambda: measured(network))
         for name, key in keys.items():
+            more: dict[str, Any] = {}
             if tuned:
-                result = tuned[name].result
+                result, more["tune_seconds"], more["tune_epochs"] = tuned[name]
                 scores = measured(result.network)
             elif callback is None:
                 result = _left_float(network, cell.cfg.quant.float_dtype)
@@ -93,11 +93,10 @@ def quantize(
                 result = callback.results[width]
                 if not rows:
                     _log_quantized(cell, callback, keys, track)
-            of_tune: dict[str, Any] = {}
-            if tuned:
-                _, of_tune["tune_seconds"], of_tune["tune_epochs"], of_tune["val_top1"] = tuned[name]
+            if result.network is not network:
+                more["val_top1"] = measured.validation_top1(result.network)
             bits = asked_bits(cell)[name] or math.ceil(result.report.avg_bits)
-            rows[name] = _row(cell, bits, key, result, reference, scores, common | of_tune)
+            rows[name] = _row(cell, bits, key, result, reference, scores, common | more)
             write_row(cell.output / "rows", rows[name])
             log_row(track, rows[name], cell.output / rows[name].artifact)
     return rows
@@ -111,10 +110,8 @@ def quantized_once(cell: Cell, entry: Entry, name: str) -> tuple[Quantized, floa
         callback = _callback(cell, entry, [name], lambda line: bar.update())
         assert callback is not None
         measured = _Evaluation(cell, callback)
-        callback.use(callback.names[0])
-        module = CrossEntropy(network, num_classes=measured.num_classes)
-        measured.trainer.validate(module, measured.data, verbose=False)
-    return callback.result, 100 * float(measured.trainer.callback_metrics["val/top1"])
+        top1 = measured.validation_top1(network, callback.names[0])
+    return callback.result, top1
 
 
 def _reference(cell: Cell, entry: Entry, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -132,7 +129,7 @@ def _reference(cell: Cell, entry: Entry, measure: Callable[[], dict[str, float]]
 
 
 class _Evaluation:
-    """Test metrics of a network, as it is or quantized by ``callback`` to a width."""
+    """Metrics of a network, as it is or quantized by ``callback`` to a width."""
 
     def __init__(self, cell: Cell, callback: QuantizationCallback | None) -> None:
         quant, config = cell.cfg.quant, plain(cell.cfg.trainer)
@@ -143,9 +140,15 @@ class _Evaluation:
         self.trainer = evaluation_trainer(config, callbacks=[] if callback is None else [callback])
 
     def __call__(self, network: nn.Module, width: int | str | None = None) -> dict[str, float]:
+        return test(self.trainer, self._module(network, width), self.data)
+
+    def validation_top1(self, network: nn.Module, width: int | str | None = None) -> float:
+        return validation_top1(self.trainer, self._module(network, width), self.data)
+
+    def _module(self, network: nn.Module, width: int | str | None) -> CrossEntropy:
         if self.callback is not None:
             self.callback.use(width)
-        return test(self.trainer, CrossEntropy(network, num_classes=self.num_classes), self.data)
+        return CrossEntropy(network, num_classes=self.num_classes)
 
 
 def _callback(
@@ -205,6 +208,7 @@ def _common(cell: Cell, entry: Entry, network: nn.Module) -> dict[str, Any]:
     return {
         **row_axes(cell, arch_of(cell, entry)),
         "val_top1": float(entry.metrics["val_top1"]),
+        "val_top1_float": float(entry.metrics["val_top1"]),
         "params": sum(parameter.numel() for parameter in network.parameters()),
         "float_bytes": (entry.path / "weights.safetensors").stat().st_size,
         "macs": multiply_adds(network, _image(cell)),

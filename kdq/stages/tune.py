@@ -168,4 +168,4 @@ def tuned(cell: Cell, entry: Entry, made: Entry) -> Tuned:
     if cell.cfg.quant.float_dtype is not None:
         network = with_float_dtype(network, cell.cfg.quant.float_dtype)
     facts = made.metrics
-    return Tuned(Quantized(network, report), facts["train_seconds"], facts["epochs"], float(facts["val_top1"]))
+    return Tuned(Quantized(network, report), facts["train_seconds"], facts["epochs"])

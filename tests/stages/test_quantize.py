@@ -62,9 +62,20 @@ def test_rows_of_several_widths_are_one_pass_and_say_what_their_files_compute(
         assert row.top1 == pytest.approx(100 * right, abs=1e-4)
         assert row.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, batch[1]).item(), abs=1e-5)
         assert row.drop == pytest.approx(row.top1_float - row.top1, abs=1e-4)
+        assert row.val_top1 == pytest.approx(accuracy(network, cfg, "val"), abs=1e-4)
     assert len({row.top1_float for row in rows}) == 1
+    (entry,) = (tmp_path / "store").glob("digits-baseline-*/metrics.json")
+    assert {row.val_top1_float for row in rows} == {json.loads(entry.read_text())["val_top1"]}
     assert run(cfg) == rows
     assert len(passes) == 1
+
+
+def accuracy(network: torch.nn.Module, cfg: Any, part: str) -> float:
+    right, count = 0, 0
+    with torch.no_grad():
+        for images, labels in Cell(cfg).images.evaluation(part, torch.device("cpu")):
+            right, count = right + int((network(images).argmax(1) == labels).sum()), count + len(labels)
+    return 100 * right / count
 
 
 def checksum(packed: Path) -> str:
