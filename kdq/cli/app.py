@@ -40,6 +40,7 @@ def job(cfg: DictConfig) -> list[Row] | float | list[float]:
 def _job(cfg: DictConfig) -> list[Row] | float | list[float]:
     from kdq.stages import pipeline
     from kdq.sweep import objective, trial
+    from kdq.train.halving import StoppedTrialError
 
     keep_freed_memory()
     alone = HydraConfig.get().mode == RunMode.RUN
@@ -52,8 +53,13 @@ def _job(cfg: DictConfig) -> list[Row] | float | list[float]:
             return []
         if (searched := plain(cfg.kdq)["objective"]) is not None:
             objective.names(searched)
+        objective.check_halving(searched, plain(cfg.callbacks))
         trial.check_trial(cfg)
-        rows = pipeline.run(cfg, _place())
+        try:
+            rows = pipeline.run(cfg, _place())
+        except StoppedTrialError as stopped:
+            logging.getLogger(__name__).info("%s", stopped)
+            return 100 * stopped.value  # percent, as val_top1
         if alone:
             from kdq.sweep.command import finish
 

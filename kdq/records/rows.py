@@ -61,8 +61,8 @@ Config = Annotated[dict[str, Any], AfterValidator(_writable)]
 class Row:
     """One cell. Accuracies and drops are in percent (points), sizes in bytes, times in seconds unless named ``_ms``,
     throughputs in images a second. What was not measured is None: rows of earlier formats, and cells without
-    ``deploy``, lack the columns behind ``act_bits``. ``val_top1`` is the accuracy on validation images; in formats before 4
-    that of the float model, or of the tuned one.
+    ``deploy``, lack the columns behind ``act_bits``. ``val_top1`` is the accuracy on validation images; before
+    format 4 that of the float model, or of the tuned one.
 
     This class is the schema: reading (:func:`read_rows`) and the types of :func:`table` follow from its annotations.
     """

@@ -21,10 +21,11 @@ from kdq.models.weights import load_weights
 from kdq.quant.fake import fake_quantized, with_layout
 from kdq.quant.layers import layer_name
 from kdq.quant.packing.file import load_packed
-from kdq.records.store import Store, weights_file
+from kdq.records.store import Store, key_of, weights_file
 from kdq.stages.cell import Cell
 from kdq.tracking.run import Artifact, RunLogger
 from kdq.train.fit import Best, fit, ranked
+from kdq.train.halving import SuccessiveHalving
 from kdq.train.recipe import Recipe
 from kdq.train.trainer import ALL_DEVICES
 from kdq.utils.calls import called, imported, made
@@ -145,12 +146,22 @@ def _check_module(spec_json: str, num_classes: int) -> None:
 
 
 def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:
-    """The user's; checkpoints that they keep lie in a folder for each training, unless they say where."""
+    """The user's; checkpoints that they keep lie in a folder for each training, unless they say where, and a search
+    compares trainings on the same data, of as many epochs."""
     callbacks = []
     for name, config in plain(cell.cfg.callbacks).items():
         callback = made(f"callbacks.{name}", config, Callback)
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(cell.output / "checkpoints" / f"{spec.slug}-{spec.key}")
+        if isinstance(callback, SuccessiveHalving) and callback.folder is None:
+            alike = {
+                "data": cell.images.spec(),
+                "job_type": spec.job_type,
+                "epochs": spec.recipe["epochs"],
+                "with": config,
+            }
+            callback.folder = cell.output / "store" / "halving" / f"{cell.cfg.data.name}-{key_of(alike)}"
+            callback.name = f"{spec.slug}-{spec.key}"
         callbacks.append(callback)
     return callbacks
 

@@ -23,8 +23,12 @@ from kdq.stages.training import TrainingSpec, train
 from kdq.train import processes
 from kdq.train import slurm as cluster
 from kdq.train.fit import Best
+from kdq.train.halving import StoppedTrialError
 from kdq.utils.cpu import keep_freed_memory
 from kdq.utils.errors import KdqError
+
+#: What the workers leave of a training that its search has stopped: the value that was compared.
+STOPPED = "stopped.txt"
 
 
 @contextmanager
@@ -44,11 +48,13 @@ def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> Iterator[tuple[d
         raise KdqError(f"recipe.batch_size={batch} must be a multiple of {count} devices x {accumulate} portions")
     job = {"cfg": OmegaConf.to_container(cell.cfg, resolve=True), "spec": asdict(spec), "work": str(work.absolute())}
     (work / "job.json").write_text(json.dumps(job))
-    for old in (work / "result.pt", *work.glob("error-*.txt")):
+    for old in (work / "result.pt", work / STOPPED, *work.glob("error-*.txt")):
         old.unlink(missing_ok=True)
     codes = processes.run("kdq.stages.worker", work / "job.json", count)
     # A worker whose peer died fails, too; the one with a message for people is the cause.
     messages = [file.read_text() for file in sorted(work.glob("error-*.txt"))]
+    if (work / STOPPED).exists():
+        raise StoppedTrialError(messages[0], float((work / STOPPED).read_text()))
     if messages:
         raise KdqError(messages[0])
     if any(codes):
@@ -68,6 +74,8 @@ def _worker(job_file: Path) -> None:
                 result = {"best": {name: vars(learner) for name, learner in best.items()}, "metrics": metrics}
                 torch.save(result, work / "result.pt")
     except KdqError as error:
+        if isinstance(error, StoppedTrialError):
+            (work / STOPPED).write_text(repr(error.value))
         (work / f"error-{rank}.txt").write_text(str(error))
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """What a sweeper that searches, such as Optuna's, is told of a cell: ``kdq.objective``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kdq.records.rows import COLUMNS, Row
 from kdq.utils.checks import nearest
@@ -10,6 +11,9 @@ from kdq.utils.errors import KdqError
 OBJECTIVES = {"val_top1": "maximize", "avg_bits": "minimize", "size_bytes": "minimize", "params": "minimize"}
 OBJECTIVES |= dict.fromkeys(("macs", "bops", "latency_ms_torch"), "minimize")
 OBJECTIVES |= dict.fromkeys(("latency_ms_onnx_fp32", "latency_ms_onnx_int8", "latency_ms_deployed"), "minimize")
+
+#: The callback that stops a search's weak trainings.
+HALVING = "kdq.train.halving.SuccessiveHalving"
 
 
 def directions(objective: str | Sequence[str] | None) -> str | list[str]:
@@ -48,3 +52,14 @@ def value(objective: str | Sequence[str], rows: Sequence[Row]) -> float | list[f
             )
         values.append(float(measured))
     return values[0] if isinstance(objective, str) else values
+
+
+def check_halving(objective: str | Sequence[str] | None, callbacks: Mapping[str, Any]) -> None:
+    """Refuse a callback that stops trainings where nobody searches: a stopped one has no row."""
+    for name, callback in callbacks.items():
+        if not isinstance(callback, Mapping) or callback.get("_target_") != HALVING:
+            continue
+        if objective != "val_top1" or callback.get("monitor") != "val/top1":
+            raise KdqError(
+                f"callbacks.{name} stops the weak trainings of a search: give kdq.objective=val_top1 (monitor=val/top1)"
+            )

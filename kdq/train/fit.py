@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from kdq.data.images import Images
 from kdq.data.module import ImageDataModule
 from kdq.distill.module import DistillationModule
+from kdq.train.halving import StoppedTrialError, SuccessiveHalving
 from kdq.train.monitor import Monitor
 from kdq.train.recipe import Recipe
 from kdq.train.threads import ThreadProbe
@@ -155,10 +156,13 @@ def fit(
     recipe: Recipe,
     work: Path,
     loggers: Iterable[Logger] = (),
-    callbacks: Iterable[Callback] = (),
+    callbacks: Sequence[Callback] = (),
     title: str = "training",
 ) -> tuple[dict[str, Best], dict[str, Any]]:
     """Train ``module`` and return its learners at their best (by validation accuracy) and how it went.
+
+    Raises:
+        StoppedTrialError: a :class:`SuccessiveHalving` among the ``callbacks`` ended it.
 
     Args:
         trainer: the ``trainer`` config, see :mod:`kdq.train.trainer`. With several devices this process must be one of
@@ -204,6 +208,12 @@ def fit(
             torch.cuda.empty_cache()
     if not best.best:
         raise KdqError("the training ended without a validated epoch")
+    for callback in callbacks:
+        if isinstance(callback, SuccessiveHalving) and (value := callback.stopped) is not None:
+            raise StoppedTrialError(
+                f"{title} was stopped after {lightning.current_epoch} of {recipe.epochs} epochs: {callback.monitor} "
+                f"{value:.4g} is not among the best of every {callback.factor} of its search", value
+            )  # fmt: skip
     trained_images = max(1, steps) * min(recipe.batch_size, len(images.split.train)) * lightning.current_epoch
     metrics = {
         "epochs": lightning.current_epoch,
