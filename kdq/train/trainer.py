@@ -35,8 +35,8 @@ OWN = ("compile", "threads")
 RECIPE = {"max_epochs": "epochs", "gradient_clip_val": "clip_grad", "accumulate_grad_batches": "accumulate"}
 #: Flags that try a training out: its rows say so, and are never mixed with real ones.
 LIMITS = ("fast_dev_run", "overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches")
-#: Other flags that the weights depend on.
-WEIGHTS = ("max_steps", "gradient_clip_algorithm", "check_val_every_n_epoch", "sync_batchnorm")
+#: Flags that the weights depend on.
+WEIGHTS = (*LIMITS[:-1], "max_steps", "gradient_clip_algorithm", "check_val_every_n_epoch", "sync_batchnorm")
 #: Flags that are not taken, and why.
 REFUSED = {
     "logger": "loggers are the logger group: logger=csv, logger=[wandb,tensorboard]",
@@ -77,7 +77,7 @@ def check_trainer(config: Mapping[str, Any]) -> None:
 
 def weights_flags(config: Mapping[str, Any]) -> dict[str, Any]:
     """The flags, beside precision, that a model's weights depend on: a part of its key where they are given."""
-    return {name: config[name] for name in (*LIMITS, *WEIGHTS) if config.get(name) not in (None, False)}
+    return {name: config[name] for name in WEIGHTS if config.get(name) not in (None, False)}
 
 
 def limited(config: Mapping[str, Any]) -> str:

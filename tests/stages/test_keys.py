@@ -24,7 +24,7 @@ ROW = [
     *("data.name=other", "data.test_limit=50", "method.name=other", "quant.bits=3", "quant.seed=1"),
     *("quant.calibration_images=32", "quant.solver=rtn", "quant.alphabet=symmetric", "quant.refine=1"),
     *("quant.order=gram", "quant.scale=gram", "quant.correct=bias", "quant.keep_float=[fc]", "quant.act_bits=8"),
-    *("quant.per_channel=false", "quant.first_last_bits=8", "quant.float_dtype=bf16"),
+    *("quant.per_channel=false", "quant.first_last_bits=8", "quant.float_dtype=bf16", "trainer.limit_test_batches=1"),
 ]
 NEITHER = ["sweep=other", "kdq.debug=true", "trainer.threads=1", "logger=csv", "paths.data_dir=elsewhere"]
 
