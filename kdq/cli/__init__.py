@@ -1,1 +1,1 @@
-"""The commands: ``kdq``, ``kdq-export``, ``kdq-report`` and ``kdq-wandb``, one file each."""
+"""The commands, one file each: ``kdq``, ``kdq-export``, ``kdq-report``, ``kdq-reproduce`` and ``kdq-wandb``."""

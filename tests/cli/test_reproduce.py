@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdq.cli.reproduce import config_of, differences, main
-from kdq.records.rows import Row, find_row, read_rows, write_row
+from kdq.cli.reproduce import main
+from kdq.records.rows import Row, differences, find_row, read_rows, write_row
 from kdq.report.publish import publish
 from kdq.report.write import Written
 from kdq.stages import pipeline, train
 from kdq.stages.cell import Cell
+from kdq.stages.reproduce import config_of
 from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
 from tests.conftest import TINY
