@@ -82,6 +82,10 @@ class Photographs:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def content(self) -> tuple[Tensor, ...]:
+        """What says which images these are."""
+        return self.sizes, self.pixels
+
     def whole(self, rows: Tensor) -> list[Tensor]:
         """Each image, uint8 ``(height, width, channels)``."""
         found = []

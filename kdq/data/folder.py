@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -89,11 +90,7 @@ def image_folder(
     Raises:
         KdqError: a folder is missing or empty, train and test differ in their classes, or an image is corrupt.
     """
-    if in_channels not in (1, 3):
-        raise KdqError(f"data.in_channels={in_channels}: images are read as grey (1) or RGB (3)")
-    if interpolation not in RESAMPLING:
-        raise KdqError(f"data.interpolation={interpolation} is none of {', '.join(RESAMPLING)}")
-    decode = partial(decode_image, size=image_size, in_channels=in_channels, resampling=RESAMPLING[interpolation])
+    decode = partial(decode_image, **fitting(image_size, in_channels, interpolation))
     source, classes = Path(root).expanduser(), class_names(root)
     parts = {part: _list_images(source / part, classes) for part in ("train", "test")}
     rows = {part: range(len(files)) for part, files in parts.items()} | _limited(len(parts["train"]), split)
@@ -107,6 +104,15 @@ def image_folder(
     train, train_labels = _mapped(folder, "train", labels["train"], image_size, in_channels, whole)
     test, test_labels = _mapped(folder, "test", labels["test"], image_size, in_channels)
     return ImageSet(train, train_labels, test, test_labels, tuple(classes))
+
+
+def fitting(image_size: int, in_channels: int, interpolation: str) -> dict[str, Any]:
+    """How images become arrays, as :func:`fitted` wants to know it."""
+    if in_channels not in (1, 3):
+        raise KdqError(f"data.in_channels={in_channels}: images are read as grey (1) or RGB (3)")
+    if interpolation not in RESAMPLING:
+        raise KdqError(f"data.interpolation={interpolation} is none of {', '.join(RESAMPLING)}")
+    return {"size": image_size, "in_channels": in_channels, "resampling": RESAMPLING[interpolation]}
 
 
 def _limited(images: int, asked: Mapping[str, Any] | None) -> dict[str, Sequence[int]]:
@@ -154,9 +160,9 @@ def _listing_key(
             try:
                 stat = file.stat()
             except OSError as error:  # a link to nowhere, or to itself
-                raise KdqError(f"cannot read the image {_shown(file)} ({error.strerror}): mend or remove it") from error
+                raise KdqError(f"cannot read the image {shown(file)} ({error.strerror}): mend or remove it") from error
             if not S_ISREG(stat.st_mode):  # opening a pipe would wait for ever
-                raise KdqError(f"{_shown(file)} is not a regular file: remove it")
+                raise KdqError(f"{shown(file)} is not a regular file: remove it")
             listed = f"{file.relative_to(source)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
             sha.update(os.fsencode(listed))  # a name may be any bytes
     return sha.hexdigest()[:20]
@@ -205,9 +211,24 @@ def _decode_into(
         raise
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """``path`` as text that can be written anywhere: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
+
+
+@contextmanager
+def opened(file: Path | BinaryIO, name: str, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+    """An image, not decoded yet. What is wrong with it, then or later, is a KdqError that calls it ``name``."""
+    try:
+        with Image.open(file, formats=formats) as image:
+            if image.mode.startswith("I") or image.mode == "F":
+                raise KdqError(f"{name} has more than 8 bits a channel (mode {image.mode}): save it with 8")
+            if max(image.size) > LONGEST:
+                raise KdqError(f"{name} has a side of more than {LONGEST} pixels: cut or scale it")
+            yield image
+    except BROKEN as error:
+        why = f"none of {', '.join(formats)}" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise KdqError(f"cannot read the image {name} ({why}): mend or remove it") from error
 
 
 def decode_image(
@@ -217,26 +238,29 @@ def decode_image(
     resampling: Image.Resampling = RESAMPLING["bilinear"],
     whole: bool = False,
 ) -> np.ndarray:
+    """The image of a file, as :func:`fitted` makes it."""
+    with opened(file, shown(file)) as image:
+        return fitted(image, size, in_channels, resampling, whole)
+
+
+def fitted(found: Image.Image, size: int, in_channels: int, resampling: Image.Resampling, whole: bool) -> np.ndarray:
     """One image, upright (by its EXIF orientation), scaled and, unless ``whole``, cropped."""
-    try:
-        with Image.open(file, formats=FORMATS) as opened:
-            if opened.mode.startswith("I") or opened.mode == "F":
-                raise KdqError(f"{_shown(file)} has more than 8 bits a channel (mode {opened.mode}): save it with 8")
-            if max(opened.size) > LONGEST:
-                raise KdqError(f"{_shown(file)} has a side of more than {LONGEST} pixels: cut or scale it")
-            ImageOps.exif_transpose(opened, in_place=True)  # no copy of what may fill the memory
-            image, mode = _square_enough(opened), "RGB" if in_channels == 3 else "L"
-            if image.mode != mode:
-                image = image.convert(mode)
-            if image.size != (size, size):
-                scale = size / min(image.size)
-                shape = [max(size, round(scale * side)) for side in image.size]
-                left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
-                image = image.resize((shape[0], shape[1]), resampling, reducing_gap=2.0)
-                image = image if whole else image.crop((left, top, left + size, top + size))
-            return np.asarray(image, np.uint8).reshape(image.height, image.width, in_channels)
-    except BROKEN as error:
-        raise KdqError(f"cannot read the image {_shown(file)} ({one_line(error)}): mend or remove it") from error
+    ImageOps.exif_transpose(found, in_place=True)  # no copy of what may fill the memory
+    width, height = scaled(np.array(found.size), size).tolist()
+    image, mode = _square_enough(found), "RGB" if in_channels == 3 else "L"
+    if image.mode != mode:
+        image = image.convert(mode)
+    if image.size != (size, size):
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), resampling, reducing_gap=2.0)
+        image = image if whole else image.crop((left, top, left + size, top + size))
+    return np.asarray(image, np.uint8).reshape(image.height, image.width, in_channels)
+
+
+def scaled(sides: np.ndarray, size: int) -> np.ndarray:
+    """What the sides ``(..., 2)`` of images become: the shorter one ``size``, the longer one without extreme ends."""
+    shorter = sides.min(-1, keepdims=True)
+    return np.maximum(size, np.rint(size / shorter * np.minimum(sides, EXTREME * shorter))).astype(np.int64)
 
 
 def _square_enough(image: Image.Image) -> Image.Image:

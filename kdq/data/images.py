@@ -45,7 +45,7 @@ class Images:
         self.preprocess = self._preprocess()
         self.augment = self._augment(dict(config["augment"]))
         if isinstance(images.train_images, Photographs) and isinstance(self.augment, Augment):
-            raise KdqError("data.source.whole=true keeps images of several shapes: data.augment must be a ResizedCrop")
+            raise KdqError("these are whole images, of several shapes: data.augment must be a ResizedCrop")
         if crop := getattr(self.augment, "size", None):
             if crop > min(self.height, self.width):
                 raise KdqError(f"data.augment.size={crop} is more than images of {self.height} x {self.width} have")

@@ -51,7 +51,9 @@ STABLE: dict[str, str] = {
     **_paths("quant.config", quant_config="QuantConfig", search_config="SearchConfig"),
     **_paths("quant", post_training_quantization="callback.PostTrainingQuantization"),
     **_paths("quant quant.bitsearch", greedy_bit_search="callback.GreedyBitSearch"),
+    **_paths("train.halving", successive_halving="SuccessiveHalving"),
     **_paths("data.photographs", resized_crop="ResizedCrop"),
+    **_paths("data.shards", webdataset="webdataset"),
     **_paths("data.sets data.folder", digits="digits", fashion_mnist="fashion_mnist", image_folder="image_folder"),
     **_paths("data.sets data.folder", cifar10="cifar10", cifar100="cifar100"),
 }
