@@ -1,8 +1,9 @@
 """What a checkpoint says of a network's architecture, so that ``load_from_checkpoint(path)`` can build it again.
 
-Networks that kdq builds say what they are: a name of its table and the arguments. Of others, the checkpoint holds the
-pickled structure, as bytes: these run code when they are read, so nothing reads them unless the caller says
-``weights_only=False``. Either way a checkpoint is loaded weights-only by Lightning, which is its default.
+Networks that kdq builds say what they are: a name of its table and the arguments. Of others, and of those whose modules
+were changed since, the checkpoint holds the pickled structure, as bytes: these run code when they are read, so nothing
+reads them unless the caller says ``weights_only=False``. Either way a checkpoint is loaded weights-only by Lightning,
+which is its default.
 """
 
 import copy
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.models.table import build_small
+from kdq.models.table import build_small, name_of
 from kdq.utils.errors import KdqError
 
 #: A network, or the description of one in a checkpoint.
@@ -24,8 +25,8 @@ log = logging.getLogger(__name__)
 
 def described(network: nn.Module) -> dict[str, Any] | Tensor | None:
     """The architecture of ``network`` for a checkpoint; None where Python cannot pickle it."""
-    if (net := getattr(network, "kdq_net", None)) is not None:
-        return dict(net)
+    if (net := name_of(network)) is not None:
+        return net
     stream = io.BytesIO()
     try:
         torch.save(_without_weights(network), stream)

@@ -6,6 +6,7 @@ what the file holds, and the network is built on the meta device, where a tensor
 """
 
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from kdq.models import cifar, libraries, networks, reused
@@ -88,6 +91,25 @@ def stored_name(net: Mapping[str, Any] | None) -> dict[str, Any] | None:
     entry = table().get(STABLE.get(str(net.get("_target_")), str(net.get("_target_"))))
     named = {name: stored_name(value) if isinstance(value, Mapping) else value for name, value in net.items()}
     return named if entry is None else {**named, "_target_": entry.target}
+
+
+def name_of(network: nn.Module) -> dict[str, Any] | None:
+    """What files say that ``network`` is; None where it does not say so itself, or was changed since it was built."""
+    net = stored_name(getattr(network, "kdq_net", None))
+    if net is None or not is_in_table(net) or _modules(_shaped(net, *LARGEST)) == _modules(network):
+        return net
+    return None
+
+
+def _modules(network: nn.Module) -> dict[str, tuple[type, str]]:
+    """The kind and the options of each module, without what training adds: roundings, BatchNorm over processes."""
+    found: dict[str, tuple[type, str]] = {}
+    for name, module in network.named_modules():
+        kind = type(module).__bases__[0] if is_parametrized(module) else type(module)
+        options = re.sub("(, )?inplace=[a-zA-Z]+", "", module.extra_repr())
+        if not {"parametrizations", "input_rounding"} & {*name.split(".")}:
+            found[name] = _BatchNorm if issubclass(kind, _BatchNorm) else kind, options
+    return found
 
 
 def is_in_table(net: Mapping[str, Any]) -> bool:

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
+import kdq
 import kdq.quant.packing
-from kdq.models import CifarResNet
+from kdq.distill.checkpoint import built, described
+from kdq.models import CifarResNet, resnet18
 from kdq.models.build import build
-from kdq.models.table import NumbersOnCpu, build_small, is_in_table, shape_of, stored_name, table
+from kdq.models.table import NumbersOnCpu, build_small, is_in_table, name_of, shape_of, stored_name, table
+from kdq.quant.fake import fake_quantized
 from kdq.utils.errors import KdqError
 
 SMALL = {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3, "in_channels": 1, "width": 0.25}
@@ -158,6 +161,56 @@ def test_a_network_says_flat_arguments_of_itself() -> None:
     net = CifarResNet(8, 3, in_channels=1, **normalized).kdq_net
     assert net == {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3, "in_channels": 1, **normalized}
     assert is_in_table(net)  # type: ignore[arg-type]
+
+
+class Flipped(CifarResNet):
+    """Takes its channels the other way round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flip(1))
+
+
+def _edited() -> nn.Module:
+    network = CifarResNet(8, num_classes=3)
+    network.relu = nn.SiLU()
+    return network
+
+
+def _with_eps() -> nn.Module:
+    network = CifarResNet(8, num_classes=3)
+    network.bn1.eps = 1e-3
+    return network
+
+
+@pytest.mark.parametrize("make", [lambda: Flipped(8, num_classes=3), _edited, _with_eps])
+def test_a_network_that_was_made_another_does_not_come_back_as_the_old_one(make: Any, tmp_path: Path) -> None:
+    network, images = make(), torch.randn(4, 3, 8, 8)
+    quantized, _ = kdq.quantize(network, [images], bits=8, solver="rtn")
+    kdq.save(quantized, tmp_path / "network.kdq")
+    with pytest.raises(KdqError, match="does not say its architecture"):
+        kdq.load(tmp_path / "network.kdq")
+    assert torch.equal(kdq.load(tmp_path / "network.kdq", network=network)(images), quantized(images))
+    with pytest.raises(KdqError, match="student=network"):
+        built(described(network), "student")
+
+
+def test_what_training_adds_leaves_a_network_its_name(tmp_path: Path) -> None:
+    network = CifarResNet(8, num_classes=3)
+    named = name_of(network)
+    assert named == {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 3}
+    network.relu.inplace = False
+    quantized, _ = kdq.quantize(network, [torch.randn(4, 3, 8, 8)], bits=4, act_bits=8, solver="rtn")
+    kdq.save(quantized, tmp_path / "network.kdq")
+    packed = kdq.load(tmp_path / "network.kdq", decode="layer")
+    assert name_of(fake_quantized(quantized)) == name_of(packed) == named
+    assert name_of(nn.SyncBatchNorm.convert_sync_batchnorm(network)) == named
+
+
+def test_to_ask_a_network_for_its_name_draws_no_random_numbers() -> None:
+    for network in (CifarResNet(8, num_classes=3), resnet18(num_classes=3), build(REUSED)):
+        before = torch.get_rng_state()
+        assert name_of(network) is not None
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_page_of_the_format_names_every_network_of_kdq() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kdq.models.table import shape_of, stored_name
+from kdq.models.table import name_of, shape_of
 from kdq.quant.activations import ActivationQuantizer, remove_hooks
 from kdq.quant.layers import holders, place_of, unwrapped, weight_of
 from kdq.quant.packing.bits import packed_bytes
@@ -90,7 +90,7 @@ def save_packed(
     plain = all(place_of(network, name)[1] == "weight" for name in weights)
     header: dict[str, Any] = {
         "format": 2 if plain else FORMAT,
-        "net": stored_name(getattr(network, "kdq_net", None)),
+        "net": name_of(network),
         "preprocess": dict(preprocess) if preprocess else getattr(network, "kdq_preprocess", None),
         "layers": layers,
         "activations": {name: {"scale": q.scale, "zero": q.zero, "bits": q.bits} for name, q in quantizers.items()},
