@@ -379,6 +379,80 @@ def test_results_of_torch_functions_have_their_names(
         assert torch.equal(found[0](images), found[1](images))
 
 
+class Writes(nn.Module):
+    """Two layers, and between them what a function does with the images ``(batch, 8)`` and the first one's output."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(8, 8), nn.Linear(8, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(x, self.first(x)))
+
+
+def _into_zeros(x: Tensor, y: Tensor) -> Tensor:
+    made = torch.zeros(len(x), 8)
+    made[:, :4] = y[:, :4]
+    return made + x
+
+
+def _into_a_view(x: Tensor, y: Tensor) -> Tensor:
+    made = x.clone()
+    part = made[:, :4]
+    part += y[:, :4]
+    return made
+
+
+def _under_two_names(x: Tensor, y: Tensor) -> Tensor:
+    made = x.clone()
+    same = made.abs_()
+    made += y
+    return same
+
+
+def _into_a_view_of_zeros(x: Tensor, y: Tensor) -> Tensor:
+    made = torch.zeros(len(x), 8)
+    made[:, :4].add_(y[:, :4])
+    return made + x
+
+
+def _into_zeros_that_were_read(x: Tensor, y: Tensor) -> Tensor:
+    made = torch.zeros(len(x), 8)
+    before = x + made
+    made += y
+    return before + made
+
+
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [
+        (_into_zeros, lambda x, y: torch.cat([y[:, :4], 0 * y[:, :4]], 1) + x),
+        (lambda x, y: torch.empty(len(x), 8).copy_(y) + x, lambda x, y: y + x),
+        (lambda x, y: torch.add(x, y, out=torch.zeros(len(x), 8)) + x, lambda x, y: x + y + x),
+        (lambda x, y: torch.add(x, y, out=torch.zeros_like(x)) + x, lambda x, y: x + y + x),
+        (_into_a_view, lambda x, y: torch.cat([x[:, :4] + y[:, :4], x[:, 4:]], 1)),
+        (_under_two_names, lambda x, y: x.abs() + y),
+    ],
+    ids=["zeros", "empty", "out", "out of images", "view", "two names"],
+)
+def test_what_is_written_in_place_is_every_networks_own(
+    written: Callable[[Tensor, Tensor], Tensor], plain: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    images, found = torch.randn(70, 8, generator=torch.Generator().manual_seed(1)), []
+    for function in (written, plain):
+        torch.manual_seed(0)
+        found.append(kdq.quantize(Writes(function), [images], bits=3))
+    with torch.no_grad():
+        assert torch.equal(found[0].network(images), found[1].network(images))
+    assert [layer.error for layer in found[0].report.layers] == [layer.error for layer in found[1].report.layers]
+
+
+@pytest.mark.parametrize("function", [_into_a_view_of_zeros, _into_zeros_that_were_read])
+def test_zeros_that_cannot_be_followed_are_refused(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(KdqError, match=r"writes images into a tensor that .*use x.new_zeros"):
+        kdq.quantize(Writes(function), [torch.randn(70, 8)], bits=3)
+
+
 def _inside(network: nn.Module) -> nn.Module:
     network[0] = torch.compile(network[0], backend="eager")  # type: ignore[index, assignment]
     return network

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdq.quant.calibrate.layer import opened
+from kdq.utils.errors import KdqError
+
+PLAIN = "the network writes images into a tensor that was made, used or split without them: use x.new_zeros(...)"
 
 
 class Lanes(Tensor):
@@ -30,6 +33,7 @@ class Lanes(Tensor):
     lanes: list[Tensor]
     tape: Tape | None
     key: int
+    alive: ClassVar[WeakValueDictionary[int, Lanes]] = WeakValueDictionary()  # all of them, by ``id``
 
     @staticmethod
     def __new__(cls, lanes: Sequence[Tensor]) -> Lanes:
@@ -38,6 +42,7 @@ class Lanes(Tensor):
             cls, first.shape, dtype=first.dtype, device=first.device, requires_grad=False
         )
         wrapper.lanes, wrapper.tape, wrapper.key = list(lanes), None, -1
+        cls.alive[id(wrapper)] = wrapper
         return wrapper
 
     def __init__(self, lanes: Sequence[Tensor]) -> None:
@@ -57,8 +62,13 @@ class Lanes(Tensor):
         tape = next((value.tape for value in found if value.tape is not None), None)
         if tape is not None and (done := tape.meet(func, args, kwargs)) is not None:
             return done
-        if _writes_in_place(func, kwargs):
-            _unshare(found[0], found[1:])
+        written = _written(func, args, kwargs)
+        for target in written:
+            if not isinstance(target, Lanes):
+                _join(target, len(found[0].lanes), tape)
+        found = list(lanes_in((args, kwargs))) if written else found
+        for target in written:
+            _unshare(target, found)
         results: list[Any] = []
         for lane in range(len(found[0].lanes)):
             if (earlier := _same_inputs(found, lane)) is not None:
@@ -127,18 +137,41 @@ def _same_inputs(found: list[Lanes], lane: int) -> int | None:
     return None
 
 
-def _writes_in_place(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    name = getattr(func, "__name__", "")
+def _written(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """The tensors that a function writes into."""
+    name, into = getattr(func, "__name__", ""), kwargs.get("out")
     augmented = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-    return bool(kwargs.get("inplace")) or augmented or name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
+    if kwargs.get("inplace") or augmented or name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__"):
+        into = args[0] if args else kwargs.get("input")
+    return [into] if isinstance(into, Tensor) else list(into or ())
 
 
-def _unshare(target: Lanes, others: list[Lanes]) -> None:
-    """Give a lane its own copy of a tensor it shares with a lane that is about to write something else into it."""
+def _join(target: Tensor, lanes: int, tape: Tape | None) -> None:
+    """Make a plain tensor, such as ``torch.zeros`` gives, one of the images' values: it is about to hold some."""
+    if type(target) is not Tensor or torch._C._storage_Use_Count(target.untyped_storage()._cdata) > 2:  # it has views
+        raise KdqError(PLAIN)
+    before = target.clone()
+    target.__class__ = Lanes
+    vars(target).update(vars(Lanes([before.clone()] * lanes)))
+    Lanes.alive[id(target)] = target  # type: ignore[assignment]
+    if tape is not None:
+        tape.record(lambda: Lanes([before.clone()] * lanes), (), {}, target)
+
+
+def _unshare(target: Lanes, found: list[Lanes]) -> None:
+    """Give a lane, views in it and all, its own copy of memory that it shares with a lane that is about to write
+    something else into it."""
     for lane in range(1, len(target.lanes)):
-        shared = any(target.lanes[earlier] is target.lanes[lane] for earlier in range(lane))
-        if shared and _same_inputs([target, *others], lane) is None:
-            target.lanes[lane] = target.lanes[lane].clone()
+        shared = target.lanes[lane].untyped_storage()
+        if any(_lies_in(x, shared) for x in target.lanes[:lane]) and _same_inputs(found, lane) is None:
+            own = shared.clone()
+            for value in list(Lanes.alive.values()):
+                if lane < len(value.lanes) and _lies_in(x := value.lanes[lane], shared):
+                    value.lanes[lane] = x.new_empty(0).set_(own, x.storage_offset(), x.shape, x.stride())
+
+
+def _lies_in(x: Tensor, memory: torch.UntypedStorage) -> bool:
+    return x.untyped_storage().data_ptr() == memory.data_ptr()
 
 
 def _holds_tensor(result: Any) -> bool:
@@ -226,5 +259,7 @@ class Tape:
 
 
 def _repeat(call: _Call, values: Values) -> Any:
+    if any(True for _ in lanes_in((call.args, call.kwargs))):  # a plain tensor then
+        raise KdqError(PLAIN)
     args, kwargs = (replace_lanes(x, _Value, lambda value: values[value.key]) for x in (call.args, call.kwargs))
     return call.func(*args, **kwargs)
