@@ -20,6 +20,7 @@ ROW = Row(
     nll=0.1,
     ece=1.0,
     val_top1=99.0,
+    val_top1_float=99.0,
     params=1000,
     weight_bits_total=4000,
     size_bytes=600,

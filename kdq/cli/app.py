@@ -22,7 +22,7 @@ from kdq.train.slurm import leading
 from kdq.utils.calls import imported
 from kdq.utils.config import CONFIG_PATH, plain
 from kdq.utils.cpu import keep_freed_memory, use_cores
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, StoppedTrialError
 from kdq.utils.messages import describe
 from kdq.utils.signals import interrupted
 from kdq.utils.version import __version__
@@ -40,7 +40,6 @@ def job(cfg: DictConfig) -> list[Row] | float | list[float]:
 def _job(cfg: DictConfig) -> list[Row] | float | list[float]:
     from kdq.stages import pipeline
     from kdq.sweep import objective, trial
-    from kdq.train.halving import StoppedTrialError
 
     keep_freed_memory()
     alone = HydraConfig.get().mode == RunMode.RUN

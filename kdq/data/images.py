@@ -62,10 +62,14 @@ class Images:
 
     def _preprocess(self) -> Preprocess:
         mean, std = self.config["mean"], self.config["std"]
+        if (mean is None) != (std is None):
+            raise KdqError("data.mean and data.std belong together: give both, or neither to have them measured")
         if mean is None or std is None:
             mean, std = _channel_moments(self.set.train_images, self.split.train)
         if not len(mean) == len(std) == self.config["in_channels"]:
             raise KdqError(f"data.mean and data.std need {self.config['in_channels']} values, one per channel")
+        if min(std) <= 0:
+            raise KdqError(f"data.std={list(std)} must be above zero")
         return Preprocess(tuple(mean), tuple(std))
 
     def spec(self) -> dict[str, Any]:

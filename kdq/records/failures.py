@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from kdq.utils.errors import StoppedTrialError
 from kdq.utils.files import parse_json, regular, write_text
 from kdq.utils.messages import describe
 
@@ -39,9 +40,13 @@ class Job:
 
 @contextmanager
 def recorded(output: Path, made: Mapping[str, str], job: Job) -> Iterator[None]:
-    """Record what of ``made`` (key to name) the block fails to make, and forget earlier failures when it makes it."""
+    """Record what of ``made`` (key to name) the block fails to make, and forget earlier failures when it makes it, or
+    when a search has stopped it."""
     try:
         yield
+    except StoppedTrialError:
+        forget(output, made)
+        raise
     except Exception as error:
         for key, name in made.items():
             record(output, Failure(name, key, describe(error), job.log, list(job.overrides)))

@@ -118,7 +118,9 @@ def contests(frame: pd.DataFrame) -> list[Contest]:
         for model in of:
             by_road.setdefault(model.road, []).append(model)
         roads = {
-            road: max(by_road[road], key=lambda model: (model.untuned != "baseline", of[model]["val_top1"].mean()))
+            road: max(
+                by_road[road], key=lambda model: (model.untuned != "baseline", _validated(of, model, by_road[road]))
+            )
             for road in ROADS
             if road in by_road
         }
@@ -128,6 +130,15 @@ def contests(frame: pd.DataFrame) -> list[Contest]:
             ((data, -len(roads), -shared, group["drop"].mean()), Contest(str(data), str(quantizer), roads, leads))
         )
     return [contest for _, contest in sorted(found, key=lambda pair: pair[0])]
+
+
+def _validated(of: Mapping[Model, pd.DataFrame], model: Model, among: Iterable[Model]) -> float:
+    """The mean accuracy on validation images: of the float model, or of a tuned network at the widths that all have."""
+    lines = of[model]
+    if not model.tune:
+        return float(lines["val_top1_float"].mean())
+    shared = set.intersection(*(set(of[other]["width"]) for other in among))
+    return float(lines.loc[lines["width"].isin(shared or lines["width"]), "val_top1"].mean())
 
 
 def rivals(contest: Contest, compared: Iterable[Comparison]) -> dict[Model, set[Model]]:
@@ -189,9 +200,16 @@ def _leads(curves: Mapping[Model, Curve | None]) -> list[tuple[float, list[tuple
     known = {model: found for model, found in curves.items() if found is not None}
     leads = []
     for size in distinct(size for found in known.values() for size in found.sizes):
-        there = [(model, top1) for model, found in known.items() if np.isfinite(top1 := found.at(size)[:, 0]).all()]
+        at = {model: _at(found, size) for model, found in known.items()}
+        there = [(model, top1) for model, top1 in at.items() if np.isfinite(top1).all()]
         leads.append((size, sorted(there, key=lambda pair: float(pair[1].mean()), reverse=True)))
     return leads
+
+
+def _at(found: Curve, size: float) -> np.ndarray:
+    """The accuracies at ``size``, or at the curve's end, where that is the same size."""
+    end = min(max(size, found.sizes[0]), found.sizes[-1])
+    return found.at(end if abs(end - size) <= SAME_SIZE * size else size)[:, 0]
 
 
 def distinct(sizes: Iterable[float]) -> list[float]:

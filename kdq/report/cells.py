@@ -15,7 +15,17 @@ SERIES = ["data", "method", "arch", "quantizer"]
 CELL = [*SERIES, "width"]
 #: Columns whose mean and standard deviation over seeds are shown, and columns that have a mean only.
 SPREAD = ["top1", "top1_float", "drop", "top1_onnx_int8", "top1_onnx_fp32"]
-MEANS = ["val_top1", "nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "float_bytes", "epochs"]
+MEANS = [
+    "val_top1",
+    "val_top1_float",
+    "nll",
+    "ece",
+    "avg_bits",
+    "weight_bits_total",
+    "size_bytes",
+    "float_bytes",
+    "epochs",
+]
 #: Median latencies in milliseconds.
 LATENCIES = [name for name in COLUMNS if name.startswith("latency_ms_")]
 _LONGEST_NAME = 60
@@ -37,6 +47,8 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
         frame[column] = frame[column].map(lambda text: text and printable(text))
     tuned = frame["tune"] != ""
     frame.loc[tuned, "method"] += " + " + frame.loc[tuned, "tune"]
+    # Before format 4, "val_top1" was the float model's.
+    frame["val_top1_float"] = frame["val_top1_float"].where(tuned | (frame["row_format"] >= 4), frame["val_top1"])
     # 2^b + 1 levels: what these rows have at 2 bits, others have at 3.
     frame.loc[frame["alphabet"] == "paper", "quantizer"] += " (b+1 bits)"
     for column in ("alphabet", "search"):

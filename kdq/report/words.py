@@ -106,7 +106,9 @@ def _headline(
     regions = [_Region(list(group), name) for _, group in groupby(contest.leads, key=lambda lead: _leader(lead[1]))]
     counts = sorted({len(top1) for _, there in contest.leads for _, top1 in there})
     start = f"{data} at equal bytes ({contest.quantizer}, {_range(counts)} seed{'s' if counts[-1] > 1 else ''}): "
-    told = [region.text(regions[i + 1 :]) for i, region in sorted(enumerate(regions), key=lambda pair: pair[1].order)]
+    told = [
+        region.text(i, regions[i + 1 :]) for i, region in sorted(enumerate(regions), key=lambda pair: pair[1].order)
+    ]
     told = [text for text in told if text]
     if all(region.what == "alone" for region in regions):
         told = ["no size is there for two roads", *told]
@@ -137,14 +139,15 @@ def _adds(contest: Contest, compared: Sequence[Comparison], name: Callable[[Mode
     return said
 
 
-def _leader(there: Sequence[tuple[Model, np.ndarray]]) -> tuple[str, Model | None]:
-    """What can be said of a size, and of whom; the models that are there, the best mean first."""
+def _leader(there: Sequence[tuple[Model, np.ndarray]]) -> tuple[str, list[Model]]:
+    """What can be said of a size, and of which models; ``there`` are those that it has, the best mean first."""
+    first = [model for model, _ in there[:2]]
     if len(there) < 2:
-        return "alone", there[0][0] if there else None
+        return "alone", first
     by = difference(there[0][1], there[1][1])
     if _verdict(by) == "undecided":
-        return "undecided", None
-    return "wins" if by.tested else "ahead", there[0][0]
+        return "undecided", []
+    return "wins" if by.tested else "ahead", first
 
 
 @dataclass(frozen=True)
@@ -162,17 +165,19 @@ class _Region:
     def order(self) -> int:
         return _SAID.index(self.what)
 
-    def text(self, later: Sequence[_Region]) -> str:
-        """Empty where nothing is to be said: of sizes that only the largest model has, or none."""
+    def text(self, before: int, later: Sequence[_Region]) -> str:
+        """What is said, after so many regions ``before``. Empty where it is nothing: of sizes that only the largest
+        model has, or none."""
         (low, there), high = self.leads[0], self.leads[-1][0]
         if not there or (self.what == "alone" and not later):
             return ""
-        first = self.name(there[0][0])
+        first, here = self.name(there[0][0]), f" at {size_name(low)}" if high > low else ""
+        span = f"from {_to(size_name(low), size_name(high))}" if here else f"at {size_name(low)}"
         if self.what == "alone":
             top1 = f"{there[0][1].mean():.1f} % at {size_name(low)}"
-            return f"below {size_name(later[0].leads[0][0])} only {first} has files ({top1})"
-        by, here = difference(there[0][1], there[1][1]), f" at {size_name(low)}" if high > low else ""
-        span = f"from {_to(size_name(low), size_name(high))}" if here else f"at {size_name(low)}"
+            span = span if before else f"below {size_name(later[0].leads[0][0])}"
+            return f"{span} only {first} has files ({top1})"
+        by = difference(there[0][1], there[1][1])
         if self.what == "undecided":
             leaders = {self.name(models[0][0]) for _, models in self.leads}
             gains = [difference(models[0][1], models[1][1]).value for _, models in self.leads]

@@ -35,6 +35,8 @@ def quant_spec(quant: DictConfig) -> dict[str, Any]:
     do something, so that older keys stay."""
     preset = Preset(SOLVERS["rtn"]) if quant.solver is None else quant_config(quant).preset
     values = plain(quant) | {"order": preset.order, "scale": preset.scale, "refine": preset.refine}
+    if values.get("search"):
+        values["search"] |= {"candidates": sorted(set(values["search"]["candidates"]))}
     younger = {"ridge": preset.ridge, "held_out": preset.held_out}
     return {k: v for k, v in values.items() if k not in younger} | {k: v for k, v in younger.items() if v}
 
@@ -53,10 +55,10 @@ def search_config(quant: DictConfig) -> SearchConfig | None:
 
 def asked_bits(cell: Cell) -> dict[str, int | None]:
     """What rows are named by: each width of ``quant.bits`` once, or the range of a bit search's candidates, ``2-8``,
-    which has no width yet."""
+    which has no width yet. The float network has 32 bits, whatever is asked for beside it."""
     if search := search_config(cell.cfg.quant):
         return {f"{min(search.candidates)}-{max(search.candidates)}": None}
-    bits = plain(cell.cfg.quant)["bits"]
+    bits = 32 if cell.cfg.quant.solver is None else plain(cell.cfg.quant)["bits"]
     asked = bits if isinstance(bits, list) else [bits]
     if not asked:
         raise KdqError("quant.bits is empty: give a width from 2 to 32, or a list of them")

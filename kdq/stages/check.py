@@ -26,6 +26,8 @@ from kdq.utils.messages import unknown_option
 SEEDS = ("seed", "split_seed")
 #: What chooses a node that is not a value.
 CHOICES = {"teacher": "a network", "student": "a network", "teacher.recipe": "a recipe", "student.recipe": "a recipe"}
+#: Whose options ``tune=none`` has, for a grid that has others beside it.
+UNTUNED = "kdq.distill.QAD"
 #: Entries of ``quant`` beside the fields of a QuantConfig.
 QUANT = ("name", "bits", "calibration_images", "seed", "search")
 
@@ -33,11 +35,11 @@ QUANT = ("name", "bits", "calibration_images", "seed", "search")
 def check_config(cfg: DictConfig) -> None:
     """Refuse a config with a key that nobody reads, or with a value of another type than its reader takes."""
     names = [str(name) for name in cfg if name != "hydra"]
-    check = _Check({name: _values(cfg[name]) for name in names}, _referred(cfg))
+    check = _Check({name: _values(cfg[name]) for name in names}, referred(cfg))
     check.node("", check.config, Config)
     deploy, quant = check.config["deploy"], check.config["quant"]
     kind = BestDeploy if "tolerance" in deploy else Deploy
-    check.node("deploy", deploy, kind if deploy.get("formats") else NoDeploy)
+    check.node("deploy", deploy, kind if len(deploy) > 2 else NoDeploy)  # of deploy=none there is one entry
     check.module("method", check.config["method"])
     check.module("tune", check.config["tune"])
     check.present("quant", quant, QUANT[:-1])
@@ -55,7 +57,7 @@ def _values(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def _referred(cfg: DictConfig) -> set[str]:
+def referred(cfg: DictConfig) -> set[str]:
     """Everything in ``cfg`` that an interpolation may mean, as it is written: ``data.root``, ``.root``."""
     without = {name: value for name, value in cfg.items_ex(resolve=False) if name != "hydra"}
     text = OmegaConf.to_yaml(OmegaConf.create(without), resolve=False)
@@ -95,7 +97,9 @@ class _Check:
         for name in node:
             option = f"{where}.{name}".lstrip(".")
             if name not in known and not {option, f".{name}"} & self.referred:
-                raise KdqError(unknown_option(option, self.config, known))
+                untuned = not where.startswith("tune") and self.config["tune"].get("_target_") is None
+                asked = {name: value for name, value in self.config.items() if not (untuned and name == "tune")}
+                raise KdqError(unknown_option(option, asked, known))
 
     def present(self, where: str, node: Mapping[str, Any], needed: Iterable[str]) -> None:
         """``node`` has a value of each name."""
@@ -111,7 +115,7 @@ class _Check:
     def module(self, where: str, node: Mapping[str, Any]) -> None:
         """``method`` and ``tune`` have the options of their module, ``name``, and what their stage takes itself."""
         self.present(where, node, ("name", "_target_"))
-        target = node["_target_"]
+        target = node["_target_"] or (UNTUNED if where == "tune" else None)
         if target is None:
             return self.names(where, node, ("name", "_target_"))
         kind = imported(where, target)

@@ -20,9 +20,10 @@ from kdq.records.store import key_of
 from kdq.stages.cell import Cell
 from kdq.train.evaluate import evaluate
 from kdq.utils import latency
-from kdq.utils.checks import one_of
+from kdq.utils.checks import one_of, within
 from kdq.utils.config import plain
 from kdq.utils.cpu import usable_cores
+from kdq.utils.errors import KdqError
 from kdq.utils.files import replacing
 from kdq.utils.progress import progress
 
@@ -39,11 +40,16 @@ def asked_columns(cell: Cell) -> dict[str, Any]:
     with what it will be: cells that were deployed with other settings are deployed again."""
     config = plain(cell.cfg.deploy)
     if not config["formats"]:
+        if "runs" in config:
+            raise KdqError("deploy.formats is empty: give fp32, int8 or codes, or deploy=none")
         return {}
     needs("onnx", "onnxruntime", "onnxscript")
     for name in config["formats"]:
         one_of("deploy.formats", name, FORMATS)
     one_of("deploy.act_range", config["act_range"], (*RANGES, CLOSEST))
+    for name in ("calibration_images", "batch", "runs", "threads"):
+        if config[name] is not None:
+            within(f"deploy.{name}", config[name], 1)
     kept = dict.fromkeys(KEPT) if "tolerance" in config else {}
     return {**_measured(config["formats"]), **kept, "deploy_hash": _settings(cell)}
 

@@ -169,8 +169,8 @@ def _callback(
     shared: dict[str, Any] = {"calibration_images": images, "path": None, "on_step": on_step}
     if search is None:
         return PostTrainingQuantization([int(name) for name in names], quant_config(quant), **shared)
-    asked = {name: plain(quant.search)[name] for name in ("candidates", "validation_images")}
-    values = quant_spec(quant) | {"search": asked}
+    values = quant_spec(quant)
+    values["search"] = {name: values["search"][name] for name in ("candidates", "validation_images")}
     spec = {"stage": "search", "model": entry.key, "data": cell.images.spec(), "quant": values, **user_code(values)}
     trace = _search_folder(cell) / f"trace-{key_of(spec)}.json"
     return GreedyBitSearch(search, quant_config(quant), trace=trace, key=key_of(spec), **shared)

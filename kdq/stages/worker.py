@@ -23,9 +23,8 @@ from kdq.stages.training import TrainingSpec, train
 from kdq.train import processes
 from kdq.train import slurm as cluster
 from kdq.train.fit import Best
-from kdq.train.halving import StoppedTrialError
 from kdq.utils.cpu import keep_freed_memory
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, StoppedTrialError
 
 #: What the workers leave of a training that its search has stopped: the value that was compared.
 STOPPED = "stopped.txt"

@@ -50,6 +50,8 @@ def value(objective: str | Sequence[str], rows: Sequence[Row]) -> float | list[f
             raise KdqError(
                 f"kdq.objective={name} was not measured: add deploy={'best' if 'deployed' in name else 'onnx'}"
             )
+        if name == "val_top1" and rows[0].row_format < 4 and not rows[0].tune:
+            raise KdqError(f"{rows[0].name} is of an older kdq, whose val_top1 was the float model's: remove this row")
         values.append(float(measured))
     return values[0] if isinstance(objective, str) else values
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from kdq.records.rows import read_rows
 from kdq.stages.asked import complete, row_keys
 from kdq.stages.cell import Cell
+from kdq.stages.check import referred
 from kdq.stages.deploy import asked_columns
 from kdq.stages.train import Model, planned
 from kdq.stages.tune import tuned_models
@@ -124,7 +125,7 @@ def _planned(
         # A wrong width must not take the others with it.
         if all(isinstance(width, int) and 2 <= width <= 32 for width in bits):
             configs[together] = compose(together)
-            if not configs[together].quant.get("search"):
+            if not configs[together].quant.get("search") and not {"quant.bits", ".bits"} & referred(configs[together]):
                 group = [together]
     for overrides in group:
         try:

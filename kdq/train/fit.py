@@ -19,12 +19,12 @@ from tqdm import tqdm
 from kdq.data.images import Images
 from kdq.data.module import ImageDataModule
 from kdq.distill.module import DistillationModule
-from kdq.train.halving import StoppedTrialError, SuccessiveHalving
+from kdq.train.halving import SuccessiveHalving
 from kdq.train.monitor import Monitor
 from kdq.train.recipe import Recipe
 from kdq.train.threads import ThreadProbe
 from kdq.train.trainer import interruptible, training_trainer
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, StoppedTrialError
 from kdq.utils.files import replacing
 from kdq.utils.progress import progress
 

@@ -12,14 +12,6 @@ from kdq.utils.errors import KdqError
 from kdq.utils.files import regular, write_text
 
 
-class StoppedTrialError(KdqError):
-    """A training that was ended because others are better; ``value`` is what it was compared by."""
-
-    def __init__(self, message: str, value: float) -> None:
-        super().__init__(message)
-        self.value = value
-
-
 class SuccessiveHalving(Callback):
     """Ends a training that is behind the others of its search: after ``first`` epochs, ``factor`` times as many, and so
     on, one goes on if it is among the best of every ``factor`` that have come so far. None waits for others: the first

@@ -37,6 +37,10 @@ RECIPE = {"max_epochs": "epochs", "gradient_clip_val": "clip_grad", "accumulate_
 LIMITS = ("fast_dev_run", "overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches")
 #: Flags that the weights depend on.
 WEIGHTS = (*LIMITS[:-1], "max_steps", "gradient_clip_algorithm", "check_val_every_n_epoch", "sync_batchnorm")
+#: What of these is no other than what a Trainer does by itself.
+DEFAULTS = {"max_steps": -1, "check_val_every_n_epoch": 1}
+#: Flags of which zero would be a training, an evaluation or a machine that is none.
+AT_LEAST_ONE = (*LIMITS[2:], "max_steps", "check_val_every_n_epoch", "num_nodes")
 #: Flags that are not taken, and why.
 REFUSED = {
     "logger": "loggers are the logger group: logger=csv, logger=[wandb,tensorboard]",
@@ -71,18 +75,28 @@ def check_trainer(config: Mapping[str, Any]) -> None:
             raise KdqError(f"trainer.{name} is no flag of lightning.Trainer{nearest(name, known)}")
         if name in REFUSED and value is not None:
             raise KdqError(f"trainer.{name}={value} is refused: {REFUSED[name]}")
+    for name in AT_LEAST_ONE:
+        if config.get(name) == 0 and config[name] is not False:
+            raise KdqError(f"trainer.{name}={config[name]} leaves nothing to do: give at least 1, or null")
+    one_of("trainer.gradient_clip_algorithm", config.get("gradient_clip_algorithm"), (None, "norm", "value"))
     one_of("trainer.strategy", config.get("strategy"), STRATEGIES)
     one_of("trainer.precision", str(config.get("precision")), ("auto", *PRECISIONS))
 
 
 def weights_flags(config: Mapping[str, Any]) -> dict[str, Any]:
     """The flags, beside precision, that a model's weights depend on: a part of its key where they are given."""
-    return {name: config[name] for name in WEIGHTS if config.get(name) not in (None, False)}
+    return {name: config[name] for name in WEIGHTS if _given(name, config.get(name))}
 
 
 def limited(config: Mapping[str, Any]) -> str:
     """What of ``config`` makes its results a trial, such as ``limit_train_batches=2``; empty for real ones."""
-    return " ".join(f"{name}={config[name]}" for name in LIMITS if config.get(name) not in (None, False, 0.0))
+    return " ".join(f"{name}={config[name]}" for name in LIMITS if _given(name, config.get(name)))
+
+
+def _given(name: str, value: Any) -> bool:
+    """Whether a flag's ``value`` is another than its default, of which a limit of 1.0 is one, and of 1 none."""
+    limit = name.startswith("limit_") and isinstance(value, float)
+    return value not in (None, False, 1.0 if limit else DEFAULTS.get(name))
 
 
 def with_trainer_flags(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

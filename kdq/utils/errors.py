@@ -1,8 +1,16 @@
-"""The one exception a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class KdqError(Exception):
     """Something the user can mend. Its text is one line that says what is wrong and what to do."""
+
+
+class StoppedTrialError(KdqError):
+    """A training that its search ended, because others are better; ``value`` is what they were compared by."""
+
+    def __init__(self, message: str, value: float) -> None:
+        super().__init__(message)
+        self.value = value
 
 
 def one_line(error: BaseException) -> str:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
+from kdq.data.images import Images
 from kdq.data.sets import cifar10, cifar100, digits, fashion_mnist
 from kdq.utils.errors import KdqError
+from tests.conftest import data_config
 
 
 def test_digits_are_scikit_learns_images_on_eight_bits() -> None:
@@ -38,6 +40,14 @@ def test_digest_changes_with_one_pixel() -> None:
     other = replace(found, train_images=pixels)
     assert found.train_digest == digits().train_digest != other.train_digest
     assert found.test_digest == digits().test_digest == other.test_digest
+
+
+@pytest.mark.parametrize(
+    ("given", "says"), [({"mean": [0.5]}, "belong together"), ({"mean": [0.5], "std": [0.0]}, "must be above zero")]
+)
+def test_half_a_normalisation_is_refused(given: dict[str, list[float]], says: str) -> None:
+    with pytest.raises(KdqError, match=says):
+        Images(digits(), data_config(**given))
 
 
 def _idx(array: np.ndarray) -> bytes:

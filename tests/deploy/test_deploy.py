@@ -108,6 +108,12 @@ def test_other_settings_are_measured_again_and_alone(run: Any, cli: Any, tmp_pat
     code, _, error = cli(*cell, "deploy.act_range=mes")
     assert code == 1
     assert "deploy.act_range='mes' is unknown: use one of mse, percentile, percentile_99.9, closest" in error
+    for wrong in ("deploy.batch=0", "deploy.calibration_images=-1", "deploy.runs=0", "deploy.threads=0"):
+        code, _, error = cli(*cell, wrong)
+        assert code == 1
+        assert f"{wrong} must be a number of at least 1" in error
+    code, _, error = cli(*cell, "deploy.formats=[]")
+    assert "deploy.formats is empty" in error
     code, _, error = cli(*cell, "deploy.batch=4", "deploy.formats=[fp32]")
     assert code == 0, error
     (again,) = [row for row in read_rows(tmp_path / "copy" / "rows") if row.bits == 8]

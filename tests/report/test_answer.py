@@ -9,6 +9,7 @@ The teacher has 400 and 1600 bytes at 2 and 4 bits, the student 100 and 400. By 
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -112,8 +113,9 @@ def test_tuned_models_are_a_road_of_their_own(frame: pd.DataFrame) -> None:
 
 
 def test_validation_images_choose_who_is_compared(row: Callable[..., Row]) -> None:
-    rows = [row(method=name, val_top1=val, top1=top1) for name, val, top1 in (("dkd", 90.0, 1.0), ("vkd", 80.0, 99.0))]
-    rows.append(row(method="baseline", val_top1=99.0))  # the control is compared where nothing is distilled
+    accuracies = {"dkd": (90.0, 1.0), "vkd": (80.0, 99.0)}
+    rows = [row(method=name, val_top1_float=val, top1=top1) for name, (val, top1) in accuracies.items()]
+    rows.append(row(method="baseline", val_top1_float=99.0))  # the control is compared where nothing is distilled
     (contest,) = answer.contests(by_seed(named(rows)))
     assert contest.roads["student"].method == "dkd"
     (contest,) = answer.contests(by_seed(named(rows[2:])))
@@ -145,3 +147,24 @@ def test_nothing_from_nothing() -> None:
     assert answer.comparisons(frame) == []
     assert answer.contests(frame) == []
     assert answer.table([]).empty
+
+
+def test_widths_that_others_lack_do_not_choose(row: Callable[..., Row]) -> None:
+    """At 8 bits DKD is better, in float and tuned; its other widths, or a row of an older kdq, do not hide it."""
+    validated = {("dkd", 2): 80.0, ("dkd", 8): 92.0, ("vkd", 8): 91.0}
+    rows = [
+        row(method=method, bits=bits, val_top1=val, val_top1_float=93.0 if method == "dkd" else 92.0, tune=tune)
+        for (method, bits), val in validated.items()
+        for tune in ("", "qad")
+    ]
+    older = [replace(r, val_top1=r.val_top1_float, val_top1_float=None, row_format=3) for r in rows if not r.tune]
+    for some in (rows, [*older, *(r for r in rows if r.tune)]):
+        (contest,) = answer.contests(by_seed(named(some)))
+        assert {road: model.untuned for road, model in contest.roads.items()} == {"student": "dkd", "tuned": "dkd"}
+
+
+def test_files_a_few_bytes_apart_have_one_size(row: Callable[..., Row]) -> None:
+    rows = [row(seed=seed, bits=bits, size_bytes=1000 * bits + 3 * seed) for seed in (0, 1, 2) for bits in (2, 4)]
+    rows += [row(bits=bits, size_bytes=1000 * bits + 9, tune="qad") for bits in (2, 4)]
+    (contest,) = answer.contests(by_seed(named([replace(r, float_bytes=0) for r in rows])))
+    assert [len(there) for _, there in contest.leads] == [2, 2]

@@ -87,6 +87,29 @@ def test_regions_and_who_is_alone(row: Callable[..., Row]) -> None:
     assert (cells["higher at"], cells["lower at"]) == ("400 kB", "1.6 MB")
 
 
+def test_a_region_ends_where_its_models_do(row: Callable[..., Row]) -> None:
+    """Tuned networks have files up to 200 kB, the student from 100 kB to 1 MB, the teacher from 400 kB on."""
+    tops = {
+        ("vkd", ""): {100_000: 70.0, 200_000: 75.0, 1_000_000: 80.0},
+        ("vkd", "qad"): {100_000: 74.0, 200_000: 76.0},
+        ("teacher", ""): {400_000: 85.0, 1_000_000: 90.0},
+    }
+    rows = [
+        row(method=method, tune=tune, bits=bits, top1=top1, size_bytes=size, float_bytes=0)
+        for (method, tune), sizes in tops.items()
+        for bits, (size, top1) in zip((2, 4, 8), sizes.items(), strict=False)
+    ]
+    headline = _said(rows).headline
+    assert "vkd + qad is ahead of vkd from 100 to 200 kB (by 4.0 points at 100 kB" in headline
+    assert "the teacher is ahead of vkd from 400 kB to 1 MB (by" in headline
+    rows = [replace(r, size_bytes=300_000) if r.size_bytes == 200_000 and not r.tune else r for r in rows]
+    rows += [replace(rows[-1], bits=16, size_bytes=2_000_000)]
+    rows = [r for r in rows if not (r.method == "vkd" and r.size_bytes == 1_000_000)]
+    headline = _said(rows).headline  # from 300 kB, the student's end, to 400, the teacher's beginning, is nobody's
+    assert "from 200 to 300 kB only vkd has files" not in headline
+    assert "at 300 kB only vkd has files (75.0 % at 300 kB)" in headline
+
+
 def test_places_in_a_row_are_one_region(row: Callable[..., Row]) -> None:
     rows = [
         r
@@ -112,7 +135,7 @@ def test_what_is_missing_is_said(row: Callable[..., Row]) -> None:
 
 def test_a_choice_on_images_that_taught_the_teacher_is_named(row: Callable[..., Row]) -> None:
     rows = _pair(row, [90.0], [91.0])
-    rows += [replace(r, method="dkd", val_top1=r.val_top1 + 1) for r in rows if r.method == "vkd"]
+    rows += [replace(r, method="dkd", val_top1_float=100.0) for r in rows if r.method == "vkd"]
     outside = [replace(r, epochs=0) if r.role == "teacher" else replace(r, epochs=3) for r in rows]
     inside = [replace(r, epochs=3) for r in rows]
     assert "dkd was chosen among dkd, vkd on images that the teacher" in _said(outside).headline

@@ -26,7 +26,10 @@ ROW = [
     *("quant.order=gram", "quant.scale=gram", "quant.correct=bias", "quant.keep_float=[fc]", "quant.act_bits=8"),
     *("quant.per_channel=false", "quant.first_last_bits=8", "quant.float_dtype=bf16", "trainer.limit_test_batches=1"),
 ]
-NEITHER = ["sweep=other", "kdq.debug=true", "trainer.threads=1", "logger=csv", "paths.data_dir=elsewhere"]
+NEITHER = [
+    *("sweep=other", "kdq.debug=true", "trainer.threads=1", "logger=csv", "paths.data_dir=elsewhere"),
+    *("trainer.check_val_every_n_epoch=1", "trainer.limit_train_batches=1.0", "trainer.max_steps=-1"),
+]
 
 
 def keys(output: Path, *overrides: str) -> tuple[str, str]:
@@ -52,6 +55,15 @@ def test_what_content_depends_on_is_in_its_key(
 @pytest.mark.parametrize("override", NEITHER)
 def test_nothing_else_is(override: str, plain: tuple[str, str], tmp_path: Path) -> None:
     assert keys(tmp_path, override) == plain
+
+
+def test_the_order_of_a_search_s_candidates_is_none(tmp_path: Path) -> None:
+    asked = [
+        ["quant=greedy", "quant.bits=null", f"quant.search.candidates={bits}"]
+        for bits in ("[2,4,8]", "[8,2,4,2]", "[2,3,8]")
+    ]
+    first, again, other = (keys(tmp_path, *each)[1] for each in asked)
+    assert first == again != other
 
 
 def test_a_trial_s_row_is_another_than_the_real_one(tmp_path: Path) -> None:

@@ -104,5 +104,7 @@ def test_an_objective_is_told_as_it_is_asked_for() -> None:
     assert value(["val_top1", "size_bytes"], [row]) == [90.0, 1000.0]
     with pytest.raises(KdqError, match="one row a cell, not 2"):
         value("val_top1", [row, row])
+    with pytest.raises(KdqError, match="an older kdq, whose val_top1 was the float model's"):
+        value("val_top1", [dataclasses.replace(row, row_format=3)])
     with pytest.raises(KdqError, match="was not measured"):
         value("latency_ms_onnx_int8", [dataclasses.replace(row, latency_ms_onnx_int8=None)])

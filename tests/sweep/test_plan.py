@@ -127,6 +127,26 @@ def test_a_cell_that_cannot_be_planned_is_one_failure_and_a_mistyped_command_is_
         plan_of(tmp_path, [("method=baseline",), ("method=bseline",)])
 
 
+def test_widths_that_something_else_follows_are_cells_of_their_own(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, grid(method=("baseline",), quant__bits=(4, 8), quant__act_bits=("${quant.bits}",)))
+    assert [sorted(job.makes.values()) for job in plan.waves[-1]] == [
+        ["digits-baseline-resnet20-s0-best-b4"], ["digits-baseline-resnet20-s0-best-b8"],
+    ]  # fmt: skip
+    assert not plan.impossible
+
+
+def test_a_float_network_is_one_row_beside_any_widths(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, grid(method=("baseline",), quant=("rtn", "none"), quant__bits=(4, 8)))
+    names = sorted(name.rpartition("-s0-")[2] for job in plan.waves[-1] for name in job.makes.values())
+    assert names == ["none-b32", "rtn-b4", "rtn-b8"]
+
+
+def test_options_of_a_tuning_go_with_cells_that_have_none(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, grid(method=("baseline",), tune=("none", "qad"), tune__recipe__epochs=(1,)))
+    assert [job.what for job in plan.waves[1]] == ["tuned, 1 epochs"]
+    assert not plan.impossible
+
+
 def test_the_plan_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_of(tmp_path, grid(method=("vkd",), quant__bits=(2, 4)))
     print_plan(Console(), plan)

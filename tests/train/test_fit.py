@@ -177,7 +177,7 @@ def test_only_validated_epochs_are_kept(flag: str, value: int, epoch: int, tmp_p
     best, _ = train(trained, small_images(), TRAINER | {flag: value}, tmp_path)
     assert best["student"].epoch == epoch
     with pytest.raises(KdqError, match="ended without a validated epoch"):
-        train(module("vkd"), small_images(), TRAINER | {"limit_val_batches": 0}, tmp_path / "none")
+        train(module("vkd"), small_images(), TRAINER | {"check_val_every_n_epoch": 4}, tmp_path / "none")
 
 
 def test_overfitted_batches_are_the_same_in_every_epoch(tmp_path: Path) -> None:
@@ -439,10 +439,14 @@ def test_whole_trainings_in_another_precision(tmp_path: Path, method: str, preci
         ({"strategy": "fsdp"}, "auto, ddp"),
         ({"precision": "8-mixed"}, "auto, 32-true"),
         ({"max_time": "00:01:00:00"}, "how fast this machine is"),
+        ({"limit_train_batches": 0}, "limit_train_batches=0 leaves nothing to do"),
+        ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0 leaves nothing"),
+        ({"num_nodes": 0}, "num_nodes=0 leaves nothing"),
+        ({"gradient_clip_algorithm": "vlue"}, "use one of null, norm, value .did you mean value"),
         ({"max_epoch": 3}, r"no flag of lightning.Trainer \(did you mean max_epochs"),
     ],
 )
-def test_trainers_that_would_train_wrongly_are_refused(tmp_path: Path, changes: dict[str, str], says: str) -> None:
+def test_trainers_that_would_train_wrongly_are_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(KdqError, match=says):
         train(module("dml"), small_images(), {**TRAINER, **changes}, tmp_path)
 

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from kdq.stages.cell import Cell
 from kdq.stages.train import float_model
 from kdq.train.fit import fit
-from kdq.train.halving import StoppedTrialError, SuccessiveHalving
+from kdq.train.halving import SuccessiveHalving
 from kdq.utils.config import compose
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, StoppedTrialError
 from tests.conftest import TINY
 from tests.train.test_fit import RECIPES, TRAINER, module, small_images
 
@@ -123,6 +123,7 @@ def test_optuna_is_told_of_a_stopped_trial_what_it_had(cli: Any, tmp_path: Path)
     logs = "".join(file.read_text() for file in tmp_path.glob("runs/*/*/*.log"))
     told = [float(each) for each in re.findall(r"stopped after 1 of 4 epochs: val/top1 ([\d.]+)", logs)]
     assert len(told) + len(rows) == 3
+    assert not list((tmp_path / "failed").glob("*"))  # a search means it
     (result,) = tmp_path.glob("runs/*/optimization_results.yaml")
     assert OmegaConf.load(result).best_value >= 100 * max(told)
 
