@@ -63,7 +63,7 @@ UNREAD = [
     (["+method.alhpa=1"], r"did you mean method.alpha\?"),
     (["tune=qad", "+tune.alhpa=1"], r"did you mean tune.alpha\?"),
     (["tune=qat", "+tune.teacher=self"], r"unknown option tune.teacher"),
-    (["+tune.imags=1024"], r"did you mean tune.images\?"),
+    (["+tune.alhpa=1"], r"did you mean tune.alpha\?"),
     (["tune=qad", "tune.images=few"], r"tune.images"),
     (["+method.peer.seed=1"], r"unknown option method.peer"),
     (["~method._target_"], r"method._target_ is missing in this config: give \+method._target_="),
