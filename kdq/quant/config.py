@@ -30,6 +30,7 @@ SOLVERS: dict[str, Solver] = {"rtn": rtn, "gpfq": gpfq, "spfq": spfq, "gptq": gp
 COVERING = ("uniform", "symmetric", "asymmetric")
 ORDERS = ("natural", "gram")
 SCALES = ("weight", "gram")
+MOST_INPUT_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class QuantConfig:
             mean energy; None: as the preset has it.
         held_out: a layer's solution is judged on about a quarter of the calibration images, which are held out, see
             :mod:`kdq.quant.solvers.held_out`; None: as the preset has it.
-        first_last_bits: width of the first and the last layer that run, whatever the others have.
+        first_last_bits: width of the first and the last layer that run, whatever the others have; with ``act_bits``
+            their inputs have as many, up to 8, where that is more.
         keep_float: names of layers, parameters and modules (for all that is inside them) whose weights stay float, and
             patterns of such names: ``["fc", "*.in_proj"]``.
         float_dtype: what is not quantized (biases, BatchNorm, ``keep_float``) is rounded to ``"bf16"`` or ``"fp16"``,
@@ -127,7 +129,7 @@ class QuantConfig:
         if self.first_last_bits is not None:
             check_bits(self.first_last_bits, "first_last_bits")
         if self.act_bits is not None:
-            within("act_bits", self.act_bits, 2, 8)
+            within("act_bits", self.act_bits, 2, MOST_INPUT_BITS)
         if isinstance(self.keep_float, str) or not all(isinstance(name, str) for name in self.keep_float):
             raise KdqError(f"keep_float={self.keep_float!r}: give a list of names, [{self.keep_float}]")
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
@@ -138,6 +140,12 @@ class QuantConfig:
     def covers(self) -> bool:
         """Whether the alphabet's range is known to grow to that of the weights as its levels do."""
         return self.alphabet in COVERING
+
+    def input_bits(self, end: bool) -> int | None:
+        """The bits of a layer's inputs, of the first or the last one at an ``end``; None: they stay float."""
+        if self.act_bits is None or self.first_last_bits is None or not end:
+            return self.act_bits
+        return max(self.act_bits, min(self.first_last_bits, MOST_INPUT_BITS))
 
     @property
     def preset(self) -> Preset:

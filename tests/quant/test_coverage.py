@@ -155,6 +155,30 @@ def test_the_range_is_near_the_best_of_all_ranges(choice: str) -> None:
     assert error(quantizer.scale) <= 1.05 * min(error(0.01 * step) for step in range(5, 40))
 
 
+@pytest.mark.parametrize("choice", ["mse", "percentile"])
+@pytest.mark.parametrize("octaves", [-50, -30, -18, 18, 30, 50])
+def test_a_range_moves_with_the_size_of_the_values(choice: str, octaves: int) -> None:
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    found = []
+    for factor in (1.0, 2.0**octaves):
+        histogram = Histogram()
+        histogram.add(values * factor)
+        found.append(histogram.quantizer(6, choice))
+    assert found[1].scale == pytest.approx(found[0].scale * 2.0**octaves, rel=0.03)  # a bin or two
+    assert found[1].zero == found[0].zero == 32
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+def test_images_of_any_size_have_rounded_activations(size: float) -> None:
+    torch.manual_seed(0)
+    images = size * torch.randn(100, 8)
+    network = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    quantized, _ = kdq.quantize(network, [images], bits=8, act_bits=8)
+    with torch.no_grad():
+        expected, found = network(images), quantized(images)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
 def test_layers_left_float_count_with_32_bits_and_ends_with_theirs(relu_net: nn.Module) -> None:
     images = torch.randn(9, 3, 9, 9)
     _, report = kdq.quantize(relu_net, [images], bits=2, keep_float=["mix"], first_last_bits=8)
@@ -164,6 +188,13 @@ def test_layers_left_float_count_with_32_bits_and_ends_with_theirs(relu_net: nn.
     total = sum(count[name] * bits[name] for name in bits) + 32 * count["mix"]
     assert report.weight_bits_total == total
     assert report.avg_bits == pytest.approx(total / sum(count.values()))
+
+
+@pytest.mark.parametrize(("wide", "ends"), [(None, 4), (2, 4), (6, 6), (32, 8)])
+def test_the_inputs_of_ends_have_as_many_bits_as_their_weights(relu_net: nn.Module, wide: int | None, ends: int) -> None:
+    quantized, _ = kdq.quantize(relu_net, [torch.randn(9, 3, 9, 9)], bits=3, act_bits=4, first_last_bits=wide)
+    bits = {name: quantizer.bits for name, quantizer in quantized.quantized_activations.items()}
+    assert bits == dict.fromkeys(bits, 4) | {"stem": ends, "head": ends}
 
 
 def test_a_recurrent_layer_is_refused_by_name() -> None:

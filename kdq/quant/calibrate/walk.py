@@ -83,6 +83,7 @@ class Walk:
             self.versions.append(Version(bits, 0 if shared else lanes))
             lanes += not shared
         self.names = {id(weight_of(model, name)): name for name in widths[0]}
+        self.ends = {*[*widths[0]][:1], *[*widths[0]][-1:]}
         self.tensors = {id(value): name for name, value in (*model.named_parameters(), *model.named_buffers())}
         device, parts = next(model.parameters()).device, PARTS if config.preset.held_out else 0
         self.images = CalibrationImages(batches, lanes, self.meet, device, parts)
@@ -128,8 +129,8 @@ class Walk:
         """
         first_time = name not in self.versions[0].weights
         if first_time:
-            if self.config.act_bits is not None:
-                self._fit_activations(name, inputs, self.config.act_bits)
+            if (bits := self.config.input_bits(name in self.ends)) is not None:
+                self._fit_activations(name, inputs, bits)
             self._solve(name, call.module, inputs)
         outputs = self.images.pass_through(self._forward(name, call), inputs)
         bias = self.tensors.get(id(call.bias))
