@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from kdq.quant.config import QuantConfig, configured
 from kdq.quant.layers import quantizable_layers, unwrapped
 from kdq.quant.network import Quantized, check_network, quantize_widths
 from kdq.quant.packing.file import save_packed
-from kdq.quant.packing.weights import copied, standing_in
+from kdq.quant.packing.weights import standing_in, state_kept
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.quant.trainer import Loaders, checkpoints, load_best
 from kdq.utils.errors import KdqError
@@ -119,6 +119,15 @@ class QuantizationCallback(Callback, ABC):
         errors = {f"quantize/error_{name}": [x.error for x in report.layers] for name, report in reports.items()}
         return [{"quantize/layer": i} | {name: values[i] for name, values in errors.items()} for i in layers]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # What averages weights moves them when training ends: this one comes behind it, before the checkpoints.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = sorted(callbacks, key=lambda each: (isinstance(each, Checkpoint), each is self))
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        folder = str(trainer.default_root_dir)
+        if "://" in folder and self.path is not None and not Path(self.path).is_absolute():
+            raise KdqError(f"packed files are written to this machine, not to {folder}: give path=/FOLDER/{{bits}}.kdq")
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._find(pl_module)  # once the module's own setup and configure_model have run
 
@@ -128,9 +137,9 @@ class QuantizationCallback(Callback, ABC):
             self.check(self._find(pl_module), self._loaders(trainer, pl_module, 1))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        module = copied(pl_module)
-        load_best(module, trainer, self._restored)
-        self._make(self._find(module), trainer, pl_module)
+        with state_kept(pl_module):
+            load_best(pl_module, trainer, self._restored)
+            self._make(self._find(pl_module), trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:  # not within a fit

@@ -125,4 +125,5 @@ def load_best(module: L.LightningModule, trainer: L.Trainer, restored: Collectio
     if best is not None:
         with get_filesystem(best).open(best, "rb") as file:
             stored = torch.load(file, map_location="cpu", weights_only=best in restored)
+        module.on_load_checkpoint(stored)
         module.load_state_dict(stored["state_dict"], strict=module.strict_loading)

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -103,9 +104,10 @@ def test_a_fit_ends_with_a_quantized_copy_of_the_best_weights(loaders: Any, data
             kept[trainer.current_epoch] = state(pl_module)
 
     quantization = PostTrainingQuantization([2, 4], network="backbone", solver="rtn")
+    search = GreedyBitSearch(avg_bits=3.0, candidates=CANDIDATES, network="backbone", path=None)
     trainer = trainer_with(
         quantization,
-        GreedyBitSearch(avg_bits=3.0, candidates=CANDIDATES, network="backbone", path=None),
+        search,
         Remember(),
         ModelCheckpoint(tmp_path / "last"),  # monitors nothing
         ModelCheckpoint("memory://best", monitor="val/acc", mode="max"),  # of no folder of this machine
@@ -121,10 +123,69 @@ def test_a_fit_ends_with_a_quantized_copy_of_the_best_weights(loaders: Any, data
         stored = kdq.load(quantization.files[bits], backbone())
         assert torch.equal(stored(data[1].tensors[0]), expected(data[1].tensors[0]))
     assert [path.name for path in quantization.files.values()] == ["quantized-2bit.kdq", "quantized-4bit.kdq"]
-    search = trainer.callbacks[1]
     assert search.result.report.avg_bits <= 3.0
     assert torch.equal(search.result.network.state_dict()["0.bias"], kept[1]["backbone.0.bias"])
     assert_equal(state(module), kept[2])
+
+
+def test_the_module_itself_is_not_copied_when_a_fit_ends(loaders: Any, tmp_path: Path) -> None:
+    """It may hold what cannot be, and leave a network out of its checkpoints."""
+
+    class Holding(Foreign):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher, self.unlabelled, self.losses = backbone(1), (x for x in range(3)), dict[str, Tensor]()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.losses["ce"] = super().training_step(batch, batch_idx)
+            return self.losses["ce"]
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            kept = {name: x for name, x in checkpoint["state_dict"].items() if not name.startswith("teacher.")}
+            checkpoint["state_dict"] = kept
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] |= {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
+
+    module, best = Holding(), ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")
+    quantization, kept = PostTrainingQuantization(4, network="backbone", path=None), list[dict[str, Tensor]]()
+    keep = LambdaCallback(on_train_epoch_end=lambda _, module: kept.append(state(module)))
+    trainer_with(quantization, keep, best, max_epochs=3).fit(module, *loaders)
+    assert torch.equal(quantization.result.network.state_dict()["0.bias"], kept[1]["backbone.0.bias"])
+    assert_equal(state(module), kept[2])
+
+
+def test_a_quantization_that_fails_leaves_the_last_weights(loaders: Any, tmp_path: Path) -> None:
+    class Failing(PostTrainingQuantization):
+        def quantized(self, network: nn.Module, loaders: Loaders) -> Any:
+            assert torch.equal(network[0].bias, kept[1]["backbone.0.bias"])
+            raise RuntimeError("no")
+
+    module, best, kept = Foreign(), ModelCheckpoint(tmp_path, monitor="val/acc", mode="max"), list[dict[str, Tensor]]()
+    keep = LambdaCallback(on_train_epoch_end=lambda _, module: kept.append(state(module)))
+    with pytest.raises(RuntimeError, match="no"):
+        trainer_with(Failing(4, network="backbone"), keep, best, max_epochs=3).fit(module, *loaders)
+    assert_equal(state(module), kept[2])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_averages_weights_has_done_so_before_they_are_quantized(loaders: Any, first: bool) -> None:
+    module, quantization = Foreign(), PostTrainingQuantization(4, network="backbone", path=None)
+    callbacks = [quantization, EMAWeightAveraging(decay=0.9)]
+    trainer_with(*callbacks[:: 1 if first else -1], max_epochs=1).fit(module, *loaders)
+    assert torch.equal(quantization.result.network.state_dict()["0.bias"], module.backbone[0].bias)
+
+
+def test_files_are_for_folders_of_this_machine(loaders: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"network": "backbone", "calibration": loaders[1]}
+    module, folder = Foreign(), {"default_root_dir": "memory://bucket"}
+    with pytest.raises(KdqError, match="not to memory://bucket: give path="):
+        trainer_with(PostTrainingQuantization(4, **options), max_epochs=1, **folder).fit(module, *loaders)
+    assert module.steps == 0
+    for path in (None, tmp_path / "{bits}.kdq"):
+        quantization = PostTrainingQuantization(4, path=path, **options)
+        trainer_with(quantization, **folder).predict(Foreign(), loaders[1])
+    assert quantization.files[4].is_file()
 
 
 def test_a_training_is_the_same_with_and_without_callbacks(data: Any) -> None:
@@ -180,6 +241,21 @@ def test_evaluations_run_the_quantized_network_and_leave_the_module_as_it_was(
     quantization.use(2)
     trainer.test(module, loaders[1], verbose=False)
     assert asked == ["0", "3"] * 2  # other weights
+
+
+def test_a_compiled_network_rounds_its_activations_though_it_ran_without(loaders: Any, data: Any) -> None:
+    module = Foreign()
+    module.backbone.compile(backend="eager")
+    quantization = PostTrainingQuantization(8, network="backbone", path=None, calibration=loaders[0], act_bits=2)
+    trainer, loader = trainer_with(quantization), DataLoader(data[1], 100)
+    for width in (None, 8, None, 8):
+        quantization.use(width)
+        predicted = torch.cat(trainer.predict(module, loader))  # type: ignore[arg-type]
+        with torch.no_grad():
+            expected = (module.backbone if width is None else quantization.result.network)._call_impl(
+                data[1].tensors[0]
+            )
+        torch.testing.assert_close(predicted, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_validate_measures_the_quantized_network_and_a_fit_s_validation_the_float_one(loaders: Any) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.quant.activations import ActivationQuantizer
+from kdq.quant.calibrate.order import eager
 from kdq.quant.layers import place_of, weight_of
 from kdq.quant.packing.packed import is_packed
 from kdq.quant.solvers.alphabet import code_bits, decode
@@ -92,16 +93,25 @@ def standing_in(network: nn.Module, quantized: nn.Module) -> Iterator[None]:
 
     Afterwards it is as it was, bit for bit.
     """
-    before = copy.deepcopy(network.state_dict())
     activations: Mapping[str, ActivationQuantizer] = quantized.quantized_activations  # type: ignore[assignment]
-    hooks = [network.get_submodule(name).register_forward_pre_hook(q) for name, q in activations.items()]
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(state_kept(network))
+        if activations:
+            stack.enter_context(eager())  # compiled code may run without hooks
+        for name, quantizer in activations.items():
+            stack.callback(network.get_submodule(name).register_forward_pre_hook(quantizer).remove)
         network.load_state_dict(quantized.state_dict())
         yield
+
+
+@contextmanager
+def state_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards ``module`` has the state that it has now, whatever was loaded."""
+    before = copy.deepcopy(module.state_dict())
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        network.load_state_dict(before)
+        module.load_state_dict(before, strict=False)  # a state dict of one's own may leave things out
 
 
 def with_float_dtype(network: nn.Module, name: str) -> nn.Module:
