@@ -1,10 +1,12 @@
 """A teacher that gives logits and nothing else: never trained, never saved, never synchronised."""
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from kdq.distill.checkpoint import Network
 from kdq.distill.layers import watched
@@ -21,7 +23,8 @@ class FrozenTeacher:
 
     It is deliberately no ``nn.Module``: a module assigned to a LightningModule is registered, and then its weights
     land in every checkpoint, its parameters in DDP's buckets, and ``module.train()`` puts its BatchNorm into training
-    mode. Here it stays in eval mode, its device and dtype follow the inputs, and it runs under the caller's autocast.
+    mode. Here it stays in eval mode, its device follows the inputs, and it runs under the caller's autocast. It keeps
+    its dtype, which is its owner's: for inputs of another one copies of its values stand in.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -30,11 +33,15 @@ class FrozenTeacher:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` for ``images``, without gradient."""
         first = next(self.network.parameters())
-        if (first.device, first.dtype) != (images.device, images.dtype):
-            self.network.to(images.device, images.dtype)
+        if first.device != images.device:
+            self.network.to(images.device)
         # Not inference_mode: what that makes may not take part in the student's backward pass.
         with torch.no_grad():
-            return self.network(images)
+            if first.dtype == images.dtype:
+                return self.network(images)
+            named = chain(self.network.named_parameters(), self.network.named_buffers())
+            values = {name: value.to(images.dtype) for name, value in named if value.is_floating_point()}
+            return functional_call(self.network, values, images)
 
 
 class Outputs(NamedTuple):
