@@ -1,7 +1,7 @@
 """A network in training: itself, the moving average of its weights, and how well it does."""
 
 import copy
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,23 +51,33 @@ class MovingAverage(nn.Module):
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.decay = decay
         self.updates = 0  # no buffer: that would move to the device, and be waited for at every step
+        self.exact: list[Tensor] = []  # float32, of a network in 16 bits, which are too few for small steps
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        pairs = list(zip(self.network.state_dict().values(), network.state_dict().values(), strict=True))
+        states = (each.state_dict(keep_vars=True).values() for each in (self.network, network))
+        pairs = {id(mine): (mine, theirs) for mine, theirs in zip(*states, strict=True)}.values()  # tied weights once
         moving = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
-        torch._foreach_lerp_([mine for mine, _ in moving], [theirs for _, theirs in moving], 1 - decay)
+        averages, values = [mine for mine, _ in moving], [theirs for _, theirs in moving]
+        if all(mine.itemsize >= 4 for mine in averages):
+            torch._foreach_lerp_(averages, values, 1 - decay)
+        else:
+            self.exact = [x.to(averages[0].device, torch.float32) for x in self.exact or averages]
+            torch._foreach_lerp_(self.exact, [theirs.float() for theirs in values], 1 - decay)
+            torch._foreach_copy_(averages, self.exact)
         for mine, theirs in pairs:
             if not mine.is_floating_point():
                 mine.copy_(theirs)
 
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.updates)
+    def get_extra_state(self) -> Any:
+        updates = torch.tensor(self.updates)
+        return {"updates": updates, "exact": self.exact} if self.exact else updates
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self.updates = int(state)
+    def set_extra_state(self, state: Any) -> None:
+        state = state if isinstance(state, dict) else {"updates": state, "exact": []}
+        self.updates, self.exact = int(state["updates"]), [x.clone() for x in state["exact"]]
 
     def train(self, mode: bool = True) -> Self:
         """It only ever predicts: it stays in eval mode."""
