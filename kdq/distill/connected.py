@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kdq.distill.checkpoint import rebuilt
 from kdq.distill.learner import Learner
 from kdq.distill.module import DistillationModule
+from kdq.utils.errors import KdqError
 
 
 class Connected(DistillationModule):
@@ -39,7 +40,14 @@ class Connected(DistillationModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and not self.layers:
+            self.check_not_copied("connect(images)")
             self.connect(self.first_images())
+
+    def check_not_copied(self, call: str) -> None:
+        """Refuse a callback that averages weights: it has copied the module, without what ``call`` makes."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "_average_model", None) is not None:
+                raise KdqError(f"{type(callback).__name__} needs all parts of the module: call its {call} before fit")
 
     def connect(self, images: Tensor) -> Self:
         """Look at ``images`` and build the parts."""

@@ -52,6 +52,7 @@ class CRD(FeatureMethod):
             loader = self.trainer.fit_loop._data_source.dataloader()
             images = len(loader.dataset if hasattr(loader, "dataset") else loader.indices)
             if not hasattr(self, "bank") or self.bank.shape[1] != images:  # fitted again, on other images
+                self.check_not_copied(f"remember({images})")
                 self.remember(images)
 
     def remember(self, images: int) -> Self:

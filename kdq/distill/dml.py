@@ -105,7 +105,7 @@ class DML(DistillationModule):
         return {"ce": ce, "kl": weight * torch.stack(kls).mean()}
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        images, labels, *_ = batch
+        images, labels, *_ = self.unpacked(batch)
         weight = self.weight_at(self.progress(batch_idx).share)
         logits = {name: learner(images) for name, learner in self.learners.items()}
         losses = []
@@ -121,12 +121,13 @@ class DML(DistillationModule):
     def _step(self) -> None:
         """Lightning clips, steps schedulers and accumulates for one optimizer only; this does so for all."""
         optimizers: Any = self.optimizers()
-        schedulers: Any = self.lr_schedulers()
+        schedulers: Any = self.lr_schedulers() or [None] * len(optimizers)
         for optimizer, scheduler, learner in zip(optimizers, schedulers, self.learners.values(), strict=True):
             self.clip_gradients(optimizer.optimizer, self.config.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
-            scheduler.step()
+            if scheduler is not None:
+                scheduler.step()
             learner.stepped()
 
 

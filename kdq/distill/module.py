@@ -79,8 +79,9 @@ class DistillationModule(L.LightningModule):
         given = {name: options.get(name, each.default) for name, each in known.items()}
         chosen = {name: each.check(f"{self.group}.{name}", given[name]) for name, each in known.items()}
         vars(self).update(chosen)
-        # Of this class's and of the method's own arguments. The teacher's network stays out of every checkpoint.
-        self.save_hyperparameters(ignore=["student", "teacher", "peer", "config"])
+        # Of this class's and of the method's own arguments. The teacher's network stays out of every checkpoint, and so
+        # does how LightningCLI would build the module.
+        self.save_hyperparameters(ignore=["student", "teacher", "peer", "config", "_instantiator", "_class_path"])
         self.hparams.update(chosen)
         self.config = TrainConfig(**config) if isinstance(config, Mapping) else config or TrainConfig()
         self.hparams["config"] = asdict(self.config)  # plain values: checkpoints are loaded weights-only
@@ -155,10 +156,17 @@ class DistillationModule(L.LightningModule):
             self.trainer.accumulate_grad_batches = self._portions
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
-        images, labels, *rest = batch
+        images, labels, *rest = self.unpacked(batch)
         progress = self.progress(batch_idx)
         terms, logits = self.losses(images, labels, replace(progress, indices=rest[0]) if rest else progress)
         return self.total("student", terms, logits, labels)
+
+    @staticmethod
+    def unpacked(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A training batch. Raises KdqError for labels that are no indices."""
+        if batch[1].is_floating_point():
+            raise KdqError("labels must be class indices, not probabilities: to mix images, use the method Mixup")
+        return batch
 
     def first_images(self) -> Tensor:
         """Two of the training's first batch, before it starts; the look changes nothing that is drawn later."""
@@ -171,11 +179,12 @@ class DistillationModule(L.LightningModule):
         """Where in its training a batch is."""
         trainer, steps = self.trainer, self.trainer.num_training_batches
         epochs: float = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else math.inf  # type: ignore[assignment]
-        if trainer.max_steps > 0:
-            epochs = min(epochs, self.max_steps * trainer.accumulate_grad_batches / steps)
-        return TrainingProgress(
-            trainer.current_epoch, batch_idx, epochs, int(steps), trainer.global_rank, trainer.world_size
-        )
+        epoch, last = trainer.current_epoch, self.max_steps * trainer.accumulate_grad_batches
+        if math.isinf(steps) and not math.isinf(last):  # nobody knows how long an epoch is: all are one
+            epoch, batch_idx, epochs, steps = 0, trainer.fit_loop.total_batch_idx, 1, last
+        elif trainer.max_steps > 0:
+            epochs = min(epochs, last / steps)
+        return TrainingProgress(epoch, batch_idx, epochs, steps, trainer.global_rank, trainer.world_size)
 
     @property
     def max_steps(self) -> float:
@@ -253,15 +262,17 @@ class DistillationModule(L.LightningModule):
         return float(self.trainer.callback_metrics[f"val/{metric}{self.suffix(name)}"])
 
     def configure_optimizers(self) -> Any:
-        steps = self.trainer.estimated_stepping_batches
+        steps, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
+        if steps < 0:  # of a data set without a length
+            steps = math.inf
         if not self.automatic_optimization and not math.isinf(steps):  # its Trainer takes every batch for a step
             epochs, steps = self.trainer.max_epochs or -1, self.max_steps
-            if epochs > 0:
-                steps = min(steps, epochs * math.ceil(self.trainer.num_training_batches / self.config.accumulate))
+            if epochs > 0 and not math.isinf(batches):
+                steps = min(steps, epochs * math.ceil(batches / self.config.accumulate))
         if math.isinf(steps) and self.config.schedule != "constant":
             raise KdqError(
-                f"schedule={self.config.schedule} needs an end: give Trainer(max_epochs=...) or max_steps, or "
-                "TrainConfig(schedule='constant')"
+                f"schedule={self.config.schedule} needs an end: give Trainer(max_epochs=...), or max_steps for data "
+                "without a length, or TrainConfig(schedule='constant')"
             )
         return [self._optimizer(learner, steps) for learner in self.learners.values()]
 

@@ -19,7 +19,7 @@ class TrainingProgress:
     epoch: int = 0
     step: int = 0
     epochs: float = 1
-    steps: int = 1
+    steps: float = 1
     rank: int = 0
     world_size: int = 1
     indices: Tensor | None = None

@@ -1,6 +1,8 @@
 """Every method in a stranger's script: his own loaders, Trainer, callbacks and loggers."""
 
 import copy
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,15 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from kdq.distill import DKD, DML, VID, VKD, CrossEntropy, DistillationModule, Mixup, TrainConfig
+from kdq.distill import BYOT, CRD, DKD, DML, VID, VKD, CrossEntropy, DistillationModule, Mixup, SimKD, TrainConfig
+from kdq.distill.learner import MovingAverage
 from kdq.utils.errors import KdqError
 from tests.distill.small import in_two_processes, network
 
@@ -147,6 +152,121 @@ def test_a_schedule_needs_an_end() -> None:
         L.Trainer(**SILENT, max_epochs=-1).fit(make(CrossEntropy), loader(), loader(1))
     with pytest.raises(KdqError, match="VKD has no teacher"):
         L.Trainer(**SILENT, max_epochs=1).fit(VKD(network(1), num_classes=4), loader(), loader(1))
+
+
+class Endless(IterableDataset[Any]):
+    """The images of :func:`loader`, which does not say how many."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(loader().dataset)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", [CrossEntropy, DML])
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_data_without_a_length_are_as_good_where_steps_end_the_training(
+    kind: Any, accumulate: int, epochs: int | None
+) -> None:
+    found = []
+    for data in (loader(), DataLoader(Endless(), 16)):
+        module, shares = make(kind, config=TrainConfig(accumulate=accumulate)), list[float]()
+        ask = LambdaCallback(on_train_batch_end=lambda _, pl, out, batch, i, s=shares: s.append(pl.progress(i).share))
+        steps = 8 // accumulate * len(module.learners)
+        L.Trainer(**SILENT, callbacks=[ask], max_steps=steps, max_epochs=epochs).fit(module, data, loader(1))
+        found.append((shares, module.student.network.fc.weight))
+    assert found[0][0] == pytest.approx(found[1][0])
+    assert len(found[1][0]) == 8
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_data_without_a_length_tell_no_schedule_its_end() -> None:
+    data = DataLoader(Endless(), 16)
+    for kind in (CrossEntropy, DML):
+        with pytest.raises(KdqError, match=r"needs an end: give Trainer.* max_steps for data without a length"):
+            L.Trainer(**SILENT, max_epochs=1).fit(make(kind), data, loader(1))
+        shares = list[float]()
+        ask = LambdaCallback(on_train_batch_end=lambda _, pl, out, batch, i, s=shares: s.append(pl.progress(i).share))
+        module = make(kind, config=TrainConfig(schedule="constant"))
+        L.Trainer(**SILENT, max_epochs=2, callbacks=[ask]).fit(module, data, loader(1))
+        assert shares == [0.0] * 6 + [0.5] * 6
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("kind", [VKD, VID])
+def test_the_teacher_keeps_its_values_in_whatever_precision_the_student_is(kind: Any, precision: Any) -> None:
+    module = make(kind)
+    teacher = module.teacher.network
+    before = copy.deepcopy(teacher.state_dict())
+    L.Trainer(**SILENT, max_epochs=1, precision=precision).fit(module, loader())
+    after = teacher.state_dict()
+    assert all(value.dtype == after[name].dtype and value.equal(after[name]) for name, value in before.items())
+    images = loader().dataset.tensors[0].to(module.dtype)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        assert torch.equal(module.teacher(images), copy.deepcopy(teacher).to(module.dtype)(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_is_one_of_tied_weights_and_of_16_bits_too(dtype: torch.dtype) -> None:
+    """Moved once an update, by steps as small as they are, also after it was saved and loaded in between."""
+    one, other = (nn.Linear(3, 3, dtype=dtype) for _ in range(2))
+    other.weight = one.weight
+    network = nn.Sequential(one, other)
+    average, expected = MovingAverage(network, 0.999), one.weight.detach().double()
+    with torch.no_grad():
+        one.weight += 1
+    for update in range(9000, 9100):
+        average.updates = update
+        average.update(network)
+        expected = expected.lerp(one.weight.detach().double(), 1e-3)
+        if update == 9050:
+            stored, average = average.state_dict(), MovingAverage(network, 0.999)
+            average.load_state_dict(stored)
+    found: Any = average.network
+    torch.testing.assert_close((average.exact or [found[0].weight])[0], expected.float())
+    torch.testing.assert_close(found[0].weight, expected.to(dtype))
+    assert found[1].weight is found[0].weight
+
+
+def test_a_module_that_lightning_s_command_line_made_is_loaded_without_it(tmp_path: Path) -> None:
+    given = {"num_classes": 4, "alpha": 0.7, "_class_path": "kdq.distill.VKD"}
+    with _given_hyperparameters_context(given, "lightning.pytorch.cli.instantiate_module"):
+        module = make(VKD, alpha=0.7)
+    trainer = L.Trainer(**SILENT, max_epochs=1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert dict(VKD.load_from_checkpoint(tmp_path / "a.ckpt").hparams) == dict(make(VKD, alpha=0.7).hparams)
+
+
+@pytest.mark.parametrize("kind", [VID, BYOT, SimKD, CRD])
+def test_callbacks_that_copy_the_module_want_its_parts_first(kind: Any) -> None:
+    images, labels = loader().dataset.tensors  # type: ignore[attr-defined]
+    data = DataLoader(TensorDataset(images, labels, torch.arange(96)), 16)
+    module = make(kind)
+    calls = {"connect(images)": lambda: module.connect(images)}
+    for call, run in (calls | ({"remember(96)": lambda: module.remember(96)} if kind is CRD else {})).items():
+        with pytest.raises(KdqError, match=re.escape(f"call its {call} before fit")):
+            L.Trainer(**SILENT, max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(module, data)
+        run()
+    L.Trainer(**SILENT, max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(module, data)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_labels_that_are_probabilities_are_refused(kind: Any) -> None:
+    images, labels = loader().dataset.tensors  # type: ignore[attr-defined]
+    data = DataLoader(TensorDataset(images, nn.functional.one_hot(labels, 4).float()), 16)
+    with pytest.raises(KdqError, match="labels must be class indices, not probabilities"):
+        L.Trainer(**SILENT, max_epochs=1).fit(make(kind), data)
+
+
+def test_ones_own_optimizers_without_schedules() -> None:
+    class Mine(DML):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.Adam(learner.network.parameters(), lr=1e-3) for learner in self.learners.values()]
+
+    module = make(Mine)
+    before = copy.deepcopy(module.peer.network.state_dict())
+    L.Trainer(**SILENT, max_epochs=1).fit(module, loader())
+    assert not torch.equal(before["fc.weight"], module.peer.network.fc.weight)
 
 
 def test_ones_own_optimizer() -> None:
