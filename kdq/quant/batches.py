@@ -33,6 +33,11 @@ def labels_of(batch: Any) -> Tensor:
     return _part(batch, 1, LABELS, "labels")
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a network returns: itself, the first item of a tuple or list, a dictionary's ``logits``."""
+    return _part(output, 0, ("logits",), "logits", "an output of the network")
+
+
 def first_pairs(batches: Iterable[Any], count: int) -> list[tuple[Tensor, Tensor]]:
     """Images and labels of the first ``count`` images."""
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -47,7 +52,7 @@ def first_pairs(batches: Iterable[Any], count: int) -> list[tuple[Tensor, Tensor
     return pairs
 
 
-def _part(batch: Any, index: int, names: tuple[str, ...], what: str) -> Tensor:
+def _part(batch: Any, index: int, names: tuple[str, ...], what: str, whole: str = "a batch") -> Tensor:
     found: Any = batch if index == 0 and isinstance(batch, Tensor) else None
     there = type(batch).__name__
     if isinstance(batch, (tuple, list)) and len(batch) > index:
@@ -59,6 +64,6 @@ def _part(batch: Any, index: int, names: tuple[str, ...], what: str) -> Tensor:
     if isinstance(found, Tensor):
         return found
     raise KdqError(
-        f"a batch is a {there}: its {what} must be {'a tensor, ' * (index == 0)}item {index} of a tuple or list, or a "
+        f"{whole} is a {there}: its {what} must be {'a tensor, ' * (index == 0)}item {index} of a tuple or list, or a "
         f"dictionary's {', '.join(names)}"
     )

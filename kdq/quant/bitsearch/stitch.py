@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kdq.quant.batches import logits_of
 from kdq.quant.bitsearch.trace import Assignment, Measure
 from kdq.quant.calibrate.layer import layer_call, opened
 from kdq.quant.calibrate.order import eager
@@ -110,7 +111,7 @@ class Stitched:
         for index, (images, _) in enumerate(self.batches):
             self._batch, self._next = index, 0
             with eager(), _Layers(self):
-                found.append(self.network(images).float().log_softmax(1))
+                found.append(logits_of(self.network(images)).float().log_softmax(1))
         return found
 
     def layer(self, weight: Tensor, run: Callable[[], Tensor]) -> Tensor:

@@ -263,3 +263,33 @@ def test_a_bank_that_was_kept_is_the_one_that_was_filled(
     (tmp_path / "8.kdq").write_bytes((tmp_path / "2.kdq").read_bytes()[:-1])
     with pytest.raises(KdqError, match=r"8\.kdq"):
         fill_bank(trained, data[0], [2, 8], config, tmp_path)
+
+
+class Returning(nn.Module):
+    """A network that returns its logits in something."""
+
+    def __init__(self, network: nn.Module, kind: type) -> None:
+        super().__init__()
+        self.network, self.kind = network, kind
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.network(x)
+        return {"features": x, "logits": logits} if self.kind is dict else (logits, x)
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_logits_are_found_in_what_a_network_returns(trained: nn.Module, data: Any, kind: type) -> None:
+    calibration, validation = data[0][:1], data[1][:1]
+    config = SearchConfig(candidates=(2, 8), avg_bits=5.0)
+    expected = search_bits(trained, calibration, validation, config, QuantConfig(solver="rtn")).found.points
+    found = search_bits(
+        Returning(trained, kind), calibration, validation, config, QuantConfig(solver="rtn")
+    ).found.points
+    assert [point.measure for point in found] == [point.measure for point in expected]
+
+
+def test_a_network_without_logits_is_refused(trained: nn.Module, data: Any) -> None:
+    network = nn.Sequential(Returning(trained, dict), nn.Module())
+    network[1].forward = lambda output: {"features": output["logits"]}
+    with pytest.raises(KdqError, match=r"an output of the network is a dict of features: its logits must be"):
+        Stitched(network, {}, data[1])
