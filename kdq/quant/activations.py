@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from kdq.quant.distributed import summed
 from kdq.utils.checks import one_of
 
-#: A histogram bin spans a factor of 2^(1/64), 1 %, and the bins reach from 2^-20 to 2^20.
-_PER_OCTAVE, _OCTAVES = 64, 20
+#: A histogram bin spans a factor of 2^(1/64), 1 %; bins reach from 2^-64 to 2^64, whose squares float32 holds. A range
+#: is chosen from a window of them: 2^-20 to 2^20, or moved so that it holds the largest value and 12 octaves below it.
+_PER_OCTAVE, _OCTAVES, _WINDOW = 64, 64, 20
 #: How a range is chosen: by squared error, or as what the largest 0.01 % or 0.1 % of the values lie outside of.
 RANGES = ("mse", "percentile", "percentile_99.9")
 _CLIPPED = {"percentile": 1e-4, "percentile_99.9": 1e-3}
@@ -46,8 +47,9 @@ class Histogram:
         self.counts: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        bins = 2 * _OCTAVES * _PER_OCTAVE
-        index = values.float().abs().log2_().add_(_OCTAVES).mul_(_PER_OCTAVE).clamp_(-1, bins - 1).long()
+        bins, shift = 2 * _OCTAVES * _PER_OCTAVE, (_OCTAVES - _WINDOW) * _PER_OCTAVE
+        index = values.float().abs().log2_().add_(_WINDOW).mul_(_PER_OCTAVE).floor_()
+        index = index.add_(shift).clamp_(-1, bins - 1).long()
         index = torch.where(values < 0, index + bins, index)[index >= 0]
         counts = torch.bincount(index, minlength=2 * bins).double()
         self.counts = counts if self.counts is None else self.counts + counts
@@ -58,14 +60,15 @@ class Histogram:
         Values that are never negative, such as a ReLU's, get all codes for themselves."""
         one_of("act_range", choice, RANGES)
         assert self.counts is not None
-        positive, negative = summed(self.counts).cpu().chunk(2)
-        signed = bool(negative.any())
-        zero = 2 ** (bits - 1) if signed else 0
-        sizes = torch.exp2((torch.arange(len(positive)).double() + 0.5) / _PER_OCTAVE - _OCTAVES)
-        counts = positive + negative
-        if not counts.any():
+        both = summed(self.counts).cpu().view(2, -1)
+        if not both.any():
             return ActivationQuantizer(1.0, 0, bits)
-        largest = float(sizes[counts.nonzero().max()])
+        top, width = int(both.nonzero()[:, 1].max()), 2 * _WINDOW * _PER_OCTAVE
+        low = min(max((_OCTAVES - _WINDOW) * _PER_OCTAVE, top + 1 - width), max(0, top - 12 * _PER_OCTAVE))
+        sizes = torch.exp2((torch.arange(low, low + width).double() + 0.5) / _PER_OCTAVE - _OCTAVES)
+        positive, negative = both[:, low : low + width]
+        counts, zero = positive + negative, 2 ** (bits - 1) if negative.any() else 0
+        largest = float(sizes[top - low])
         steps = 2**bits - 1 - zero
         if choice in _CLIPPED:
             below = counts.cumsum(0) / counts.sum()
