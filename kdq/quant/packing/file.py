@@ -9,6 +9,7 @@ is a JSON header. FORMAT.md beside this file describes all of it. Nothing in a f
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,8 @@ def _architecture(
     packed = {f"{name}.{part}" for name in weights for part in ("codes", "scale", "zero")}
     sizes = [tensor.numel() for name, tensor in tensors.items() if name not in packed]
     sizes += [weight.shape.numel() for weight in weights.values()]
-    return shape_of(header["net"], len(sizes), sum(sizes))
+    dtype = next((weight.scale.dtype for weight in weights.values()), torch.float32)  # a double network's is double
+    return shape_of(header["net"], len(sizes), sum(sizes)).to(dtype)
 
 
 def _fill(
@@ -216,10 +218,11 @@ def _fill(
             del given[name]
     network.load_state_dict(given, strict=False, assign=True)
     for name, weight in weights.items():
-        decoded = nn.Parameter(weight.decode()) if decode == "once" else None
+        dtype = weight_of(network, name).dtype
+        decoded = nn.Parameter(weight.decode().to(dtype)) if decode == "once" else None
         for module, attribute in holding[name]:
             if decoded is None:
-                keep_packed(module, attribute, weight)
+                keep_packed(module, attribute, replace(weight, scale=weight.scale.to(dtype)))
             else:
                 setattr(module, attribute, decoded)
 

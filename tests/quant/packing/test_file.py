@@ -353,3 +353,20 @@ def test_a_buffer_in_16_bits_is_not_a_network_rounded_to_them(tmp_path: Path, fl
     loaded = kdq.load(tmp_path / "net.kdq", network=net)
     assert loaded.kdq_float_dtype == float_dtype
     assert kdq.save(loaded, tmp_path / "again.kdq") == size
+
+
+@pytest.mark.parametrize("decode", DECODE)
+def test_a_network_of_another_dtype_comes_back_able_to_run(tmp_path: Path, decode: str) -> None:
+    net = {"_target_": "kdq.models.CifarResNet", "depth": 8, "num_classes": 10, "width": 0.5}
+    images = torch.randn(20, 3, 8, 8)
+    quantized, _ = kdq.quantize(build(net), [images], bits=4)
+    double, _ = kdq.quantize(build(net).double(), [images.double()], bits=4)
+    with torch.no_grad():
+        kdq.save(double, tmp_path / "double.kdq")
+        assert torch.equal(kdq.load(tmp_path / "double.kdq", decode=decode)(images.double()), double(images.double()))
+        kdq.save(quantized, tmp_path / "net.kdq")
+        for dtype, tolerance in ((torch.float64, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)):
+            loaded = kdq.load(tmp_path / "net.kdq", network=build(net).to(dtype), decode=decode)
+            logits = loaded(images.to(dtype))
+            assert logits.dtype == dtype
+            assert (logits.float() - quantized(images)).norm() < tolerance * quantized(images).norm()
