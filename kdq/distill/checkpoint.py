@@ -1,9 +1,8 @@
 """What a checkpoint says of a network's architecture, so that ``load_from_checkpoint(path)`` can build it again.
 
-Networks that kdq builds say what they are: a name of its table and the arguments. Of others, and of those whose modules
-were changed since, the checkpoint holds the pickled structure, as bytes: these run code when they are read, so nothing
-reads them unless the caller says ``weights_only=False``. Either way a checkpoint is loaded weights-only by Lightning,
-which is its default.
+Networks that kdq builds say what they are: a name of its table and the arguments. Of others, and of those that were
+changed since, the checkpoint holds the pickled structure, as bytes: these run code when they are read, so nothing reads
+them unless the caller says ``weights_only=False``. Lightning's default is to load weights only.
 """
 
 import copy

@@ -84,10 +84,8 @@ def table() -> dict[str, Entry]:
     return entries
 
 
-def stored_name(net: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def stored_name(net: Mapping[str, Any]) -> dict[str, Any]:
     """``net`` as files say it: one name for each network of the table, whatever path it was called by."""
-    if net is None:
-        return None
     entry = table().get(STABLE.get(str(net.get("_target_")), str(net.get("_target_"))))
     named = {name: stored_name(value) if isinstance(value, Mapping) else value for name, value in net.items()}
     return named if entry is None else {**named, "_target_": entry.target}
@@ -95,10 +93,10 @@ def stored_name(net: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def name_of(network: nn.Module) -> dict[str, Any] | None:
     """What files say that ``network`` is; None where it does not say so itself, or was changed since it was built."""
-    net = stored_name(getattr(network, "kdq_net", None))
-    if net is None or not is_in_table(net) or _modules(_shaped(net, *LARGEST)) == _modules(network):
-        return net
-    return None
+    net: Mapping[str, Any] | None = getattr(network, "kdq_net", None)
+    if net is None or (is_in_table(net) and _modules(_shaped(net, *LARGEST)) != _modules(network)):
+        return None
+    return stored_name(net)
 
 
 def _modules(network: nn.Module) -> dict[str, tuple[type, str]]:

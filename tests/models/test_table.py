@@ -90,7 +90,7 @@ def test_one_name_for_a_network_whatever_path_it_was_called_by() -> None:
     held = _held(build({"_target_": paths[0], **net}))
     assert {type(shape_of({"_target_": path, **net}, *held)).__name__ for path in paths} == {"CifarResNet"}
     assert stored_name({"_target_": "mine.net"}) == {"_target_": "mine.net"}
-    assert stored_name(None) is None
+    assert name_of(nn.Linear(3, 3)) is None
 
 
 @pytest.mark.parametrize(

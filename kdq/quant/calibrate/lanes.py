@@ -64,7 +64,7 @@ class Lanes(Tensor):
             return done
         written = _written(func, args, kwargs)
         for target in written:
-            if not isinstance(target, Lanes):
+            if tape is not None and not isinstance(target, Lanes):
                 _join(target, len(found[0].lanes), tape)
         found = list(lanes_in((args, kwargs))) if written else found
         for target in written:
@@ -146,7 +146,7 @@ def _written(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> lis
     return [into] if isinstance(into, Tensor) else list(into or ())
 
 
-def _join(target: Tensor, lanes: int, tape: Tape | None) -> None:
+def _join(target: Tensor, lanes: int, tape: Tape) -> None:
     """Make a plain tensor, such as ``torch.zeros`` gives, one of the images' values: it is about to hold some."""
     if type(target) is not Tensor or torch._C._storage_Use_Count(target.untyped_storage()._cdata) > 2:  # it has views
         raise KdqError(PLAIN)
@@ -154,24 +154,19 @@ def _join(target: Tensor, lanes: int, tape: Tape | None) -> None:
     target.__class__ = Lanes
     vars(target).update(vars(Lanes([before.clone()] * lanes)))
     Lanes.alive[id(target)] = target  # type: ignore[assignment]
-    if tape is not None:
-        tape.record(lambda: Lanes([before.clone()] * lanes), (), {}, target)
+    tape.record(lambda: Lanes([before.clone()] * lanes), (), {}, target)
 
 
 def _unshare(target: Lanes, found: list[Lanes]) -> None:
-    """Give a lane, views in it and all, its own copy of memory that it shares with a lane that is about to write
-    something else into it."""
+    """Give a lane and its views a copy of memory that it shares with a lane about to write something else into it."""
     for lane in range(1, len(target.lanes)):
-        shared = target.lanes[lane].untyped_storage()
-        if any(_lies_in(x, shared) for x in target.lanes[:lane]) and _same_inputs(found, lane) is None:
-            own = shared.clone()
+        place = target.lanes[lane].untyped_storage().data_ptr()
+        shared = any(x.untyped_storage().data_ptr() == place for x in target.lanes[:lane])
+        if shared and _same_inputs(found, lane) is None:
+            own = target.lanes[lane].untyped_storage().clone()
             for value in list(Lanes.alive.values()):
-                if lane < len(value.lanes) and _lies_in(x := value.lanes[lane], shared):
+                if lane < len(value.lanes) and (x := value.lanes[lane]).untyped_storage().data_ptr() == place:
                     value.lanes[lane] = x.new_empty(0).set_(own, x.storage_offset(), x.shape, x.stride())
-
-
-def _lies_in(x: Tensor, memory: torch.UntypedStorage) -> bool:
-    return x.untyped_storage().data_ptr() == memory.data_ptr()
 
 
 def _holds_tensor(result: Any) -> bool:
@@ -223,13 +218,11 @@ class Tape:
     def __init__(self, meet: Meet) -> None:
         self.meet = meet
         self.calls: list[_Call] = []
-        self._alive: WeakValueDictionary[int, Lanes] = WeakValueDictionary()
         self._count = 0
 
     def watch(self, lanes: Lanes) -> Lanes:
         """Give ``lanes`` a key, and note from now on what is done with it."""
         lanes.tape, lanes.key = self, self._count
-        self._alive[lanes.key] = lanes
         self._count += 1
         return lanes
 
@@ -242,7 +235,7 @@ class Tape:
 
     def alive(self) -> set[int]:
         """Keys of the values that the network's code still holds."""
-        return set(self._alive.keys())
+        return {lanes.key for lanes in list(Lanes.alive.values()) if lanes.tape is self}
 
     def replay(self, values: Values) -> Values:
         """Carry out the noted calls on another chunk's values; what remains of these afterwards."""
