@@ -5,6 +5,7 @@ A file comes from anyone. What it names is looked up in a table, its arguments a
 what the file holds, and the network is built on the meta device, where a tensor is a shape without memory.
 """
 
+import inspect
 import math
 import re
 import reprlib
@@ -104,7 +105,7 @@ def _modules(network: nn.Module) -> dict[str, tuple[type, str]]:
     found: dict[str, tuple[type, str]] = {}
     for name, module in network.named_modules():
         kind = type(module).__bases__[0] if is_parametrized(module) else type(module)
-        options = re.sub("(, )?inplace=[a-zA-Z]+", "", module.extra_repr())
+        options = re.sub(r"(, )?(inplace|momentum)=[\w.-]+", "", module.extra_repr())  # no other function
         if not {"parametrizations", "input_rounding"} & {*name.split(".")}:
             found[name] = _BatchNorm if issubclass(kind, _BatchNorm) else kind, options
     return found
@@ -190,9 +191,12 @@ def _entry(net: Mapping[str, Any]) -> tuple[Entry, dict[str, Any]]:
         raise KdqError(
             f"the file names the architecture {reprlib.repr(target)}, none of kdq's or of torchvision's: {elsewhere}"
         )
-    arguments = {name: value for name, value in net.items() if name != "_target_"}
-    if arguments.get("weights", 0) is None:
-        del arguments["weights"]
+    defaults = inspect.signature(entry.build).parameters
+    arguments = {
+        name: value
+        for name, value in net.items()
+        if name != "_target_" and not (value is None and name in defaults and defaults[name].default is None)
+    }
     for name, value in arguments.items():
         if not _fits(entry.takes.get(name), value):
             raise KdqError(

@@ -191,7 +191,9 @@ def test_layers_left_float_count_with_32_bits_and_ends_with_theirs(relu_net: nn.
 
 
 @pytest.mark.parametrize(("wide", "ends"), [(None, 4), (2, 4), (6, 6), (32, 8)])
-def test_the_inputs_of_ends_have_as_many_bits_as_their_weights(relu_net: nn.Module, wide: int | None, ends: int) -> None:
+def test_the_inputs_of_ends_have_as_many_bits_as_their_weights(
+    relu_net: nn.Module, wide: int | None, ends: int
+) -> None:
     quantized, _ = kdq.quantize(relu_net, [torch.randn(9, 3, 9, 9)], bits=3, act_bits=4, first_last_bits=wide)
     bits = {name: quantizer.bits for name, quantizer in quantized.quantized_activations.items()}
     assert bits == dict.fromkeys(bits, 4) | {"stem": ends, "head": ends}
