@@ -30,6 +30,10 @@ class ImageDataModule(L.LightningDataModule):
         self.images, self.batch_size, self.seed, self.portions = images, batch_size, seed, portions
         self.calibration_images, self.calibration_seed = calibration_images, calibration_seed
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.train_dataloader()  # an error of it while Lightning asks would leave torch's DataLoader patched
+
     def train_dataloader(self) -> TrainLoader:
         trainer = self._trainer()
         return TrainLoader(

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from kdq.data.images import Images
 from kdq.data.loader import TrainLoader
@@ -480,3 +481,4 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: py
 def test_more_processes_and_portions_than_images_are_refused() -> None:
     with pytest.raises(KdqError, match="3 training images are too few for 1 devices x 4 portions"):
         train(module("baseline", accumulate=4), small_images(3), TRAINER, Path())
+    assert not any(name.startswith("__old") for name in vars(DataLoader))  # Lightning's, of users' other trainings
