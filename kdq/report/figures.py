@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,7 @@ def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]])
     for label, look in _EXPLAINED.items():
         if any(line.get_label() == label for panel in panels.flat for line in panel.lines):
             handles.append(Line2D([], [], label=label, **look))
-    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure, handles), frameon=False)
     if cut:
         figure.suptitle(f"{' and '.join(cut)}; all are in report.html", fontsize="small")
     return figure
@@ -242,15 +242,16 @@ def _searches(searched: pd.DataFrame, searches: Mapping[str, Frontier]) -> Figur
         panel.grid(alpha=0.25, lw=0.6)
     by_label = {str(line.get_label()): line for panel in figure.axes for line in panel.lines}
     handles = [line for label, line in sorted(by_label.items()) if not label.startswith("_")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure, handles), frameon=False)
     return figure
 
 
-def _columns(figure: Figure) -> int:
-    """How many entries of a legend go beside each other below a figure."""
+def _columns(figure: Figure, handles: Sequence[Any]) -> int:
+    """How many entries of a legend go beside each other below a figure: fewer where a name is long."""
     from matplotlib import rcParams
 
-    return max(1, int(figure.get_figwidth() / (0.21 * float(rcParams["font.size"]))))
+    size, longest = float(rcParams["font.size"]), max((len(str(x.get_label())) for x in handles), default=0)
+    return max(1, int(figure.get_figwidth() / (size * max(0.21, 0.05 + longest / 130))))
 
 
 def _figure(columns: int, rows: int) -> Figure:
