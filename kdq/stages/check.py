@@ -115,7 +115,7 @@ class _Check:
     def module(self, where: str, node: Mapping[str, Any]) -> None:
         """``method`` and ``tune`` have the options of their module, ``name``, and what their stage takes itself."""
         self.present(where, node, ("name", "_target_"))
-        target = node["_target_"] or (UNTUNED if where == "tune" else None)
+        target = node["_target_"] or (UNTUNED if where == "tune" and "recipe" in node else None)  # older rows have none
         if target is None:
             return self.names(where, node, ("name", "_target_"))
         kind = imported(where, target)

@@ -15,6 +15,7 @@ from kdq.report.publish import publish
 from kdq.report.write import Written
 from kdq.stages import pipeline, train
 from kdq.stages.cell import Cell
+from kdq.stages.check import check_config
 from kdq.stages.reproduce import config_of
 from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
@@ -154,3 +155,10 @@ def test_published_configs_name_no_places(tmp_path: Path) -> None:
 
 def test_columns_that_differ() -> None:
     assert differences(ROW, dataclasses.replace(ROW, top1=96.5), ["top1", "size_bytes"]) == ["top1 97.0 -> 96.5"]
+
+
+@pytest.mark.parametrize("folder", ["cifar10", "cifar100", "roads", "published_training"])
+def test_configs_of_published_rows_are_still_read(folder: str, tmp_path: Path) -> None:
+    rows = read_rows(Path(__file__).parents[2] / "outputs" / "reference" / folder / "rows")
+    for row in {(row.method, row.quantizer, row.tune): row for row in rows if row.config is not None}.values():
+        check_config(config_of(row, tmp_path))
