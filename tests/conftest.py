@@ -66,6 +66,8 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
+#: Of a network that images come to normalised in another way.
+OWN_NORMALIZATION: dict[str, Any] = {"mean": [0.4] * 3, "std": [0.2] * 3, "data_mean": [0.5] * 3, "data_std": [0.3] * 3}
 #: A network and a training small enough for a second.
 TINY = (
     "logger=none",

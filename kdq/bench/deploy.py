@@ -3,11 +3,12 @@
     python -m kdq.bench deploy [kdq overrides] [bench.threads=1,2] [bench.repeats=3]
 
 The overrides name the cell as ``kdq`` takes them; what is missing of it is made. On the CPU, in ONNX Runtime, take
-turns: the float graph, ours in INT8, and ``static``, what ONNX Runtime's own ``quantize_static`` makes of the float
-graph; at batch 1 our two graphs in OpenVINO and the float network in torch with them (:mod:`kdq.bench.runtimes`), as
-far as ``kdq[runtimes]`` is installed; in torch, on the device of ``trainer.accelerator``: the float network, and the
-packed file decoded once and decoded layer by layer. Given are the ratios of their medians and of their fastest runs,
-one for each repeat. Memory is that of a fresh process which loads the packed file and classifies one image.
+turns: the float graph, ours in INT8 and with codes, and ``static``, what ONNX Runtime's own ``quantize_static`` makes
+of the float graph; at batch 1 our graphs in OpenVINO and the float network in torch with them
+(:mod:`kdq.bench.runtimes`), as far as ``kdq[runtimes]`` is installed; in torch, on the device of
+``trainer.accelerator``: the float network, and the packed file decoded once and decoded layer by layer. Given are the
+ratios of their medians and of their fastest runs, one for each repeat; beside them, top-1 on the test images in ONNX
+Runtime and in OpenVINO. Memory is that of a fresh process which loads the packed file and classifies one image.
 """
 
 import json
@@ -15,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 
 from kdq.bench.common import apart, peak_mb, show, split_options
 from kdq.bench.runtimes import others
-from kdq.deploy.runtime import session
+from kdq.deploy.onnx_files import FORMATS
+from kdq.deploy.runtime import openvino, runner, session, top1
 from kdq.quant.packing.file import DECODE, load_packed
 from kdq.records.rows import Row
 from kdq.stages.cell import Cell
@@ -45,10 +48,11 @@ def main(arguments: list[str]) -> None:
     own, overrides = split_options(arguments, threads=f"1,{usable_cores()}", repeats="3")
     threads = [int(value) for value in own["threads"].split(",")]
     repeats = int(own["repeats"])
-    cell, found = Cell(compose(overrides, "deploy=onnx")), []
+    cell, found = Cell(compose(overrides, "deploy=onnx", f"deploy.formats=[{','.join(FORMATS)}]")), []
     for row in run(cell.cfg):
         bench = Bench(cell, row, repeats)
-        found.append(bench.about() | bench.onnx(sorted(set(threads))) | bench.torch() | bench.memory())
+        found.append(bench.about() | bench.openvino())
+        found[-1] |= bench.onnx(sorted(set(threads))) | bench.torch() | bench.memory()
         numbers = [{"what": name, "value": value} for name, value in found[-1].items()]
         show(f"{row.arch}, {row.bits} bits, {row.method}, {row.data}", ("what", "value"), numbers, ".6g")
     write_text(cell.output / "report" / "bench_deploy.json", json.dumps(found, indent=1))
@@ -66,36 +70,47 @@ class Bench:
     def packed(self) -> Path:
         return self.cell.output / self.row.artifact
 
+    @property
+    def models(self) -> dict[str, Path]:
+        return {kind: self.packed.with_suffix(f".{kind}.onnx") for kind in FORMATS}
+
     def about(self) -> dict[str, Any]:
-        names = ["data", "method", "arch", "bits", "top1_float", "top1", "top1_onnx_fp32", "top1_onnx_int8"]
-        names += ["float_bytes", "size_bytes", "onnx_fp32_bytes", "onnx_int8_bytes", "macs", "bops"]
+        names = ["data", "method", "arch", "bits", "top1_float", "top1", "float_bytes", "size_bytes", "macs", "bops"]
+        names += [f"top1_onnx_{kind}" for kind in self.models] + [f"onnx_{kind}_bytes" for kind in self.models]
         return {name: getattr(self.row, name) for name in names}
 
     def onnx(self, threads: Sequence[int]) -> dict[str, str]:
         """Latencies of the ONNX models in ONNX Runtime."""
         found: dict[str, str] = {}
         with TemporaryDirectory() as folder:
-            models = {kind: self.packed.with_suffix(f".{kind}.onnx") for kind in ("fp32", "int8")}
+            models = self.models
             models["static"] = static(models["fp32"], calibration(self.cell), Path(folder) / "static.onnx")
             for count in threads:
-                sessions = {kind: session(model, count) for kind, model in models.items()}
+                runs = {kind: runner(session(model, count)) for kind, model in models.items()}
                 name = f"ONNX Runtime, {count} threads"
-                found |= self.compared(
-                    name, lambda *many, each=sessions: latency.of_sessions(each, self.cell.shape, *many)
-                )
-                found |= self.runtimes({kind: models[kind] for kind in ("fp32", "int8")}, count)
+                found |= self.compared(name, lambda *many, each=runs: latency.of_runners(each, self.cell.shape, *many))
+                found |= self.runtimes(count)
         return found
 
-    def runtimes(self, models: Mapping[str, Path], threads: int) -> dict[str, str]:
+    def openvino(self) -> dict[str, float]:
+        """Top-1 on the test images of the ONNX models in OpenVINO: it must compute what ONNX Runtime does."""
+        if not find_spec("openvino"):
+            return {}
+        return {
+            f"top1_openvino_{kind}": top1(run, self.cell.images.evaluation("test", torch.device("cpu")))
+            for kind, run in openvino(self.models).items()
+        }
+
+    def runtimes(self, threads: int) -> dict[str, str]:
         """Latencies of the ONNX models in each runtime, and of the float network in torch, on the CPU."""
         before = torch.get_num_threads()
         try:
             images = torch.randn(1, *self.cell.shape, generator=torch.Generator().manual_seed(0))
             calls: dict[str, Callable[[], Any]] = {
                 f"ONNX Runtime {kind}": partial(session(model, threads).run, None, {"image": images.numpy()})
-                for kind, model in models.items()
+                for kind, model in self.models.items()
             }
-            calls |= others(models, self.cell.network(self.cell.role, float_model(self.cell)), images, threads)
+            calls |= others(self.models, self.cell.network(self.cell.role, float_model(self.cell)), images, threads)
             with torch.no_grad():
                 return self.compared(
                     f"runtimes, {threads} threads", partial(latency.alternating, calls), first="ONNX Runtime int8"

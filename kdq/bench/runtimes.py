@@ -3,6 +3,7 @@
 import copy
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kdq.deploy.runtime import openvino
 
 Call = Callable[[], Any]
 
@@ -24,7 +27,8 @@ def others(models: Mapping[str, Path], network: nn.Module, images: Tensor, threa
     torch.set_num_threads(threads)
     calls: dict[str, Call] = {}
     if find_spec("openvino"):
-        calls |= {f"OpenVINO {name}": openvino(model, images, threads) for name, model in models.items()}
+        runs = openvino(models, threads)
+        calls |= {f"OpenVINO {name}": partial(run, images.numpy()) for name, run in runs.items()}
     network = copy.deepcopy(network).eval()
     calls["torch eager"] = lambda: network(images)
     if not shutil.which("g++"):
@@ -33,16 +37,6 @@ def others(models: Mapping[str, Path], network: nn.Module, images: Tensor, threa
     if find_spec("torchao"):
         calls["torch compiled int8"] = compiled(inductor_int8(network, [images]), images)
     return calls
-
-
-def openvino(model: Path, images: Tensor, threads: int) -> Call:
-    """OpenVINO on the CPU, in float32 where the file says float: its own default on many CPUs is bfloat16."""
-    import openvino as ov
-
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
-    inputs = {0: images.numpy()}
-    return lambda: request.infer(inputs, share_inputs=True, share_outputs=True)[0]
 
 
 def compiled(network: Any, images: Tensor) -> Call:

@@ -52,6 +52,7 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
         remove_hooks(module, ActivationQuantizer)
     program = _exported(plain, shape)
     with _quietly():
+        _pool(program.graph)
         _flatten(program.graph)
         try:
             exported = torch.onnx.export(
@@ -61,7 +62,7 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
             raise KdqError(f"ONNX cannot hold this network: {_unsupported(error)}") from error
     assert exported is not None
     model = exported.model_proto
-    _pool(model.graph)
+    _name_pools(model.graph)
     return FloatGraph(model, _factors(model.graph, plain))
 
 
@@ -90,6 +91,15 @@ def _exported(network: nn.Module, shape: tuple[int, ...]) -> torch.export.Export
             raise KdqError(f"torch cannot export this network for {shape} images: {_first_line(error)}") from error
 
 
+def _pool(graph: torch.fx.Graph) -> None:
+    """Write pooling to one value a channel as the mean that it is. The exporter would keep its strides, by gathering
+    indices made from the number of images, which OpenVINO computes something else from."""
+    for node in graph.nodes:
+        if node.target == _aten.adaptive_avg_pool2d.default and tuple(node.args[1]) in ((1,), (1, 1)):
+            node.target, node.args = _aten.mean.dim, (node.args[0], [-2, -1], True)
+    graph.lint()
+
+
 def _flatten(graph: torch.fx.Graph) -> None:
     """Give linear layers on tokens one row for each: ONNX has such layers for matrices alone, and of others it would
     make a product with a constant of its own."""
@@ -111,7 +121,7 @@ def _flatten(graph: torch.fx.Graph) -> None:
     graph.lint()
 
 
-def _pool(graph: Any) -> None:
+def _name_pools(graph: Any) -> None:
     """Name means over height and width, which torch makes of pooling, what runtimes have fast kernels for."""
     import onnx
 

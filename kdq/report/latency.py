@@ -19,8 +19,8 @@ _KINDS = (
     Latency(
         "latency_ms_deployed",
         "top1_deployed",
-        "latency (ms, ONNX Runtime, the format kept, batch 1)",
-        "The exported networks in ONNX Runtime, each in the format that deploy=best keeps.",
+        "latency (ms, the format and runtime kept, batch 1)",
+        "The exported networks, each in the format and runtime that deploy=best keeps.",
     ),
     Latency(
         "latency_ms_onnx_int8",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.deploy.onnx_files import CLOSEST, FORMATS, onnx_models
-from kdq.deploy.runtime import needs, session, top1
+from kdq.deploy.runtime import RUNTIMES, Runner, needs, openvino, runner, session, top1
 from kdq.models.build import build
 from kdq.models.table import is_in_table
 from kdq.quant.activations import RANGES
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.1
 #: What ``deploy=best`` says of the format it keeps.
 KEPT = ("deployed", "top1_deployed", "latency_ms_deployed")
+#: Behind the name of a format: in this runtime, not in ONNX Runtime.
+IN_OPENVINO = " in OpenVINO"
 
 
 def asked_columns(cell: Cell) -> dict[str, Any]:
@@ -44,6 +46,10 @@ def asked_columns(cell: Cell) -> dict[str, Any]:
             raise KdqError("deploy.formats is empty: give fp32, int8 or codes, or deploy=none")
         return {}
     needs("onnx", "onnxruntime", "onnxscript")
+    runtimes = config.get("runtimes", [])
+    for name in runtimes or ([""] if "tolerance" in config else []):
+        one_of("deploy.runtimes", name, RUNTIMES)
+    needs(*runtimes)
     for name in config["formats"]:
         one_of("deploy.formats", name, FORMATS)
     one_of("deploy.act_range", config["act_range"], (*RANGES, CLOSEST))
@@ -78,24 +84,33 @@ def deploy(cell: Cell, row: Row) -> Row:
         if row.deploy_hash != values["deploy_hash"]:  # what other settings measured does not stand beside it
             values |= _measured(FORMATS) | dict.fromkeys(KEPT)
         values |= {f"onnx_{name}_bytes": len(model) for name, model in models.items()}
-        sessions = {name: session(model, config.threads) for name, model in models.items()}
-        for name, runner in sessions.items():
-            values[f"top1_onnx_{name}"] = top1(runner, cell.images.evaluation("test", torch.device("cpu")))
-            compare(row, name, values[f"top1_onnx_{name}"], path)
+        runners = {name: runner(session(model, config.threads)) for name, model in models.items()}
+        if "openvino" in config.get("runtimes", ()):
+            others = openvino(models, config.threads)
+            runners |= {f"{name}{IN_OPENVINO}": run for name, run in others.items()}
+        accuracies = {
+            name: top1(run, cell.images.evaluation("test", torch.device("cpu"))) for name, run in runners.items()
+        }
+        for name, accuracy in accuracies.items():
+            compare(row, name, accuracy, path)
         bar.update()
-        single = latency.of_sessions(sessions, cell.shape, 1, config.runs)
+        single = latency.of_runners(runners, cell.shape, 1, config.runs)
         bar.update()
-        many = latency.of_sessions(sessions, cell.shape, config.batch, max(3, config.runs // 5))
+        many = latency.of_runners(
+            {name: runners[name] for name in models}, cell.shape, config.batch, max(3, config.runs // 5)
+        )
         bar.update()
-    for name in sessions:
+    for name in models:
+        values[f"top1_onnx_{name}"] = accuracies[name]
         values[f"latency_ms_onnx_{name}"] = single[name].median_ms
         values[f"latency_p95_ms_onnx_{name}"] = single[name].p95_ms
         values[f"throughput_onnx_{name}"] = many[name].throughput
     if (tolerance := config.get("tolerance")) is not None:
-        name = best(cell, network, sessions, {name: single[name].median_ms for name in sessions}, tolerance)
+        times = {name: single[name].median_ms for name in runners if _runtime(name) in config.runtimes}
+        name = best(cell, network, runners, times, tolerance)
+        values |= dict(zip(KEPT, (name, accuracies[name], single[name].median_ms), strict=True))
+        name = name.removesuffix(IN_OPENVINO)
         models = {name: models[name]}
-        found = (name, values[f"top1_onnx_{name}"], single[name].median_ms)
-        values |= dict(zip(KEPT, found, strict=True))
     if row.deploy_hash != values["deploy_hash"]:  # nor do the models that were measured with other settings
         for name in set(FORMATS) - set(models):
             path.with_suffix(f".{name}.onnx").unlink(missing_ok=True)
@@ -109,19 +124,27 @@ def deploy(cell: Cell, row: Row) -> Row:
 
 
 def best(
-    cell: Cell, network: nn.Module, sessions: Mapping[str, Any], times: Mapping[str, float], tolerance: float
+    cell: Cell, network: nn.Module, runners: Mapping[str, Runner], times: Mapping[str, float], tolerance: float
 ) -> str:
-    """The fastest of ``sessions`` whose top-1 on validation images is at most ``tolerance`` points below that of the
-    packed ``network``, so that no test image chooses; the most accurate one if none is."""
+    """The fastest, by ``times``, of ``runners`` whose top-1 on validation images is at most ``tolerance`` points below
+    that of the packed ``network``, so that no test image chooses; the most accurate one if none is."""
     images = cell.images.evaluation("val", torch.device("cpu"))
     least = evaluate(network, images, cell.cfg.data.num_classes)["top1"] - tolerance
-    accuracies = {name: top1(runner, images) for name, runner in sessions.items()}
-    able = [name for name in sessions if accuracies[name] >= least]
+    if not times:
+        raise KdqError(
+            f"OpenVINO reads none of deploy.formats={list(cell.cfg.deploy.formats)}: add int8, or onnxruntime"
+        )
+    accuracies = {name: top1(runners[name], images) for name in times}
+    able = [name for name in times if accuracies[name] >= least]
     if able:
         return min(able, key=times.__getitem__)
     name = max(accuracies, key=accuracies.__getitem__)
     log.warning("no format has a validation top-1 of %.2f: %s, with %.2f, is kept", least, name, accuracies[name])
     return name
+
+
+def _runtime(name: str) -> str:
+    return "openvino" if name.endswith(IN_OPENVINO) else "onnxruntime"
 
 
 def packed_network(cell: Cell, path: Path) -> nn.Module:
@@ -139,7 +162,7 @@ def calibration(cell: Cell) -> Iterator[Tensor]:
 def compare(row: Row, name: str, accuracy: float, path: Path) -> None:
     """Warn if the top-1 ``accuracy`` of the exported model is not the row's."""
     # Graphs of float arithmetic leave activations float, so with rounded ones only INT8 computes what was evaluated.
-    if name != "int8" and row.act_bits < 32:
+    if not name.startswith("int8") and row.act_bits < 32:
         return
     if abs(accuracy - row.top1) > TOLERANCE:
         log.warning(

@@ -14,7 +14,7 @@ from torch import nn
 from kdq.deploy.formats import SUFFIXES
 from kdq.deploy.graph import torch_program
 from kdq.deploy.onnx_files import onnx_models
-from kdq.deploy.runtime import session, top1
+from kdq.deploy.runtime import runner, session, top1
 from kdq.quant.packing.file import load_packed, read_header
 from kdq.records.rows import Row, find_row, read_rows
 from kdq.report.card import card
@@ -92,7 +92,8 @@ def export(source: Source, kind: str, target: Path, overrides: Sequence[str] = (
         temporary.write_bytes(model)
     if cell is None:
         return f"not measured: {missing}"
-    accuracy = top1(session(model, cell.cfg.deploy.threads), cell.images.evaluation("test", torch.device("cpu")))
+    run = runner(session(model, cell.cfg.deploy.threads))
+    accuracy = top1(run, cell.images.evaluation("test", torch.device("cpu")))
     if row is None:
         return f"top-1 {accuracy:.2f} on the test set"
     compare(row, name, accuracy, source.packed)

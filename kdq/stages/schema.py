@@ -77,6 +77,7 @@ class Deploy(NoDeploy):
 @dataclass
 class BestDeploy(Deploy):
     tolerance: float
+    runtimes: list[str]
 
 
 @dataclass

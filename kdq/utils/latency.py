@@ -56,11 +56,12 @@ def alternating(calls: Mapping[str, Callable[[], Any]], batch: int, runs: int, w
     }
 
 
-def of_sessions(sessions: Mapping[str, Any], shape: tuple[int, ...], batch: int, runs: int) -> dict[str, Latency]:
-    """:func:`alternating` for ONNX Runtime sessions on random images of ``shape`` ``(channels, height, width)``."""
+def of_runners(
+    runners: Mapping[str, Callable[[np.ndarray], Any]], shape: tuple[int, ...], batch: int, runs: int
+) -> dict[str, Latency]:
+    """:func:`alternating` for runners of models on random images of ``shape`` ``(channels, height, width)``."""
     images = np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
-    calls = {name: partial(runner.run, None, {"image": images}) for name, runner in sessions.items()}
-    return alternating(calls, batch, runs)
+    return alternating({name: partial(run, images) for name, run in runners.items()}, batch, runs)
 
 
 def of_networks(networks: Mapping[str, nn.Module], shape: tuple[int, ...], batch: int, runs: int) -> dict[str, Latency]:

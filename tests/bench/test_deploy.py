@@ -8,13 +8,15 @@ import onnx
 import pytest
 import torch
 
+import kdq
 from kdq.bench import runtimes
 from kdq.bench.deploy import main, static
 from kdq.deploy.onnx_files import onnx_models
-from kdq.deploy.runtime import logits, session
+from kdq.deploy.runtime import logits, openvino, session
 from kdq.models import CifarResNet
 from kdq.records.rows import read_rows
-from tests.conftest import TINY
+from tests.conftest import OWN_NORMALIZATION, TINY
+from tests.quant.conftest import trained_norms
 
 
 def test_every_format_is_compared_and_memory_is_near_the_packed_size(tmp_path: Path) -> None:
@@ -55,16 +57,27 @@ def test_onnx_runtimes_own_export_is_int8(tmp_path: Path) -> None:
     assert kinds == [onnx.TensorProto.INT8] * 9
 
 
-@pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_openvino_computes_what_onnx_runtime_does(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
+def test_openvino_computes_what_onnx_runtime_does(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    images = torch.randn(4, 3, 8, 8)
-    data = onnx_models(CifarResNet(8, 10, width=0.25).eval(), (3, 8, 8), [kind], [images])[kind]
-    (tmp_path / "model.onnx").write_bytes(data)
-    reference = logits(session(data), images)
-    found = runtimes.openvino(tmp_path / "model.onnx", images, 1)()
-    np.testing.assert_allclose(found, reference, atol=1e-4 if kind == "fp32" else 0.05 * np.ptp(reference))
+    images, models = torch.randn(4, 3, 32, 32) + 3 * torch.randn(4, 3, 1, 1), {}
+    network, _ = kdq.quantize(trained_norms(CifarResNet(20, 10, **OWN_NORMALIZATION)), [images], bits=4, solver="rtn")
+    for kind, data in onnx_models(network, (3, 32, 32), calibration=[images]).items():
+        models[kind] = tmp_path / f"{kind}.onnx"
+        models[kind].write_bytes(data)
+    runners = openvino(models, 1)
+    assert set(runners) == {"fp32", "int8", "codes"}
+    for kind, runner in runners.items():
+        reference = logits(session(models[kind]), images)
+        np.testing.assert_allclose(
+            runner(images.numpy()), reference, atol=0.05 * np.ptp(reference) if kind == "int8" else 1e-4
+        )
+
+
+def test_what_openvino_does_not_read_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    assert openvino({"fp32": tmp_path / "model.onnx"}, 1) == {}
+    assert "OpenVINO does not read the fp32 model" in caplog.text
 
 
 def test_inductors_int8_is_near_the_float_network() -> None:

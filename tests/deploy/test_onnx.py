@@ -21,6 +21,7 @@ from kdq.models import CifarResNet, resnet50
 from kdq.models.build import build
 from kdq.quant.activations import RANGES, Histogram
 from kdq.quant.layers import layer_name
+from tests.conftest import OWN_NORMALIZATION
 from tests.quant.conftest import ReluNet, trained_norms
 
 SHAPE = (3, 9, 9)
@@ -52,6 +53,14 @@ def test_the_float_graph_is_the_network_for_any_batch(images: Tensor) -> None:
             torch.testing.assert_close(_run(model, images[:batch]), quantized(images[:batch]), rtol=1e-4, atol=1e-5)
     with pytest.raises(kdq.KdqError, match=r"takes images of 3x9x9 .* have 3x8x9"):
         _run(model, images[:, :, 1:])
+
+
+def test_pooling_reads_no_indices_made_from_the_number_of_images() -> None:
+    """They are how the exporter keeps the strides of what was pooled; OpenVINO computed something else from them."""
+    network = CifarResNet(8, 10, width=0.25, **OWN_NORMALIZATION).eval()
+    graph = onnx.load_from_string(onnx_models(network, SHAPE, ["fp32"])["fp32"]).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds[kinds.index("GlobalAveragePool") :] == ["GlobalAveragePool", "Reshape", "Gemm"]
 
 
 @pytest.mark.parametrize(("bits", "kind", "opset"), [(2, "UINT2", 25), (3, "UINT4", 21), (12, "UINT16", 21)])
