@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kdq.data.augment import Augment, Preprocess
+from kdq.data.image_set import ImageSet
 from kdq.data.images import Images
 from kdq.data.loader import EvalLoader, TrainLoader
 from kdq.data.sets import digits
@@ -35,6 +36,15 @@ def test_calibration_images_are_training_images_and_nested_by_count() -> None:
 def test_a_split_without_validation_or_training_is_refused(fraction: float, limit: int | None) -> None:
     with pytest.raises(KdqError, match=r"data\.(val_fraction|train_limit)="):
         split(1000, fraction, 0, limit)
+
+
+@pytest.mark.parametrize(("side", "batch"), [(8, 70), (224, 64), (896, 4)])
+def test_evaluation_batches_hold_fewer_images_the_larger_they_are(side: int, batch: int) -> None:
+    labels = torch.arange(70) % 2
+    pixels = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(70, side, side, 1)
+    images = Images(ImageSet(pixels, labels, pixels, labels, ("a", "b")), data_config(num_classes=2, mean=[0], std=[1]))
+    loader = images.evaluation("test", torch.device("cpu"))
+    assert len(next(iter(loader))[0]) == batch
 
 
 def test_a_limited_test_set_has_images_of_every_class() -> None:
