@@ -82,7 +82,7 @@ class SuccessiveHalving(Callback):
         """Whether ``value`` is among the best of every ``factor`` at this comparison; it is kept there."""
         assert self.folder is not None
         write_text(Path(self.folder) / f"{self._next}-{self.name}", repr(value))
-        found = (float(regular(file).read_text()) for file in Path(self.folder).glob(f"{self._next}-*"))
+        found = [_value(file) for file in Path(self.folder).glob(f"{self._next}-*")]
         best = sorted((self.sign * each for each in found if each == each), reverse=True)  # nan is no value
         return self.sign * value in best[: max(1, len(best) // self.factor)]
 
@@ -91,3 +91,10 @@ class SuccessiveHalving(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.name, self.stopped, self._next = state_dict["name"], state_dict["stopped"], state_dict["next"]
+
+
+def _value(file: Path) -> float:
+    try:
+        return float(regular(file).read_text())
+    except (OSError, ValueError) as error:
+        raise KdqError(f"{file} holds no value that a training had: delete it, and it is compared no more") from error

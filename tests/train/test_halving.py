@@ -87,6 +87,13 @@ def test_what_cannot_be_compared_is_refused(wrong: dict[str, Any], tmp_path: Pat
         epochs_of(SuccessiveHalving(**{"folder": tmp_path, "monitor": "score"} | wrong), Climbing(0, 0), tmp_path)
 
 
+@pytest.mark.parametrize("held", [b"", b"best", b"\xff"])
+def test_a_damaged_file_is_named(held: bytes, tmp_path: Path) -> None:
+    (tmp_path / "1-other").write_bytes(held)
+    with pytest.raises(KdqError, match=f"^{re.escape(str(tmp_path / '1-other'))} holds no value.*delete it"):
+        epochs_of(SuccessiveHalving(tmp_path, "score"), Climbing(0.1, 0), tmp_path)
+
+
 def test_one_that_goes_on_is_as_if_it_were_alone_and_a_stopped_one_stays_stopped(tmp_path: Path) -> None:
     def train(name: str, lr: float, *callbacks: Any) -> Any:
         trained = module("baseline", epochs=4, lr=lr)
