@@ -86,7 +86,7 @@ class QuantizationCallback(Callback, ABC):
         self.files: dict[Any, Path] = {}
         self._measured: Any = self.names[0] if len(self.names) == 1 else ...
         self._float: dict[str, Tensor] = {}  # the state that the results were made of
-        self._standing_in = ExitStack()
+        self._standing_in, self._within_the_epoch = ExitStack(), ExitStack()
         self._restored: set[str] = set()
         self._said = False
 
@@ -189,13 +189,30 @@ class QuantizationCallback(Callback, ABC):
                 self._make(network, trainer, pl_module)
             self._standing_in.enter_context(standing_in(network, self.results[self._measured].network))
 
+    def _stand_in_again(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Weights that others, behind whom this one comes, have swapped in are theirs again before they swap them back.
+        if trainer.state.fn == TrainerFn.FITTING or self._measured is None:
+            return
+        network, quantized = self._find(pl_module), self.results[self._measured].network
+        with torch.inference_mode(False), torch.no_grad():
+            self._within_the_epoch.enter_context(state_kept(network))
+            network.load_state_dict(quantized.state_dict())
+        trainer.callbacks = sorted(trainer.callbacks, key=lambda each: each is not self)  # type: ignore[attr-defined]
+
+    def _step_back_once(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with torch.inference_mode(False):
+            self._within_the_epoch.close()
+
     def _step_back(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException | None = None
     ) -> None:
         with torch.inference_mode(False):
+            self._within_the_epoch.close()
             self._standing_in.close()
 
     on_test_start = on_predict_start = _stand_in
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _stand_in_again
+    on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _step_back_once
     on_validation_end = on_test_end = on_predict_end = on_exception = _step_back
 
 

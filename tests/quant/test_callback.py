@@ -271,6 +271,47 @@ def test_validate_measures_the_quantized_network_and_a_fit_s_validation_the_floa
     assert_equal(state(module), trained)
 
 
+class Swapping(L.Callback):
+    """Has weights of its own for evaluations, as callbacks that average weights do."""
+
+    def __init__(self, value: float) -> None:
+        self.weights = torch.full((8,), value)
+
+    def swap(self, trainer: L.Trainer, module: Any) -> None:
+        bias = module.backbone[0].bias.data
+        self.weights, _ = bias.clone(), bias.copy_(self.weights)
+
+    on_test_start = on_test_end = on_predict_epoch_start = on_predict_epoch_end = swap
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_swaps_weights_in_gets_them_back_and_the_quantized_network_is_measured(
+    loaders: Any, data: Any, first: bool
+) -> None:
+    options: dict[str, Any] = {"network": "backbone", "calibration": loaders[1], "path": None, "act_bits": 4}
+    module, quantization = Foreign(), PostTrainingQuantization(2, **options)
+    average, swapping = EMAWeightAveraging(decay=0.9), Swapping(0.5)
+    seen = list[int]()
+
+    def see(*_: Any) -> None:
+        seen.append(len(module.backbone[0].weight.unique()))
+
+    seeing = LambdaCallback(on_test_batch_start=see, on_predict_batch_start=see)
+    trainer = trainer_with(*[quantization, average, swapping][:: 1 if first else -1], seeing, max_epochs=1)
+    trainer.fit(module, *loaders)
+    seeing.on_validation_batch_start = see  # type: ignore[method-assign]  # not of the fit
+    of_average: Any = average._average_model
+    before = state(module), state(of_average)
+    for loop in (trainer.validate, trainer.test):
+        loop(module, loaders[1], verbose=False)
+    trainer.predict(module, loaders[1])
+    assert len(seen) == 9
+    assert max(seen) <= 4 * 8
+    for found, expected in zip((state(module), state(of_average)), before, strict=True):
+        assert_equal(found, expected)
+    assert torch.equal(swapping.weights, torch.full((8,), 0.5))
+
+
 def test_an_evaluation_that_fails_leaves_the_module_as_it_was(loaders: Any) -> None:
     class Failing(Foreign):
         def test_step(self, batch: Any, batch_idx: int) -> None:
