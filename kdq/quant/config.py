@@ -164,7 +164,8 @@ class QuantConfig:
 
         Args:
             held_out: of the images on which the solution is judged, which ``gram`` and ``cross`` hold, too: layers
-                with few patches are rounded where the solver does worse on those. From 8 bits up nobody judges.
+                with few patches are fitted to the others alone, and rounded where the solver does worse on these.
+                From 8 bits up nobody judges.
 
         Returns:
             Values ``(groups, N, d)`` and the alphabet they are of.
@@ -174,16 +175,12 @@ class QuantConfig:
             return self._solve(weight, gram, cross, alphabet, ridge)
         seen = gram - held_out.gram, cross - held_out.cross
         share = trusted(weight, *held(*seen, ridge), held_out)
-        if held_out.few:
-            errors = {
-                tried: output_error(weight, self._solve(weight, *_shrunk(*seen, share), alphabet, tried)[0], held_out)
-                for tried in (ridge * factor for factor in RIDGES)
-            }
-            ridge = min(errors, key=lambda tried: float(errors[tried]))
-            rounded = alphabet.nearest(weight)
-            if output_error(weight, rounded, held_out) < errors[ridge]:
-                return rounded, alphabet
-        return self._solve(weight, *_shrunk(gram, cross, share), alphabet, ridge)
+        if not held_out.few:
+            return self._solve(weight, *_shrunk(gram, cross, share), alphabet, ridge)
+        tried = [self._solve(weight, *_shrunk(*seen, share), alphabet, ridge * factor) for factor in RIDGES]
+        tried.append((alphabet.nearest(weight), alphabet))
+        errors = [float(output_error(weight, values, held_out)) for values, _ in tried]
+        return tried[errors.index(min(errors))]
 
     def _alphabet(self, weight: Tensor, bits: int) -> Alphabet:
         choice = _named(ALPHABETS, self.alphabet, "alphabet")

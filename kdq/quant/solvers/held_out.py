@@ -11,8 +11,10 @@ cut to 0 and 1: as much of the correction as holds elsewhere (a closed-form shri
 share gamma of D is what moments with ``G + gamma (C - G)`` in place of C lead to, whatever the solver.
 
 Where there are fewer patches than columns, nothing but the weights themselves says what the layer does elsewhere:
-several ridges are tried, and plain rounding, and the one of least held-out error is taken. (On networks of linear
-layers with 96 inputs, 4 bits and 12 images, the error on other inputs is 0.75 of rounding's with it and 1.21 without.)
+several ridges are tried, and plain rounding, and the one of least held-out error is taken. It is not fitted to the
+held-out images afterwards, as other layers are: to the layers behind it they would no longer be images that nothing was
+fitted to. (timm's mobileone_s0 with random weights, 192 layers, 4 bits, 32 images of 64 pixels: the error on other
+images is 0.52 with it, 1.72 fitted to all, 1.98 without judging, 0.47 of plain rounding.)
 """
 
 from typing import NamedTuple
