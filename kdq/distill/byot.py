@@ -27,6 +27,7 @@ class BYOT(Connected):
     (['layer1', 'layer2', 'layer3'], 2)
     """
 
+    looks_inside = True
     alpha: float = number(0.3, high=1)  # the network's share of what an exit learns
     weight: float = number(0.01)  # of the distance of features, the squared one of an image
     temperature: float = number(3.0, 0.01)  # softens both distributions

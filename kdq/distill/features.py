@@ -32,6 +32,7 @@ class FeatureMethod(Connected, TeacherStudent):
     {'layer1': [16, 32, 32], 'layer2': [32, 16, 16], 'layer3': [64, 8, 8]}
     """
 
+    looks_inside = True
     #: What is compared by default: ``stages``, the ``middle`` or the ``last`` of them, or a name of
     #: :func:`~kdq.distill.layers.found_layers`.
     where = "stages"

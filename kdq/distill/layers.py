@@ -19,6 +19,11 @@ from kdq.utils.errors import KdqError
 
 #: Behind a module's name: what it takes, not what it gives.
 INPUT = ":input"
+#: Why a method that looks inside takes no compiled network.
+COMPILED = (
+    "{} looks inside of its networks, where compiled ones show nothing: give networks that are not compiled, "
+    "trainer.compile=false"
+)
 
 
 @contextmanager
@@ -57,10 +62,7 @@ def watched(
 def to_look_into(network: nn.Module, who: str) -> nn.Module:
     """A copy of ``network`` in eval mode, for ``who`` to look at what its layers give."""
     if network._compiled_call_impl is not None:  # hooks are no part of what guards it: it may run without them
-        raise KdqError(
-            f"{who} looks inside of its networks, where compiled ones show nothing: give networks that are not "
-            "compiled, trainer.compile=false"
-        )
+        raise KdqError(COMPILED.format(who))
     return copy.deepcopy(network).eval()
 
 

@@ -60,6 +60,8 @@ class DistillationModule(L.LightningModule):
     takes: tuple[str, ...] = ()
     #: Whether it needs each image's place in the training set; kdq's loader gives it where this is set.
     indexed = False
+    #: Whether it looks at what layers inside of its networks give, where compiled ones show nothing.
+    looks_inside = False
     #: Which epoch kdq's own training keeps: the ``best`` on validation images, or the ``last``.
     keeps = "best"
 
@@ -103,6 +105,13 @@ class DistillationModule(L.LightningModule):
             taken.setdefault(name, Parameter(name, Parameter.KEYWORD_ONLY, default=option.default))
         order = sorted(taken.values(), key=lambda p: (p.kind, p.default is not p.empty))
         cls.__signature__ = Signature(order)  # type: ignore[attr-defined]
+
+        def new(kind: type[Self], *args: Any, **options: Any) -> Self:
+            return object.__new__(kind)
+
+        # LightningCLI asks a class for the arguments of its own __new__, and only without one for those of __init__.
+        new.__signature__ = Signature([Parameter("kind", Parameter.POSITIONAL_OR_KEYWORD), *order])  # type: ignore[attr-defined]
+        cls.__new__ = staticmethod(new)  # type: ignore[assignment, method-assign]
 
     @property
     def hparams_initial(self) -> Any:

@@ -64,6 +64,7 @@ class Terms(TeacherStudent):
         if len(methods) < max(1, len(terms)):
             raise KdqError("method.terms needs a method, each of another name: +method@method.terms.at=at")
         self.indexed = any(method.indexed for method in methods.values())
+        self.looks_inside = any(method.looks_inside for method in methods.values())
         self.methods = nn.ModuleDict(methods)  # type: ignore[assignment]
 
     def watches(self, role: str) -> Iterable[str]:

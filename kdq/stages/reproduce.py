@@ -47,7 +47,7 @@ def config_of(row: Row, output: Path, overrides: Sequence[str] = (), trust: bool
         )
     if not trust and (strange := sorted(_strange(row.config))):
         raise KdqError(f"this row runs code that is not kdq's: {', '.join(strange)}; if you trust it, add --trust")
-    cfg = compose(["logger=none"])
+    cfg = compose(["logger=none", "+logger.nowhere._target_=kdq.tracking.lightning_log.Nowhere"])
     OmegaConf.set_struct(cfg, False)
     for name, value in row.config.items():
         if isinstance(cfg.get(name), DictConfig) and not isinstance(value, dict):

@@ -100,7 +100,7 @@ def planned(cell: Cell) -> Model:
         others[key] = _start(cell, {**peer, "seed": seed, "recipe": role["recipe"]})
     model = _trained(cell, "student", name, role, method, others)
     assert model.training is not None
-    check_module(model.training, cell.cfg.data.num_classes)
+    check_module(cell, model.training)
     return model
 
 

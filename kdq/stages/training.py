@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
+from kdq.distill.layers import COMPILED
 from kdq.distill.module import DistillationModule
 from kdq.models.build import build
 from kdq.models.libraries import IMAGENET
@@ -23,6 +24,7 @@ from kdq.quant.layers import layer_name
 from kdq.quant.packing.file import load_packed
 from kdq.records.store import Store, key_of, weights_file
 from kdq.stages.cell import Cell
+from kdq.tracking.lightning_log import Nowhere
 from kdq.tracking.run import Artifact, RunLogger
 from kdq.train.fit import Best, fit, ranked
 from kdq.train.halving import SuccessiveHalving
@@ -102,7 +104,7 @@ def train(
         trainer["strategy"] = "auto"
     callbacks = _callbacks(cell, spec)
     if rank > 0:
-        yield fit(module, images, trainer, recipe, work, callbacks=callbacks)
+        yield fit(module, images, trainer, recipe, work, [Nowhere()], callbacks)  # some refuse to do without
         return
     with _tracked(cell, spec) as track:
         best, metrics = fit(module, images, trainer, recipe, work, track.loggers, callbacks, title)
@@ -128,13 +130,13 @@ def made_module(spec: TrainingSpec, networks: Mapping[str, nn.Module], num_class
         raise KdqError(f"{target} does not take these options ({error}): {', '.join(options)}") from error
 
 
-def check_module(spec: TrainingSpec, num_classes: int) -> None:
+def check_module(cell: Cell, spec: TrainingSpec) -> None:
     """Make the module once around random networks, so that what it refuses is refused before anything is trained."""
-    _check_module(json.dumps(asdict(spec)), num_classes)
+    _check_module(json.dumps(asdict(spec)), cell.cfg.data.num_classes, cell.cfg.trainer.compile)
 
 
 @cache
-def _check_module(spec_json: str, num_classes: int) -> None:
+def _check_module(spec_json: str, num_classes: int, compiled: bool) -> None:
     spec = TrainingSpec.from_json(json.loads(spec_json))
     with torch.random.fork_rng(devices=[]):
         networks = {name: replace(network, weights=None).build() for name, network in spec.networks.items()}
@@ -142,7 +144,9 @@ def _check_module(spec_json: str, num_classes: int) -> None:
             large = (name for name, value in networks["student"].named_parameters() if value.ndim >= 2)
             first = layer_name(next(name for name in large if "parametrizations" not in name))
             networks["student"] = with_layout(networks["student"], {first: {"levels": 4, "scales": 1}})
-        made_module(spec, networks, num_classes)
+        module = made_module(spec, networks, num_classes)
+    if compiled and module.looks_inside:
+        raise KdqError(COMPILED.format(type(module).__name__))
 
 
 def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:

@@ -96,7 +96,7 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
         label, "tune", method, recipe, networks, f"{slug}-{label}", f"{cell.name}-b{name}", key_of(spec), images=images,
         images_seed=cell.cfg.quant.seed,
     )  # fmt: skip
-    check_module(training, cell.cfg.data.num_classes)
+    check_module(cell, training)
     needs = tuple({model.key: model for model in models.values()}.values())
     return Model(spec, training.slug, training.name, "tuned", needs, _make(cell, training, models, name), training)
 

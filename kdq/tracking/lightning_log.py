@@ -34,6 +34,18 @@ class LightningLog(Log):
             self.logger.log_metrics(_numbers(values), step=step)
 
 
+class Nowhere(Logger):
+    """Takes everything and keeps nothing: for callbacks that refuse to do without a logger."""
+
+    name, version = "nowhere", ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
 

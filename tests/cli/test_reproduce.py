@@ -17,7 +17,7 @@ from kdq.stages import pipeline, train
 from kdq.stages.cell import Cell
 from kdq.stages.check import check_config
 from kdq.stages.reproduce import config_of
-from kdq.utils.config import compose
+from kdq.utils.config import compose, plain
 from kdq.utils.errors import KdqError
 from tests.conftest import TINY
 from tests.rows import ROW
@@ -162,3 +162,9 @@ def test_configs_of_published_rows_are_still_read(folder: str, tmp_path: Path) -
     rows = read_rows(Path(__file__).parents[2] / "outputs" / "reference" / folder / "rows")
     for row in {(row.method, row.quantizer, row.tune): row for row in rows if row.config is not None}.values():
         check_config(config_of(row, tmp_path))
+
+
+def test_callbacks_that_want_a_logger_have_one(folder: Path, tmp_path: Path) -> None:
+    row = read_rows(folder / "rows")[0]
+    logging = plain(compose(["callbacks=lr_monitor"]).callbacks)
+    check_config(config_of(dataclasses.replace(row, config={**(row.config or {}), "callbacks": logging}), tmp_path))

@@ -1,6 +1,7 @@
 """Every method in a stranger's script: his own loaders, Trainer, callbacks and loggers."""
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -319,3 +320,25 @@ def test_two_processes_end_with_one_network(tmp_path: Path) -> None:
         assert state.keys() == other.keys()
         for name, tensor in other.items():
             assert not isinstance(tensor, Tensor) or torch.equal(state[name], tensor), (kind, name)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_options_are_arguments_of_what_makes_the_module(kind: Any) -> None:
+    """jsonargparse, which LightningCLI parses with, asks for the signature of ``__new__``, and sees no other."""
+    taken = list(inspect.signature(kind.__new__).parameters)[1:]
+    assert taken == list(inspect.signature(kind).parameters)
+    module = make(kind)
+    assert set(taken) >= module.hparams.keys() - {"config"}
+    assert type(copy.deepcopy(module)) is kind
+    with pytest.raises(TypeError, match="unexpected keyword argument 'alhpa'"):
+        make(kind, alhpa=1)
+
+
+def test_lightning_s_command_line_sets_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    net = '{"class_path": "kdq.models.CifarResNet", "init_args": {"depth": 8, "num_classes": 4}}'
+    asked = [f"--model.student={net}", f"--model.teacher={net}", "--model.num_classes=4", "--model.alpha=0.5"]
+    module = LightningCLI(VKD, run=False, save_config_callback=None, args=[*asked, "--model.config.lr=0.2"]).model
+    assert (module.alpha, module.temperature, module.config.lr) == (0.5, 4.0, 0.2)

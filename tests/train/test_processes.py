@@ -223,3 +223,8 @@ def test_a_worker_that_does_not_hear_is_killed(monkeypatch: pytest.MonkeyPatch) 
     worker.terminate()
     assert ended(worker) == -9
     worker.stdout.close()
+
+
+def test_callbacks_that_want_a_logger_have_one_in_every_process(tmp_path: Path) -> None:
+    asked = ["method=baseline", "callbacks=lr_monitor", "logger=csv", f"paths.output_dir={tmp_path}"]
+    assert float_model(Cell(compose([*SMALL, *TWO, *asked]))).metrics["processes"] == 2
