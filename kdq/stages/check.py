@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any, get_type_hints
 
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 from kdq.distill.terms import Terms, method_of
@@ -28,6 +29,10 @@ SEEDS = ("seed", "split_seed")
 CHOICES = {"teacher": "a network", "student": "a network", "teacher.recipe": "a recipe", "student.recipe": "a recipe"}
 #: Whose options ``tune=none`` has, for a grid that has others beside it.
 UNTUNED = "kdq.distill.QAD"
+#: What ``deploy`` may be; of two that are as near to a config the first is meant.
+DEPLOY = (NoDeploy, BestDeploy, Deploy)
+#: Callbacks that Lightning refuses where nothing logs.
+LOGGING = (DeviceStatsMonitor, LearningRateMonitor)
 #: Entries of ``quant`` beside the fields of a QuantConfig.
 QUANT = ("name", "bits", "calibration_images", "seed", "search")
 
@@ -38,8 +43,7 @@ def check_config(cfg: DictConfig) -> None:
     check = _Check({name: _values(cfg[name]) for name in names}, referred(cfg))
     check.node("", check.config, Config)
     deploy, quant = check.config["deploy"], check.config["quant"]
-    kind = BestDeploy if "tolerance" in deploy else Deploy
-    check.node("deploy", deploy, kind if len(deploy) > 2 else NoDeploy)  # of deploy=none there is one entry
+    check.node("deploy", deploy, min(DEPLOY, key=lambda kind: len(set(get_type_hints(kind)) ^ set(deploy))))
     check.module("method", check.config["method"])
     check.module("tune", check.config["tune"])
     check.present("quant", quant, QUANT[:-1])
@@ -49,6 +53,9 @@ def check_config(cfg: DictConfig) -> None:
     for name, callback in check.config["callbacks"].items():
         if not isinstance(callback, Mapping) or "_target_" not in callback:
             raise KdqError(f"callbacks.{name}={callback} is no callback: give callbacks.{name}._target_=package.Class")
+        kind = imported(f"callbacks.{name}", callback["_target_"])
+        if isinstance(kind, type) and issubclass(kind, LOGGING) and not check.config["logger"]:
+            raise KdqError(f"callbacks.{name} logs, and logger=none takes nothing: give a logger such as logger=csv")
     for name in ("data", "teacher", "student", "quant", "callbacks"):
         check.calls(name, check.config[name])
 

@@ -27,6 +27,8 @@ from kdq.utils.errors import KdqError
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 #: Others would shard weights, which are read here as a whole.
 STRATEGIES = ("auto", "ddp")
+#: Lightning's names of profilers, beside one for devices that kdq does not train on.
+PROFILERS = ("simple", "advanced", "pytorch")
 #: What ``trainer.devices`` may say beside a number.
 ALL_DEVICES = (-1, "-1", "auto")
 #: Entries of the config that are kdq's own.
@@ -80,6 +82,8 @@ def check_trainer(config: Mapping[str, Any]) -> None:
             raise KdqError(f"trainer.{name}={config[name]} leaves nothing to do: give at least 1, or null")
     one_of("trainer.gradient_clip_algorithm", config.get("gradient_clip_algorithm"), (None, "norm", "value"))
     one_of("trainer.strategy", config.get("strategy"), STRATEGIES)
+    if not isinstance(profiler := config.get("profiler"), Mapping):  # one with a _target_ is its own
+        one_of("trainer.profiler", profiler, (None, *PROFILERS))
     one_of("trainer.precision", str(config.get("precision")), ("auto", *PRECISIONS))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 
 import kdq.cli.app  # noqa: F401  the resolvers of conf/
@@ -16,6 +17,10 @@ from kdq.sweep.plan import make_plan
 from kdq.utils.config import CONFIG_PATH, compose
 from kdq.utils.errors import KdqError
 from kdq.utils.messages import MOVED, describe
+
+
+class Rates(LearningRateMonitor):
+    """Somebody's own."""
 
 
 def choices(group: str) -> list[str]:
@@ -81,6 +86,9 @@ UNREAD = [
     (["+kdq.debgu=1"], r"did you mean kdq.debug\?"),
     (["+paths.out=x"], r"unknown option paths.out"),
     (["+deploy.runs=3"], r"deploy.runs: give deploy=onnx first"),
+    (["+deploy.runs=3", "+deploy.batch=4"], r"deploy.runs: give deploy=onnx first"),
+    (["deploy=onnx", "~deploy.runs"], r"deploy.runs is missing in this config: give \+deploy.runs="),
+    (["deploy=onnx", "+deploy.tolerance=1"], r"deploy.runtimes is missing in this config"),
     (["+mehtod=vkd"], r"did you mean method\?"),
     (["~data.val_fraction"], r"data.val_fraction is missing in this config: give \+data.val_fraction="),
 ]
@@ -90,6 +98,10 @@ WRONG = [
     (["quant.seed=true"], r"quant.seed=True must be"),
     (["data.split_seed=-1"], r"data.split_seed=-1 must be"),
     (["method=dml", "method.peer.seed=-4"], r"method.peer.seed=-4 must be"),
+    (["trainer.profiler=nonsense"], r"trainer.profiler='nonsense' is unknown: use one of null, simple, advanced"),
+    (["trainer.profiler=true"], r"trainer.profiler=True is unknown"),
+    (["callbacks=lr_monitor", "logger=none"], r"callbacks.lr_monitor logs, and logger=none takes nothing"),
+    (["+callbacks.mine._target_=tests.stages.test_check.Rates", "logger=none"], r"callbacks.mine logs, and"),
     (["data.augment.flip=off"], r"data.augment.flip='off' must be true or false"),
     (["data.mean=0.5"], r"data.mean=0.5 must be a list or null"),
     (["data.mean=[a]"], r"data.mean\[0\]='a' must be a number"),
@@ -111,6 +123,9 @@ def test_a_key_that_nobody_reads_and_a_wrong_value_are_refused(overrides: list[s
 
 
 VALUES = [
+    (["method=at", "trainer.compile=true"], r"AT looks inside of its networks.* trainer.compile=false"),
+    (["method=byot", "trainer.compile=true"], r"BYOT looks inside"),
+    (["method=terms", "+method@method.terms.at=at", "trainer.compile=true"], r"Terms looks inside"),
     (["method=vkd", "method.alpha=5"], r"method.alpha=5 must be a number from 0 to 1"),
     (["method=dkd", "method.alpha=x"], r"method.alpha='x' must be a number"),
     (["method=published_vkd", "method.mended=typo"], r"'typo' is unknown: use one of"),
