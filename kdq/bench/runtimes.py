@@ -59,8 +59,11 @@ def inductor_int8(network: nn.Module, batches: Iterable[Tensor]) -> Any:
     network, batches = copy.deepcopy(network), list(batches)
     for module in network.modules():  # it takes no module that is called twice, as the ReLU of a residual block is
         for name in [name for name, child in module.named_children() if isinstance(child, nn.ReLU)]:
-            del module._modules[name]
-            object.__setattr__(module, name, F.relu)
+            if isinstance(module, nn.Sequential):
+                module._modules[name] = nn.ReLU()
+            else:
+                del module._modules[name]
+                object.__setattr__(module, name, F.relu)
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(torch.export.export(network, (batches[0],)).module(), quantizer)
     for batch in batches:

@@ -83,9 +83,12 @@ class Images:
 
     def card(self) -> dict[str, Any]:
         """What a network's user must do to an image, as packed files and exported models say it: scale its pixels to
-        0..1, then normalise with ``mean`` and ``std``; ``size`` is the images' height and width."""
-        size = [self.height, self.width]
-        return {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std), "size": size}
+        0..1, then normalise with ``mean`` and ``std``; ``size`` is the images' height and width. Where it is cut from
+        the centre of larger ones, or these are not scaled bilinearly, ``resize`` is what their shorter side is scaled
+        to, and ``interpolation`` how."""
+        card = {"mean": list(self.preprocess.mean), "std": list(self.preprocess.std), "size": [self.height, self.width]}
+        scaled = self.config.get("image_size", self.height), self.config.get("interpolation", "bilinear")
+        return card if scaled == (self.height, "bilinear") else card | {"resize": scaled[0], "interpolation": scaled[1]}
 
     def source(self, part: str, device: torch.device) -> Source:
         """The raw images and labels of ``"train"`` or ``"test"`` for ``device``; copied there once if they fit."""

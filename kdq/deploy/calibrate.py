@@ -29,11 +29,12 @@ def histograms(model: Any, tensors: Collection[str], images: Iterable[Tensor]) -
     computed = [name for name in tensors if name not in inputs]
     del probe.graph.output[:]
     probe.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in computed)
-    runner = session(probe.SerializeToString())
+    runner = session(probe.SerializeToString()) if computed else None
     found = {name: Histogram() for name in tensors}
-    for batch in images:
+    for batch in images if tensors else ():
         for chunk in batch.cpu().split(CHUNK):
-            values = dict(zip(computed, runner.run(None, {"image": np.ascontiguousarray(chunk.numpy())}), strict=True))
+            made = runner.run(None, {"image": np.ascontiguousarray(chunk.numpy())}) if runner else ()
+            values = dict(zip(computed, made, strict=True))
             for name in tensors:
                 found[name].add(_sample(chunk if name in inputs else torch.from_numpy(values[name])))
     if any(histogram.counts is None for histogram in found.values()):

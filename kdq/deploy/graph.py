@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdq.deploy.runtime import needs
 from kdq.quant.activations import ActivationQuantizer, remove_hooks
+from kdq.quant.batches import logits_of
 from kdq.quant.layers import layer_name, weight_of
 from kdq.quant.packing.packed import keep_decoded
 from kdq.quant.packing.weights import copied
@@ -50,6 +51,8 @@ def float_graph(network: nn.Module, shape: tuple[int, ...]) -> FloatGraph:
     plain = _decoded(network)
     for module in plain.modules():
         remove_hooks(module, ActivationQuantizer)
+    forward = plain.forward
+    plain.forward = lambda images: logits_of(forward(images))
     program = _exported(plain, shape)
     with _quietly():
         _pool(program.graph)
@@ -92,11 +95,20 @@ def _exported(network: nn.Module, shape: tuple[int, ...]) -> torch.export.Export
 
 
 def _pool(graph: torch.fx.Graph) -> None:
-    """Write pooling to one value a channel as the mean that it is. The exporter would keep its strides, by gathering
-    indices made from the number of images, which OpenVINO computes something else from."""
-    for node in graph.nodes:
+    """Write pooling to one value a channel as a mean or maximum that keeps its axes. The exporter would keep an
+    average's strides, by gathering indices made from the number of images; from those, and from a rounded maximum that
+    loses its axes, OpenVINO computes something else."""
+    for node in list(graph.nodes):
         if node.target == _aten.adaptive_avg_pool2d.default and tuple(node.args[1]) in ((1,), (1, 1)):
             node.target, node.args = _aten.mean.dim, (node.args[0], [-2, -1], True)
+        elif node.target in (_aten.mean.dim, _aten.amax.default) and node.meta["val"].ndim == 2:
+            images, axes = node.args[0], [axis % 4 for axis in node.args[1] or ()]
+            if sorted(axes) != [2, 3] or images.meta["val"].ndim != 4:
+                continue
+            with graph.inserting_before(node):
+                kept = graph.call_function(node.target, (images, axes, True), node.kwargs)
+            kept.meta["val"] = node.target(images.meta["val"], axes, True, **node.kwargs)
+            node.target, node.args, node.kwargs = _aten.reshape.default, (kept, [-1, kept.meta["val"].shape[1]]), {}
     graph.lint()
 
 

@@ -110,9 +110,10 @@ def _card(network: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
     preprocess: Mapping[str, Any] = getattr(network, "kdq_preprocess", None) or {}
     card = {"kdq.version": __version__, "kdq.input": json.dumps(["batch", *shape])}
     if preprocess:
+        resize = preprocess.get("resize", "size")
         steps = (
-            "scale the shorter side to size (bilinear), crop the centre, scale pixels to 0..1, subtract mean, divide "
-            "by std; channels first, RGB or gray"
+            f"scale the shorter side to {resize} ({preprocess.get('interpolation', 'bilinear')}), cut size from the "
+            "centre, scale pixels to 0..1, subtract mean, divide by std; channels first, RGB or gray"
         )
         card |= {"kdq.preprocess": json.dumps(dict(preprocess)), "kdq.preprocess_steps": steps}
     if classes := getattr(network, "kdq_classes", None):

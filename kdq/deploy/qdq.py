@@ -20,8 +20,9 @@ from kdq.quant.layers import layer_name
 
 #: Bits of activations in INT8 kernels.
 ACT_BITS = 8
-#: What averages: with a rounded input, the sum before it is an integer kernel.
-POOLS = ("ReduceMean", "AveragePool", "GlobalAveragePool")
+#: What averages: with a rounded input, the sum before it is an integer kernel. (Not the mean over tokens: of a rounded
+#: one OpenVINO computes something else.)
+POOLS = ("AveragePool", "GlobalAveragePool")
 
 
 def layer_of(node: Any, weights: Mapping[str, Any]) -> str | None:

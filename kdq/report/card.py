@@ -73,9 +73,13 @@ def _loading(repository: str, header: Mapping[str, Any]) -> Iterator[str]:
     if taken := header.get("preprocess"):
         sides = [len(taken["mean"]), *taken.get("size", ("height", "width"))]
         mean, std = (", ".join(f"{value:.4g}" for value in taken[part]) for part in ("mean", "std"))
+        cut = ""
+        if "resize" in taken:
+            cut = f" cut from the centre of images whose shorter side was scaled to {taken['resize']} pixels"
+            cut += f" ({printable(str(taken.get('interpolation')))}),"
         yield (
-            f"It takes batches of images of {' × '.join(map(str, sides))} (channels, height, width), scaled to 0..1, "
-            f"then normalised with the mean {mean} and the standard deviation {std}, and gives logits."
+            f"It takes batches of images of {' × '.join(map(str, sides))} (channels, height, width),{cut} "
+            f"scaled to 0..1, then normalised with the mean {mean} and the standard deviation {std}, and gives logits."
         )
 
 

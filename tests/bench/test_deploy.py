@@ -88,3 +88,15 @@ def test_inductors_int8_is_near_the_float_network() -> None:
         expected, found = network(images), runtimes.inductor_int8(network, [images])(images)
     torch.testing.assert_close(found, expected, atol=0.1 * float(expected.max() - expected.min()), rtol=0)
     assert any(isinstance(module, torch.nn.ReLU) for module in network.modules())  # a copy was changed
+
+
+def test_no_relu_is_lost_on_the_way_to_inductor() -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5)
+    )
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        expected, found = network(images), runtimes.inductor_int8(network.eval(), [images])(images)
+    torch.testing.assert_close(found, expected, atol=0.1 * float(expected.max() - expected.min()), rtol=0)

@@ -101,7 +101,8 @@ def test_evaluation_sees_the_centre_as_published(tmp_path: Path, interpolation: 
     images = Images(instantiate(config.data.source), plain(config.data))
     cpu = torch.device("cpu")
     inputs, _ = next(iter(images.evaluation("test", cpu)))
-    assert images.card()["size"] == [32, 32]
+    said = {name: images.card()[name] for name in ("size", "resize", "interpolation")}
+    assert said == {"size": [32, 32], "resize": 40, "interpolation": interpolation}
     steps = [v2.Resize(40, interpolation=v2.InterpolationMode(interpolation)), v2.CenterCrop(32), v2.ToImage()]
     published = v2.Compose(
         [*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.data.mean, config.data.std)]

@@ -55,7 +55,8 @@ def save_packed(
 
     Args:
         preprocess: ``{"mean": [...], "std": [...], "size": [height, width]}``: what the network's input was normalised
-            with, and its size. By default what the network was loaded with.
+            with, and its size; where images are scaled to another size before it is cut out, ``resize`` (pixels of the
+            shorter side) and ``interpolation``, too. By default what the network was loaded with.
         classes: names of the outputs. By default what the network was loaded with.
 
     Raises:
