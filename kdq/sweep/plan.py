@@ -78,11 +78,16 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
         hydra.errors.HydraException: the overrides of a cell do not fit the config; nothing should be launched then.
     """
     plan, models, jobs = Plan(output, cells), _Models(), list[Job]()
+    deployments: dict[str, Mapping[str, Any]] = {}  # of each row: the columns that the first cell of it asks for
     for group in _by_bits(cells):
         for cell, overrides, model, tuned, keys in _planned(group, compose, plan):
+            columns = asked_columns(cell)
+            if any(deployments.setdefault(key, columns) != columns for key in keys.values()):
+                cause = "another cell deploys the same row otherwise, and a row has one deployment: run deploy=... in "
+                plan.impossible.append((overrides, f"{cause}a command of its own"))
+                continue
             new = {name: key for name, key in keys.items() if key not in plan.rows}  # cells may mean the same row
             plan.rows |= dict.fromkeys(new.values(), cell.name)
-            columns = asked_columns(cell)
             rows = read_rows(output / "rows", set(new.values()))
             there = {row.config_hash for row in rows if complete(output, row, columns)}
             missing = {name: key for name, key in new.items() if key not in there}

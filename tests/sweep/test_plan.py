@@ -112,6 +112,16 @@ def test_cells_that_mean_the_same_row_are_one(tmp_path: Path) -> None:
     assert kinds(plan) == [{"teacher": 1}, {"rows": 1}]
 
 
+def test_cells_that_deploy_one_row_otherwise_are_refused(tmp_path: Path) -> None:
+    for axes in ({"deploy": ("none", "onnx")}, {"deploy": ("onnx",), "deploy__threads": (1, 2)}):
+        plan = plan_of(tmp_path, grid(quant__bits=(4, 8), **axes))
+        ((overrides, cause),) = plan.impossible
+        assert {f"{name.replace('__', '.')}={values[-1]}" for name, values in axes.items()} <= set(overrides)
+        assert "a row has one deployment: run deploy=... in a command of its own" in cause
+        assert len(plan.rows) == 2
+    assert not plan_of(tmp_path, grid(quant__bits=("[2,4]", "[4,8]"), deploy=("onnx", "onnx"))).impossible
+
+
 def test_lists_of_bits_join_and_candidates_of_a_search_do_not(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, [("quant.bits=[2,3]",), ("quant.bits=[3,4]",), ("quant.bits=8",)])
     assert [job.what for job in plan.waves[-1]] == ["4 rows at 2 3 4 8 bits"]
