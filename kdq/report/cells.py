@@ -25,9 +25,12 @@ MEANS = [
     "size_bytes",
     "float_bytes",
     "epochs",
+    "latency_threads",
 ]
 #: Median latencies in milliseconds.
 LATENCIES = [name for name in COLUMNS if name.startswith("latency_ms_")]
+#: Those of exported networks, on ``latency_threads`` threads.
+EXPORTED = [name for name in LATENCIES if name != "latency_ms_torch"]
 _LONGEST_NAME = 60
 
 
@@ -38,7 +41,8 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
     where rows of one name differ in them, the calibration images where rows of one cell do, and that the ``paper``
     alphabet takes one bit more than it is asked for; trials (``limited``) have names of their own. ``method`` tells,
     too, what tuned the quantized network (``vkd + qad``). ``width`` is ``bits``, or for a ``searched`` row its average
-    width rounded up to a quarter, since budgets are upper bounds.
+    width rounded up to a quarter, since budgets are upper bounds. Exported networks keep their latencies only where
+    these are on the data set's ``latency_threads``, the number of threads that most of its rows have.
     """
     frame = table(rows)
     for column in (*SERIES, "device"):
@@ -64,7 +68,10 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
     several = frame.groupby([*CELL, "seed"])["calibration_images"].transform("nunique") > 1
     counted = frame["quantizer"].isin(frame.loc[several, "quantizer"])
     frame.loc[counted, "quantizer"] += " " + frame.loc[counted, "calibration_images"].astype(str) + " images"
-    return frame
+    threads = frame["latency_threads"].astype("float64").where(frame[EXPORTED].notna().any(axis=1))
+    most = threads.groupby(frame["data"]).transform(lambda numbers: numbers.mode().min())  # NaN where none is known
+    frame.loc[threads.fillna(0) != most.fillna(0), EXPORTED] = np.nan
+    return frame.assign(latency_threads=most)
 
 
 def widths(frame: pd.DataFrame) -> Any:

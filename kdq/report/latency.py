@@ -1,6 +1,6 @@
 """Which of the measured latencies to show accuracy against, and what all measurements of a model come to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -46,10 +46,13 @@ _KINDS = (
 
 def shown_latency(cells: pd.DataFrame) -> Latency:
     """That of the format kept (``deploy=best``) where any cell has it, else the integer network's, else the exported
-    float network's, else PyTorch's: one figure never mixes them."""
+    float network's, else PyTorch's: one figure never mixes them. On how many threads (:func:`kdq.report.cells.named`)
+    is said where it is known."""
     for kind in _KINDS[:-1]:
-        if cells[kind.column].notna().any():
-            return kind
+        if (there := cells[kind.column].notna()).any():
+            threads = cells.loc[there, "latency_threads"].max()
+            said = f", {threads:.0f} thread{'s' if threads > 1 else ''})"
+            return replace(kind, label=kind.label.removesuffix(")") + said) if threads > 0 else kind
     return _KINDS[-1]
 
 

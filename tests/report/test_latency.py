@@ -6,14 +6,14 @@ import pandas as pd
 import pytest
 
 from kdq.records.rows import Row
-from kdq.report.cells import named
+from kdq.report.cells import cells, named
 from kdq.report.latency import shown_latency, timed_models
 
 _NONE: dict[str, list[float | None]] = {
     f"{column}_{kind}": [None, None]
     for column in ("latency_ms", "top1")
     for kind in ("onnx_fp32", "onnx_int8", "deployed")
-}
+} | {"latency_threads": [None, None]}
 _TORCH = _NONE | {"latency_ms_torch": [1.0, 2.0], "top1_float": [90.0, 91.0]}
 _FLOAT = {"latency_ms_onnx_fp32": [1.0, None], "top1_onnx_fp32": [90.0, None]}
 _INT8 = {"latency_ms_onnx_int8": [None, 0.5], "top1_onnx_int8": [None, 89.0]}
@@ -53,3 +53,22 @@ def test_formats_that_are_kept_are_networks_of_their_own(row: Callable[..., Row]
         for bits, kind, ms in ((2, "fp32", 0.9), (4, "int8", 0.3), (8, "int8", 0.5))
     ]
     assert sorted(timed_models(named(rows))["ms"]) == [pytest.approx(0.4), 0.9]
+
+
+def test_only_latencies_on_as_many_threads_are_compared(row: Callable[..., Row]) -> None:
+    rows = [
+        row(bits=bits, method=method, latency_ms_onnx_int8=ms, top1_onnx_int8=90.0, latency_threads=threads)
+        for bits, method, ms, threads in (
+            (4, "teacher", 4.0, 1),
+            (8, "teacher", 1.0, 4),
+            (8, "baseline", 0.5, 4),
+            (4, "vkd", 2.0, 1),
+            (8, "vkd", 2.0, 1),
+        )
+    ]
+    frame = named([*rows, row(data="pets", latency_ms_onnx_int8=7.0, top1_onnx_int8=90.0, latency_threads=2)])
+    found = timed_models(frame)
+    assert list(zip(found["method"], found["ms"], strict=True)) == [("teacher", 4.0), ("vkd", 2.0), ("vkd", 7.0)]
+    assert found["label"].str.extract(r"batch 1, (.*)\)")[0].tolist() == ["1 thread", "1 thread", "2 threads"]
+    (digits,) = {shown_latency(part).label for data, part in cells(frame).groupby("data") if data == "digits"}
+    assert digits == found["label"].iloc[0]
