@@ -69,16 +69,16 @@ class Headed(nn.Module):
 
     def __init__(self, head: str) -> None:
         super().__init__()
-        self.head, self.conv, self.mix, self.fc = head, nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.head, self.conv, self.mix, self.fc = head, nn.Conv2d(3, 8, 3, 3), nn.Linear(8, 8), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Any:
-        x = self.conv(x).relu()
+        x = self.conv(x)
         if self.head == "maximum":
-            return self.fc(x.amax((2, 3)))
+            return self.fc(x.relu().amax((2, 3)))
         if self.head == "tokens":
             tokens = x.flatten(2).transpose(1, 2)
             return self.fc((tokens + self.mix(tokens).relu()).mean(1, keepdim=True).flatten(1))
-        features = x.mean((2, 3))
+        features = x.relu().mean((2, 3))
         return {"features": features, "logits": self.fc(features)}
 
 
