@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from kdq.records.rows import Row, differences
 from kdq.records.store import Store
 from kdq.stages import pipeline
+from kdq.stages.asked import asked_bits
 from kdq.stages.cell import UNRECORDED, Cell
 from kdq.stages.train import planned
 from kdq.stages.tune import tuned_models
@@ -107,6 +108,8 @@ def make(row: Row, folder: Path, store: Path | None, overrides: Sequence[str], t
     if folder.exists() and not (unfinished.is_file() and unfinished.read_text() == row.config_hash):
         raise KdqError(f"{folder} exists: give --to a new folder, so that nothing is taken from it")
     cfg = config_of(row, folder.resolve(), overrides, trust)
+    if len(bits := asked_bits(Cell(cfg))) > 1:
+        raise KdqError(f"one row is made again: give one width, such as quant.bits={next(iter(bits))}")
     write_text(unfinished, row.config_hash)
     keep_freed_memory()
     use_cores(cfg.trainer.threads)

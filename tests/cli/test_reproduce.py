@@ -86,6 +86,16 @@ def test_another_result_is_told_with_what_is_other(
     assert f"Of another making: versions torch 1 -> {row.versions}; threads not recorded -> 1." in said
 
 
+def test_several_widths_are_refused_before_anything_is_made(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row, *_) = read_rows(folder / "rows")
+    asked = [row.config_hash, "--output-dir", folder, "--to", tmp_path / "again", "quant.bits=[2,4]"]
+    code, said = _run(asked, capsys)
+    assert (code, "one row is made again: give one width, such as quant.bits=2" in said) == (2, True), said
+    assert not (tmp_path / "again").exists()
+
+
 def test_values_that_are_others_here(folder: Path, tmp_path: Path) -> None:
     (row, *_) = read_rows(folder / "rows")
     cfg = config_of(row, tmp_path, ["quant.calibration_images=32", "seed=5"])
