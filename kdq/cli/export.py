@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="kdq-export: %(message)s")
     import kdq.cli.app  # noqa: F401  the resolvers of configs
-    from kdq.stages.export import export, find, share
+    from kdq.stages.export import CHOSEN, export, find, share
     from kdq.utils.hub import HUB
     from kdq.utils.messages import describe
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if "kdq.debug=true" in options.overrides:
             raise
-        sys.exit(f"kdq-export: {describe(error)}")
+        sys.exit(f"kdq-export: {describe(error, CHOSEN)}")
     print(f"{target}  {target.stat().st_size:,} bytes" + (f"; {said}" if said else ""))
 
 

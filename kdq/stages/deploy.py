@@ -45,6 +45,8 @@ def asked_columns(cell: Cell) -> dict[str, Any]:
         if "runs" in config:
             raise KdqError("deploy.formats is empty: give fp32, int8 or codes, or deploy=none")
         return {}
+    if "runs" not in config:
+        raise KdqError("deploy.formats needs deploy=onnx or deploy=best")
     needs("onnx", "onnxruntime", "onnxscript")
     runtimes = config.get("runtimes", [])
     for name in runtimes or ([""] if "tolerance" in config else []):
@@ -61,9 +63,11 @@ def asked_columns(cell: Cell) -> dict[str, Any]:
 
 
 def _settings(cell: Cell) -> str:
-    """Identifies what the columns depend on beyond the row itself, but for the machine."""
+    """Identifies what the columns depend on beyond the row itself, but for the machine. The formats are measured each
+    by itself, unless one of them is chosen."""
     config = plain(cell.cfg.deploy)
-    return key_of({name: value for name, value in config.items() if name != "formats"} | {"seed": cell.cfg.quant.seed})
+    formats = sorted(set(config.pop("formats")))
+    return key_of(config | {"seed": cell.cfg.quant.seed} | ({"formats": formats} if "tolerance" in config else {}))
 
 
 def _measured(formats: Sequence[str]) -> dict[str, None]:
@@ -88,6 +92,9 @@ def deploy(cell: Cell, row: Row) -> Row:
         if "openvino" in config.get("runtimes", ()):
             others = openvino(models, config.threads)
             runners |= {f"{name}{IN_OPENVINO}": run for name, run in others.items()}
+        chosen_from = [name for name in runners if _runtime(name) in config.get("runtimes", RUNTIMES)]
+        if not chosen_from:
+            raise KdqError(f"OpenVINO reads none of deploy.formats={list(config.formats)}: add int8, or onnxruntime")
         accuracies = {
             name: top1(run, cell.images.evaluation("test", torch.device("cpu"))) for name, run in runners.items()
         }
@@ -106,7 +113,7 @@ def deploy(cell: Cell, row: Row) -> Row:
         values[f"latency_p95_ms_onnx_{name}"] = single[name].p95_ms
         values[f"throughput_onnx_{name}"] = many[name].throughput
     if (tolerance := config.get("tolerance")) is not None:
-        times = {name: single[name].median_ms for name in runners if _runtime(name) in config.runtimes}
+        times = {name: single[name].median_ms for name in chosen_from}
         name = best(cell, network, runners, times, tolerance)
         values |= dict(zip(KEPT, (name, accuracies[name], single[name].median_ms), strict=True))
         name = name.removesuffix(IN_OPENVINO)
@@ -130,10 +137,6 @@ def best(
     that of the packed ``network``, so that no test image chooses; the most accurate one if none is."""
     images = cell.images.evaluation("val", torch.device("cpu"))
     least = evaluate(network, images, cell.cfg.data.num_classes)["top1"] - tolerance
-    if not times:
-        raise KdqError(
-            f"OpenVINO reads none of deploy.formats={list(cell.cfg.deploy.formats)}: add int8, or onnxruntime"
-        )
     accuracies = {name: top1(runners[name], images) for name in times}
     able = [name for name in times if accuracies[name] >= least]
     if able:

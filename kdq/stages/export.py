@@ -30,6 +30,8 @@ from kdq.utils.version import __version__
 
 #: What of a row's config says which images it was measured and calibrated on.
 SPLIT = ("val_fraction", "split_seed", "train_limit", "test_limit")
+#: What every export chooses of the config.
+CHOSEN = ("deploy=onnx", "logger=none")
 #: The figure of a report that a shared model's card shows.
 FIGURE = "accuracy_vs_bytes.png"
 
@@ -142,7 +144,7 @@ def _network(source: Source, overrides: Sequence[str]) -> nn.Module:
 
 def _own(source: Source, overrides: Sequence[str]) -> list[str]:
     """What is known of the source's config."""
-    row, own = source.row, ["deploy=onnx", "logger=none"]
+    row, own = source.row, list(CHOSEN)
     own += [f"paths.output_dir={source.output}"] if source.output else []
     if row is not None:
         own += [f"seed={row.seed}"] + ["method=teacher"] * (row.role == "teacher")

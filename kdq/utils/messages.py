@@ -5,7 +5,7 @@ import difflib
 import re
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.errors import HydraException
@@ -49,8 +49,12 @@ MOVED = {
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|inline_container.*unexpected pos")
 
 
-def describe(error: BaseException) -> str:
-    """One line that says what is wrong and, where it is known, what to do."""
+def describe(error: BaseException, chosen: Sequence[str] = ()) -> str:
+    """One line that says what is wrong and, where it is known, what to do.
+
+    Args:
+        chosen: overrides that choose parts of the config beside the user's.
+    """
     for cause in _causes(error):
         if isinstance(cause, KdqError):  # also inside Hydra's and OmegaConf's wrappers
             return _flat(cause)
@@ -67,13 +71,13 @@ def describe(error: BaseException) -> str:
                 "files, and give the command again: it goes on from what is there"
             )
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return _config_complaint(" ".join(_flat(cause) for cause in _causes(error)))
+        return _config_complaint(" ".join(_flat(cause) for cause in _causes(error)), chosen)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {_flat(error)} (kdq.debug=true shows where)"
 
 
-def _config_complaint(message: str) -> str:
+def _config_complaint(message: str, chosen: Sequence[str]) -> str:
     """Hydra's message about an override, with the choices there are."""
     if found := re.search(r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': ([\w ]+?) Config", message):
         group, name, choices = found[1], found[2], found[3].split()
@@ -87,7 +91,7 @@ def _config_complaint(message: str) -> str:
         key = (found[1] or found[2]).replace("/", ".").partition("@")[0]
         if places := _PLACES.get(key):
             return f"{key} needs to say whose it is: give {' or '.join(f'{place}=...' for place in places)}"
-        return unknown_option(key, _composed())
+        return unknown_option(key, _composed(chosen))
     return message
 
 
@@ -129,10 +133,10 @@ def _paths(node: Any, inside: str = "") -> Iterator[str]:
         yield from _paths(value, f"{inside}{name}.")
 
 
-def _composed() -> dict[str, Any]:
+def _composed(chosen: Sequence[str]) -> dict[str, Any]:
     """The config as the user's command chooses it, without what is wrong in it as far as that is known."""
     choices = [word for word in sys.argv[1:] if re.fullmatch(r"\w+(@[\w.]+)?=\w+", word)]
-    for overrides in (choices, []):
+    for overrides in ([*chosen, *choices], [*chosen]):
         with contextlib.suppress(Exception):
             return OmegaConf.to_container(compose(overrides), resolve=False)  # type: ignore[return-value]
     return {}

@@ -162,6 +162,32 @@ def test_best_keeps_to_the_runtimes_that_are_asked_for(run: Any, cli: Any, tmp_p
         assert "use one of onnxruntime, openvino" in error
 
 
+def test_best_of_other_formats_is_chosen_again(
+    run: Any, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, _, _ = run
+    shutil.copytree(output, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.onnx"):
+        path.unlink()
+    cell = [*TINY, "method=baseline", "quant.bits=3", *QUICK, f"paths.output_dir={tmp_path / 'copy'}", "deploy=best"]
+    cell += ["deploy.tolerance=100", "deploy.runtimes=[onnxruntime]"]
+    code, _, error = cli(*cell, "deploy.formats=[int8,codes]")
+    assert code == 0, error
+    (row,) = [row for row in read_rows(tmp_path / "copy" / "rows") if row.bits == 3]
+    (other,) = {"int8", "codes"} - {row.deployed}
+    code, _, error = cli(*cell, f"deploy.formats=[{other}]")
+    assert code == 0, error
+    (again,) = [row for row in read_rows(tmp_path / "copy" / "rows") if row.bits == 3]
+    assert (again.deployed, getattr(again, f"top1_onnx_{row.deployed}")) == (other, None)
+    assert [path.suffixes[-2] for path in (tmp_path / "copy").rglob("*.onnx")] == [f".{other}"]
+
+    monkeypatch.setattr("kdq.stages.deploy.openvino", lambda *_: {})
+    monkeypatch.setattr("kdq.stages.deploy.top1", lambda *_: pytest.fail("it is measured"))
+    code, _, error = cli(*cell, "deploy.runtimes=[openvino]", "deploy.formats=[codes]")
+    assert code == 1
+    assert "OpenVINO reads none of deploy.formats=['codes']: add int8, or onnxruntime" in error
+
+
 def test_a_grid_knows_that_columns_are_missing_when_deploying_failed(run: Any, cli: Any) -> None:
     output, _, rows = run
     packed = output / rows[0].artifact
@@ -186,6 +212,8 @@ def test_unknown_formats_are_refused_before_anything_is_made(cli: Any, tmp_path:
     code, _, error = cli(*TINY, "deploy=onnx", "deploy.formats=[int4]")
     assert code == 1
     assert "fp32, int8" in error
+    code, _, error = cli(*TINY, "deploy=none", "deploy.formats=[int8]")
+    assert (code, "deploy.formats needs deploy=onnx or deploy=best" in error) == (1, True), error
     assert not (tmp_path / "store").exists()
 
 
@@ -274,7 +302,9 @@ def test_mistakes_are_one_line_that_says_what_to_do(run: Any, export: Any, tmp_p
     assert "not a row" in export(tmp_path / "bad.json")
     wrong = export(rows[0].config_hash, "--output-dir", output, "--format", "onnx-int8", "data=cifar10")
     assert "the cell is of data digits, not cifar10" in wrong
-    assert "\n" not in near + wrong
+    mistyped = export(rows[0].config_hash, "--output-dir", output, "--format", "onnx-int8", "deploy.nothing=1")
+    assert "deploy.nothing; valid here: formats, calibration_images, act_range, batch, runs, threads" in mistyped
+    assert "\n" not in near + wrong + mistyped
 
 
 def test_the_notebooks_script_classifies_an_image_file(run: Any, tmp_path: Path) -> None:
