@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -197,3 +199,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()

@@ -5,6 +5,8 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from kdq.utils.cpu import cpu_name
+
 __version__ = "0.1.0"
 
 
@@ -22,8 +24,9 @@ def git_sha() -> str:
 
 
 def versions() -> str:
-    """What else a result's last digits depend on: libraries, and the instructions that torch takes on this CPU."""
+    """What else a result's last digits depend on: libraries, the instructions that torch takes on this CPU, and its
+    name, by which libraries choose among kernels."""
     import torch
 
     names = [f"{name} {version(name)}" for name in ("torch", "numpy", "lightning")]
-    return ", ".join([*names, f"CPU {torch.backends.cpu.get_cpu_capability()}"])
+    return ", ".join([*names, f"CPU {torch.backends.cpu.get_cpu_capability()} {cpu_name()}"])
