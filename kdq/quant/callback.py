@@ -197,7 +197,9 @@ class QuantizationCallback(Callback, ABC):
         with torch.inference_mode(False), torch.no_grad():
             self._within_the_epoch.enter_context(state_kept(network))
             network.load_state_dict(quantized.state_dict())
-        trainer.callbacks = sorted(trainer.callbacks, key=lambda each: each is not self)  # type: ignore[attr-defined]
+        order: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._standing_in.callback(setattr, trainer, "callbacks", order)
+        trainer.callbacks = sorted(order, key=lambda each: each is not self)  # type: ignore[attr-defined]
 
     def _step_back_once(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with torch.inference_mode(False):

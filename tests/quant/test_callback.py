@@ -301,7 +301,7 @@ def test_what_swaps_weights_in_gets_them_back_and_the_quantized_network_is_measu
     trainer.fit(module, *loaders)
     seeing.on_validation_batch_start = see  # type: ignore[method-assign]  # not of the fit
     of_average: Any = average._average_model
-    before = state(module), state(of_average)
+    before, order = (state(module), state(of_average)), [*trainer.callbacks]
     for loop in (trainer.validate, trainer.test):
         loop(module, loaders[1], verbose=False)
     trainer.predict(module, loaders[1])
@@ -310,6 +310,7 @@ def test_what_swaps_weights_in_gets_them_back_and_the_quantized_network_is_measu
     for found, expected in zip((state(module), state(of_average)), before, strict=True):
         assert_equal(found, expected)
     assert torch.equal(swapping.weights, torch.full((8,), 0.5))
+    assert trainer.callbacks == order
 
 
 def test_an_evaluation_that_fails_leaves_the_module_as_it_was(loaders: Any) -> None:
