@@ -1,7 +1,8 @@
 """The question, answered with numbers: which model is better, at equal bytes and at equal bits, and by how much?
 
 Models are compared under the same data and quantizer only. Differences are between means over seeds, with Welch's test
-(:mod:`kdq.report.difference`); the finite test set adds an uncertainty that seeds do not show.
+(:mod:`kdq.report.difference`); a tuned network and what it was tuned from are compared seed by seed. The finite test
+set adds an uncertainty that seeds do not show.
 """
 
 import math
@@ -50,10 +51,19 @@ class Model(NamedTuple):
         """The method before it was tuned."""
         return self.method.removesuffix(f" + {self.tune}")
 
+    @property
+    def origin(self) -> "Model":
+        """What was tuned."""
+        return self._replace(method=self.untuned, tune="")
+
+
+#: A model and its values by seed.
+Measured = tuple[Model, pd.Series]
+
 
 @dataclass(frozen=True)
 class Place:
-    """Two models at one size or width: their means over seeds and what they differ by."""
+    """Two models at one size or width: their means over the seeds compared and what they differ by."""
 
     at: float
     searched: bool
@@ -86,7 +96,7 @@ class Contest:
     data: str
     quantizer: str
     roads: dict[str, Model]
-    leads: list[tuple[float, list[tuple[Model, np.ndarray]]]]
+    leads: list[tuple[float, list[Measured]]]
 
 
 def models(group: pd.DataFrame) -> dict[Model, pd.DataFrame]:
@@ -102,9 +112,9 @@ def comparisons(frame: pd.DataFrame) -> list[Comparison]:
         curves = {model: curve(lines) for model, lines in found.items()}
         for kind, a, b in sorted(_pairs(list(found)), key=lambda pair: list(KINDS).index(pair[0])):
             if kind == "bytes":
-                places = _at_sizes(curves[a], curves[b])
+                places = _at_sizes(a, b, curves)
             else:
-                places = _at_widths(found[a], found[b], "drop" if kind == "drop" else "top1")
+                places = _at_widths(a, b, found, "drop" if kind == "drop" else "top1")
             compared.append(Comparison(str(data), str(quantizer), kind, a, b, tuple(places)))
     return compared
 
@@ -161,7 +171,7 @@ def table(compared: Iterable[Comparison]) -> pd.DataFrame:
         names = (comparison.data, comparison.quantizer, comparison.kind, a.method, a.arch, b.method, b.arch)
         lines += [(*names, x.at, x.a, x.b, *vars(x.difference).values()) for x in comparison.places]
     models = ["method_a", "arch_a", "method_b", "arch_b"]
-    numbers = ["a", "b", "difference", "low", "high", "p", "n_a", "n_b"]
+    numbers = ["a", "b", "difference", "low", "high", "p", "n_a", "n_b", "paired"]
     return pd.DataFrame(lines, columns=["data", "quantizer", "kind", *models, "at", *numbers])
 
 
@@ -175,41 +185,45 @@ def _pairs(found: list[Model]) -> Iterator[tuple[str, Model, Model]]:
             if same and a.tune == b.tune and a.role == "student" and a.untuned != b.untuned == "baseline":
                 yield "control", a, b
                 yield "drop", a, b
-            if same and a.tune and not b.tune and a.untuned == b.method:
+            if a.tune and a.origin == b:
                 yield "tune", a, b
 
 
-def _at_widths(a: pd.DataFrame, b: pd.DataFrame, column: str) -> Iterator[Place]:
+def _at_widths(a: Model, b: Model, found: Mapping[Model, pd.DataFrame], column: str) -> Iterator[Place]:
     """Each width that both have, and last their float models, which lose nothing; a tuned network has none."""
-    for width in sorted(set(a["width"]) & set(b["width"])):
-        mine, other = a[a["width"] == width], b[b["width"] == width]
-        yield _place(width, bool(mine["searched"].any()), mine[column].to_numpy(), other[column].to_numpy())
-    if column == "top1" and not any((model["tune"] != "").any() for model in (a, b)):
-        whole = [model.groupby("seed")["top1_float"].mean().to_numpy() for model in (a, b)]
+    for width in sorted(set(found[a]["width"]) & set(found[b]["width"])):
+        mine, other = (found[model][found[model]["width"] == width].set_index("seed") for model in (a, b))
+        yield _place(width, bool(mine["searched"].any()), (a, mine[column]), (b, other[column]))
+    if column == "top1" and not (a.tune or b.tune):
+        whole = [(model, found[model].groupby("seed")["top1_float"].mean()) for model in (a, b)]
         yield _place(math.inf, False, *whole)
 
 
-def _at_sizes(a: Curve | None, b: Curve | None) -> Iterator[Place]:
+def _at_sizes(a: Model, b: Model, curves: Mapping[Model, Curve | None]) -> Iterator[Place]:
     """Each size that one of them has and the curve of the other covers."""
-    if a is not None and b is not None:
-        for size in distinct(shared_sizes(a, b)):
-            yield _place(size, False, a.at(size)[:, 0], b.at(size)[:, 0])
+    mine, other = curves[a], curves[b]
+    if mine is not None and other is not None:
+        for size in distinct(shared_sizes(mine, other)):
+            yield _place(size, False, (a, mine.by_seed(size)), (b, other.by_seed(size)))
 
 
-def _leads(curves: Mapping[Model, Curve | None]) -> list[tuple[float, list[tuple[Model, np.ndarray]]]]:
+def _leads(curves: Mapping[Model, Curve | None]) -> list[tuple[float, list[Measured]]]:
     known = {model: found for model, found in curves.items() if found is not None}
     leads = []
     for size in distinct(size for found in known.values() for size in found.sizes):
         at = {model: _at(found, size) for model, found in known.items()}
         there = [(model, top1) for model, top1 in at.items() if np.isfinite(top1).all()]
-        leads.append((size, sorted(there, key=lambda pair: float(pair[1].mean()), reverse=True)))
+        there.sort(key=lambda pair: float(pair[1].mean()), reverse=True)
+        if len(there) > 1 and between(*there[:2]).value < 0:  # of a pair, seeds that only one has may say otherwise
+            there[:2] = reversed(there[:2])
+        leads.append((size, there))
     return leads
 
 
-def _at(found: Curve, size: float) -> np.ndarray:
+def _at(found: Curve, size: float) -> pd.Series:
     """The accuracies at ``size``, or at the curve's end, where that is the same size."""
     end = min(max(size, found.sizes[0]), found.sizes[-1])
-    return found.at(end if abs(end - size) <= SAME_SIZE * size else size)[:, 0]
+    return found.by_seed(end if abs(end - size) <= SAME_SIZE * size else size)
 
 
 def distinct(sizes: Iterable[float]) -> list[float]:
@@ -225,5 +239,20 @@ def distinct(sizes: Iterable[float]) -> list[float]:
     return kept
 
 
-def _place(at: float, searched: bool, a: np.ndarray, b: np.ndarray) -> Place:
-    return Place(float(at), searched, float(a.mean()), float(b.mean()), difference(a, b))
+def between(first: Measured, second: Measured) -> Difference:
+    """What the first of two models has more than the second; see :func:`_compared`."""
+    return difference(*_compared(first, second))
+
+
+def _compared(first: Measured, second: Measured) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The values to compare, and whether by seed: a tuned network's and its origin's of the seeds that both have."""
+    (a, x), (b, y) = first, second
+    shared = x.index.intersection(y.index)
+    paired = len(shared) > 0 and (a.origin == b or b.origin == a)
+    x, y = (x[shared], y[shared]) if paired else (x, y)
+    return x.to_numpy(), y.to_numpy(), paired
+
+
+def _place(at: float, searched: bool, first: Measured, second: Measured) -> Place:
+    a, b, paired = _compared(first, second)
+    return Place(float(at), searched, float(a.mean()), float(b.mean()), difference(a, b, paired))

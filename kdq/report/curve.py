@@ -27,6 +27,10 @@ class Curve:
         knots = np.log(self.sizes)
         return np.stack([np.interp(x, knots, top1, left=np.nan, right=np.nan) for top1 in self.top1])
 
+    def by_seed(self, size: float) -> pd.Series:
+        """The accuracies at one size."""
+        return pd.Series(self.at(size)[:, 0], self.seeds)
+
 
 def curve(model: pd.DataFrame) -> Curve | None:
     """The curve of one model under one quantizer, from its lines of :func:`kdq.report.cells.by_seed`: its widths, and

@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
 import pandas as pd
 
 from kdq.report import answer
-from kdq.report.answer import KINDS, ROADS, Comparison, Contest, Model, Place
+from kdq.report.answer import KINDS, ROADS, Comparison, Contest, Measured, Model, Place, between
 from kdq.report.cells import by_seed, size_name, width_name
-from kdq.report.difference import LEVEL, Difference, difference
+from kdq.report.difference import LEVEL, Difference
 from kdq.report.latency import shown_latency
 
 #: How the numbers are to be read; said once, below the answer.
 NOTES = (
     "Differences are between means over seeds, in points of top-1 on the test set, with 95 % intervals and Welch's "
-    f"t-test (two-sided, p < {LEVEL:g}, not corrected for the number of comparisons). The intervals are about seeds "
-    "only: the finite test set adds uncertainty.",
+    f"t-test (two-sided, p < {LEVEL:g}, not corrected for the number of comparisons); a tuned network and what it "
+    "was tuned from are compared seed by seed, with the paired test. The intervals are about seeds only: the "
+    "finite test set adds uncertainty.",
     "The headline compares the best model of each road on validation images: the test set chooses none of them. Where "
     "the teacher's weights come from a file, it may have learnt them: who imitates it more gains there.",
     "Between measured sizes a model's accuracy is interpolated linearly in the logarithm of its bytes, the float model "
@@ -92,7 +92,7 @@ def _named(name: Callable[[Model], str]) -> Callable[[Model], str]:
 
 #: What can be said of sizes, in the order it is told.
 _SAID = ("wins", "ahead", "undecided", "alone")
-_Lead = tuple[float, list[tuple[Model, np.ndarray]]]
+_Lead = tuple[float, list[Measured]]
 
 
 def _headline(
@@ -139,12 +139,12 @@ def _adds(contest: Contest, compared: Sequence[Comparison], name: Callable[[Mode
     return said
 
 
-def _leader(there: Sequence[tuple[Model, np.ndarray]]) -> tuple[str, list[Model]]:
+def _leader(there: Sequence[Measured]) -> tuple[str, list[Model]]:
     """What can be said of a size, and of which models; ``there`` are those that it has, the best mean first."""
     first = [model for model, _ in there[:2]]
     if len(there) < 2:
         return "alone", first
-    by = difference(there[0][1], there[1][1])
+    by = between(*there[:2])
     if _verdict(by) == "undecided":
         return "undecided", []
     return "wins" if by.tested else "ahead", first
@@ -177,10 +177,10 @@ class _Region:
             top1 = f"{there[0][1].mean():.1f} % at {size_name(low)}"
             span = span if before else f"below {size_name(later[0].leads[0][0])}"
             return f"{span} only {first} has files ({top1})"
-        by = difference(there[0][1], there[1][1])
+        by = between(*there[:2])
         if self.what == "undecided":
             leaders = {self.name(models[0][0]) for _, models in self.leads}
-            gains = [difference(models[0][1], models[1][1]).value for _, models in self.leads]
+            gains = [between(*models[:2]).value for _, models in self.leads]
             who = f"{leaders.pop()} ahead by" if len(leaders) == 1 else "means differ by"
             return f"{span} undecided ({who} {_range(gains, '.1f')} points)"
         gain = f"by {_number(by.value, 1)} points{here}, {_sure(by)}"
@@ -189,7 +189,8 @@ class _Region:
 
 
 def _sure(by: Difference) -> str:
-    return f"95 % interval {_number(by.low, 1)} to {_number(by.high, 1)}" if by.tested else "untested"
+    said = f"95 % interval {_number(by.low, 1)} to {_number(by.high, 1)}" if by.tested else "untested"
+    return f"{said}, {by.n_a} seed{'s' if by.n_a > 1 else ''} of both" if by.paired else said
 
 
 # What made the numbers.
@@ -259,7 +260,8 @@ def _line(comparison: Comparison, name: Callable[[Model], str], several: bool) -
         by = first.difference
         untested = "" if any(place.difference.tested for place in comparison.places) else ", untested"
         interval = f" ({_number(by.low)} to {_number(by.high)})" if by.tested else ""
-        cells += [f"{_signed(by.value)}{interval} at {_at(comparison.kind, first)}", f"{by.n_a} + {by.n_b}{untested}"]
+        seeds = f"{by.n_a} of both" if by.paired else f"{by.n_a} + {by.n_b}"
+        cells += [f"{_signed(by.value)}{interval} at {_at(comparison.kind, first)}", f"{seeds}{untested}"]
     else:
         cells += ["nothing in common", "–"]
     every = tuple(_place(comparison.kind, place) for place in comparison.places)

@@ -112,6 +112,32 @@ def test_tuned_models_are_a_road_of_their_own(frame: pd.DataFrame) -> None:
     assert sizes[12_800] == ["teacher"]
 
 
+@pytest.mark.parametrize("seeds", [(0,), (1, 2), (0, 1, 2)])
+def test_a_tuned_network_is_compared_with_its_own_seeds(row: Callable[..., Row], seeds: tuple[int, ...]) -> None:
+    """Each seed gains, which the mean over other seeds would hide; sizes and widths agree, for both have one file."""
+    plain, gain = (80.0, 90.0, 95.0), (1.0, 1.5, 1.2)
+    common = {"bits": 2, "size_bytes": 1000, "float_bytes": 0}
+    rows = [row(seed=seed, top1=top1, **common) for seed, top1 in enumerate(plain)]
+    rows += [row(seed=seed, top1=plain[seed] + gain[seed], tune="qad", **common) for seed in seeds]
+    frame = by_seed(named(rows))
+    place = compared(frame, "tune", "vkd + qad")[2]
+    mine, other = [plain[seed] + gain[seed] for seed in seeds], [plain[seed] for seed in seeds]
+    assert (place.a, place.b) == pytest.approx((sum(mine) / len(seeds), sum(other) / len(seeds)))
+    assert (place.difference.n_a, place.difference.n_b, place.difference.paired) == (len(seeds), len(seeds), True)
+    if len(seeds) > 1:
+        assert place.difference.p == pytest.approx(scipy.stats.ttest_rel(mine, other).pvalue)
+    (contest,) = answer.contests(frame)
+    (lead,) = [there for _, there in contest.leads]
+    assert [model.method for model, _ in lead] == ["vkd + qad", "vkd"]
+    assert answer.between(*lead) == place.difference
+
+
+def test_without_a_seed_in_common_nothing_is_paired(row: Callable[..., Row]) -> None:
+    rows = [row(seed=seed, tune="qad" if seed > 1 else "", top1=80.0 + seed, float_bytes=0) for seed in range(4)]
+    (place,) = compared(by_seed(named(rows)), "tune", "vkd + qad").values()
+    assert (place.difference.n_a, place.difference.n_b, place.difference.paired) == (2, 2, False)
+
+
 def test_validation_images_choose_who_is_compared(row: Callable[..., Row]) -> None:
     accuracies = {"dkd": (90.0, 1.0), "vkd": (80.0, 99.0)}
     rows = [row(method=name, val_top1_float=val, top1=top1) for name, (val, top1) in accuracies.items()]

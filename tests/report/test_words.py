@@ -63,6 +63,15 @@ def test_one_seed(row: Callable[..., Row]) -> None:
     )
 
 
+def test_how_many_seeds_a_tuned_network_shares_is_said(row: Callable[..., Row]) -> None:
+    common = {"bits": 2, "size_bytes": 100_000, "float_bytes": 0}
+    rows = [row(seed=seed, top1=top1, **common) for seed, top1 in enumerate((80.0, 95.0))]
+    rows.append(row(top1=81.0, tune="qad", **common))
+    said = "vkd + qad is ahead of vkd at 100 kB (by 1.0 points, untested, 1 seed of both)"
+    assert said in _said(rows).headline
+    assert _cells(rows, "tuned", "vkd + qad vs vkd")["seeds"] == "1 of both, untested"
+
+
 def test_equal_accuracies_are_undecided(row: Callable[..., Row]) -> None:
     assert _cells(_pair(row, [90.0, 90.0], [90.0, 90.0]), "bits", "vkd vs teacher")["undecided at"] == "2 bits to float"
 
