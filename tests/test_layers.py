@@ -174,7 +174,7 @@ SHOWN = {
         "FeatureMethod",
         "TrainConfig",
     ),
-    "kdq.distill.losses": ("kd_loss", "dkd_loss", "mutual_loss", "soft_cross_entropy", "standardized"),
+    "kdq.distill.losses": ("soft_cross_entropy", "distillation_kl", "decoupled_kl", "standardized"),
     "kdq.distill.logit_losses": (
         *("correlation_losses", "level_losses", "normalized_losses", "transformed_kl", "refined_losses", "designed_kl"),
     ),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from kdq.data.image_set import ImageSet
-from kdq.distill.losses import dkd_loss, kd_loss, mutual_loss, soft_cross_entropy
+from kdq.distill.losses import decoupled_kl, distillation_kl, soft_cross_entropy
 from kdq.distill.mixup import mix
 
 #: Steps in one measured stretch; the median over stretches is reported.
@@ -60,7 +60,8 @@ class Step:
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.method == "dml":
             mine, theirs = self.student(images), self.other(images)
-            return mutual_loss(mine, theirs.detach(), labels) + mutual_loss(theirs, mine.detach(), labels), mine
+            ce = soft_cross_entropy(mine, labels) + soft_cross_entropy(theirs, labels)
+            return ce + distillation_kl(mine, theirs, 1.0) + distillation_kl(theirs, mine, 1.0), mine
         target: Tensor = labels
         if self.method == "mixup":
             lam = torch.rand(1, device=images.device).expand(len(images))
@@ -71,8 +72,10 @@ class Step:
         with torch.no_grad():
             teacher_logits = self.other(images)
         if self.method == "dkd":
-            return dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=2.0, temperature=4.0), logits
-        return kd_loss(logits, teacher_logits, target, alpha=0.9, temperature=4.0), logits
+            tckd, nckd = decoupled_kl(logits, teacher_logits, labels)
+            return soft_cross_entropy(logits, labels) + tckd + 2 * nckd, logits
+        kl = distillation_kl(logits, teacher_logits)
+        return 0.1 * soft_cross_entropy(logits, target) + 0.9 * kl, logits
 
 
 def bare(step: Step, batch_size: int, device: torch.device) -> Iterator[None]:

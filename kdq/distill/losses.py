@@ -41,19 +41,6 @@ def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return temperature**2 * F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
 
 
-def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float = 0.9, temperature: float = 4.0
-) -> Tensor:
-    """``(1 - alpha) CE(z_s, y) + alpha T^2 KL(teacher || student)`` (Hinton et al. 2015).
-
-    >>> student, teacher, target = torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-    >>> round(kd_loss(student, teacher, target, alpha=0.0).item(), 4)  # cross-entropy alone
-    0.6931
-    """
-    kl = distillation_kl(student_logits, teacher_logits, temperature)
-    return (1 - alpha) * soft_cross_entropy(student_logits, target) + alpha * kl
-
-
 def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """Every row's z-score, ``(z - mean) / std`` over the classes (Sun et al. 2024, arXiv 2403.01427).
 
@@ -67,17 +54,6 @@ def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
     centred = logits - logits.mean(dim=1, keepdim=True)
     # Not std(), whose gradient is undefined where all logits of a row are equal.
     return centred / (centred.square().sum(dim=1, keepdim=True) / (logits.shape[1] - 1) + eps**2).sqrt()
-
-
-def mutual_loss(logits: Tensor, peer_logits: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
-    """``CE(z, y) + weight KL(peer || self)`` at temperature 1, one student's side of Deep Mutual Learning (Zhang et
-    al. 2018, arXiv 1706.00384, equation 5). The peer acts as a constant.
-
-    >>> logits, target = torch.zeros(1, 2), torch.tensor([0])
-    >>> mutual_loss(logits, logits, target) == soft_cross_entropy(logits, target)  # nothing to learn from an equal peer
-    tensor(True)
-    """
-    return soft_cross_entropy(logits, target) + weight * distillation_kl(logits, peer_logits, temperature=1.0)
 
 
 def decoupled_kl(
@@ -94,35 +70,6 @@ def decoupled_kl(
     >>> [part.item() for part in decoupled_kl(logits, logits, torch.tensor([2]))]
     [0.0, 0.0]
     """
-    tckd, nckd, _ = _decoupled_terms(student_logits, teacher_logits, target, temperature)
-    return temperature**2 * tckd.mean(), temperature**2 * nckd.mean()
-
-
-def dkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    temperature: float = 4.0,
-    warmup: float = 1.0,
-) -> Tensor:
-    """``CE + warmup (alpha TCKD + beta NCKD)`` (Zhao et al. 2022, equation 7), both terms with their ``T^2``.
-
-    ``warmup`` in 0..1 is the factor that grows linearly over the first epochs in the authors' recipe.
-
-    >>> student, teacher, target = torch.zeros(1, 3), torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([0])
-    >>> round(dkd_loss(student, teacher, target, warmup=0.0).item(), 4)  # cross-entropy alone
-    1.0986
-    """
-    tckd, nckd = decoupled_kl(student_logits, teacher_logits, target, temperature)
-    return soft_cross_entropy(student_logits, target) + warmup * (alpha * tckd + beta * nckd)
-
-
-def _decoupled_terms(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per sample ``(batch,)``: TCKD, NCKD (without ``T^2``) and the teacher's ``1 - p_t``."""
     # No indexing by masks: the shape of what it gives would have to be waited for.
     is_target = one_hot(target, student_logits.shape[1])
     binary, others = [], []
@@ -130,9 +77,8 @@ def _decoupled_terms(
         log_p = F.log_softmax(_at_least_float32(logits) / temperature, dim=1)
         binary.append(binary_log_probabilities(log_p, is_target))
         others.append((log_p - binary[-1][:, 1:]).masked_fill(is_target, 0.0))  # alike in both: adds nothing
-    tckd = F.kl_div(binary[0], binary[1], reduction="none", log_target=True).sum(1)
-    nckd = F.kl_div(others[0], others[1], reduction="none", log_target=True).sum(1)
-    return tckd, nckd, binary[1][:, 1].exp()
+    tckd, nckd = (F.kl_div(p, q, reduction="none", log_target=True).sum(1).mean() for p, q in (binary, others))
+    return temperature**2 * tckd, temperature**2 * nckd
 
 
 def one_hot(target: Tensor, classes: int) -> Tensor:

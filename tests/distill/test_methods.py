@@ -20,7 +20,7 @@ from kdq.distill.logit_losses import (
     refined_losses,
     transformed_kl,
 )
-from kdq.distill.losses import distillation_kl, dkd_loss, standardized
+from kdq.distill.losses import decoupled_kl, distillation_kl, standardized
 from kdq.distill.mixup import Mixup, mix
 from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
@@ -41,7 +41,7 @@ TAUGHT: dict[type[DistillationModule], dict[str, Any]] = {
 #: The terms of those that are no more than a loss each, from logits and labels, when their warm-up is over.
 TERMS: dict[type[DistillationModule], Callable[..., Any]] = {
     VKD: lambda s, t, y: 0.9 * distillation_kl(s, t, 4.0),
-    DKD: lambda s, t, y: dkd_loss(s, t, y, 1.0, 8.0, 4.0) - F.cross_entropy(s, y),
+    DKD: lambda s, t, y: sum(w * part for w, part in zip((1, 8), decoupled_kl(s, t, y, 4.0), strict=True)),
     DIST: lambda s, t, y: sum(w * part for w, part in zip((2, 3), correlation_losses(s, t, 4.0), strict=True)),
     NKD: lambda s, t, y: sum(w * part for w, part in zip((1, 1.5), normalized_losses(s, t, y, 2.0), strict=True)),
     TTM: lambda s, t, y: 4 * transformed_kl(s, t, 5.0, weighted=True),
@@ -120,7 +120,9 @@ def test_a_trainer_may_go_on_beyond_the_recipe(make: Callable[..., Any]) -> None
 def test_dkd_warms_up(make: Callable[..., Any], batch: tuple[Tensor, Tensor], progress: float, weight: float) -> None:
     module = make(DKD, **TAUGHT[DKD])
     moment = TrainingProgress(epoch=int(progress * 4), epochs=4)
-    expected = dkd_loss(*logits(module, batch[0]), batch[1], 1.0, 8.0, 4.0, warmup=weight)
+    student, teacher = logits(module, batch[0])
+    tckd, nckd = decoupled_kl(student, teacher, batch[1], 4.0)
+    expected = F.cross_entropy(student, batch[1]) + weight * (tckd + 8 * nckd)
     torch.testing.assert_close(total(module, batch, moment), expected)
 
 

@@ -30,7 +30,7 @@ from kdq.distill import CrossEntropy
 from kdq.distill.dkd import DKD
 from kdq.distill.dml import DML
 from kdq.distill.learner import MovingAverage
-from kdq.distill.losses import mutual_loss
+from kdq.distill.losses import distillation_kl
 from kdq.distill.mixup import Mixup
 from kdq.distill.module import DistillationModule
 from kdq.distill.progress import TrainingProgress
@@ -347,7 +347,8 @@ def test_dml_equals_a_loop_by_hand(tmp_path: Path) -> None:
             weight = 1.0 - (epoch + index / portions) / 2
             logits = [net.train()(inputs) for net in nets]
             for mine, theirs in ((0, 1), (1, 0)):
-                (mutual_loss(logits[mine], logits[theirs], labels, weight) / 2).backward()
+                kl = distillation_kl(logits[mine], logits[theirs], 1.0)
+                ((F.cross_entropy(logits[mine], labels) + weight * kl) / 2).backward()
             if index % 2 == 1:
                 for net, optimizer, scheduler in zip(nets, optimizers, schedulers, strict=True):
                     nn.utils.clip_grad_norm_(net.parameters(), 0.3)
