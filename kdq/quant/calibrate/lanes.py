@@ -8,7 +8,7 @@ function did can be noted on a :class:`Tape` and repeated for other images, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from kdq.quant.calibrate.layer import opened
 from kdq.utils.errors import KdqError
@@ -58,7 +59,7 @@ class Lanes(Tensor):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:  # holds two layers
             return opened(func)(*args, **kwargs)
-        found = list(lanes_in((args, kwargs)))
+        found = lanes_in((args, kwargs))
         tape = next((value.tape for value in found if value.tape is not None), None)
         if tape is not None and (done := tape.meet(func, args, kwargs)) is not None:
             return done
@@ -66,7 +67,7 @@ class Lanes(Tensor):
         for target in written:
             if tape is not None and not isinstance(target, Lanes):
                 _join(target, len(found[0].lanes), tape)
-        found = list(lanes_in((args, kwargs))) if written else found
+        found = lanes_in((args, kwargs)) if written else found
         for target in written:
             _unshare(target, found)
         results: list[Any] = []
@@ -75,10 +76,10 @@ class Lanes(Tensor):
                 results.append(results[earlier])
                 continue
             result = func(*_pick(args, lane), **_pick(kwargs, lane))
-            if result is not None and not _holds_tensor(result):
+            if result is not None and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
                 return result  # metadata, the same for every lane
             results.append(result)
-        gathered = None if results[0] is None else _gather(results)
+        gathered = tree_map(lambda *each: Lanes(each) if isinstance(each[0], Tensor) else each[0], *results)
         if tape is not None:
             tape.record(func, args, kwargs, gathered)
         return gathered
@@ -94,39 +95,13 @@ class Lanes(Tensor):
         return Lanes([function(lane, tensor) for lane, tensor in enumerate(self.lanes)])
 
 
-def lanes_in(value: Any) -> Iterator[Lanes]:
+def lanes_in(value: Any) -> list[Lanes]:
     """Every Lanes in nested lists, tuples and dicts, in order."""
-    if isinstance(value, Lanes):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from lanes_in(item)
-
-
-def replace_lanes(value: Any, kind: type, replacement: Callable[[Any], Any]) -> Any:
-    """``value`` with everything of type ``kind`` in nested lists, tuples and dicts replaced."""
-    if isinstance(value, kind):
-        return replacement(value)
-    if isinstance(value, dict):
-        return {key: replace_lanes(item, kind, replacement) for key, item in value.items()}
-    if type(value) in (list, tuple) or _is_named(value):
-        return _like(value, [replace_lanes(item, kind, replacement) for item in value])
-    return value
-
-
-def _is_named(value: Any) -> bool:
-    """Whether it is what functions such as ``torch.max`` return, a tuple whose items have names."""
-    return type(value).__module__ == "torch.return_types"
-
-
-def _like(sample: Any, items: list[Any]) -> Any:
-    """``items`` as what ``sample`` is: a list, a tuple, or one whose items have names."""
-    kind = type(sample)
-    return kind(items) if isinstance(sample, list) or kind is tuple or _is_named(sample) else kind(*items)
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Lanes)]
 
 
 def _pick(value: Any, lane: int) -> Any:
-    return replace_lanes(value, Lanes, lambda lanes: lanes.lanes[lane])
+    return tree_map_only(Lanes, lambda lanes: lanes.lanes[lane], value)
 
 
 def _same_inputs(found: list[Lanes], lane: int) -> int | None:
@@ -167,23 +142,6 @@ def _unshare(target: Lanes, found: list[Lanes]) -> None:
             for value in list(Lanes.alive.values()):
                 if lane < len(value.lanes) and (x := value.lanes[lane]).untyped_storage().data_ptr() == place:
                     value.lanes[lane] = x.new_empty(0).set_(own, x.storage_offset(), x.shape, x.stride())
-
-
-def _holds_tensor(result: Any) -> bool:
-    if isinstance(result, (list, tuple)):
-        return any(isinstance(item, Tensor) for item in result)
-    return isinstance(result, Tensor)
-
-
-def _gather(results: list[Any]) -> Any:
-    sample = results[0]
-    if isinstance(sample, Tensor):
-        return Lanes(results)
-    gathered = [
-        Lanes([value[index] for value in results]) if isinstance(item, Tensor) else item
-        for index, item in enumerate(sample)
-    ]
-    return _like(sample, gathered)
 
 
 #: The values of one chunk, by the keys a tape knows them under.
@@ -229,7 +187,7 @@ class Tape:
     def record(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         """Note a call and what came out of it."""
         needs = [lanes.key for lanes in lanes_in((args, kwargs))]
-        args, kwargs = (replace_lanes(x, Lanes, lambda lanes: _Value(lanes.key)) for x in (args, kwargs))
+        args, kwargs = tree_map_only(Lanes, lambda lanes: _Value(lanes.key), (args, kwargs))
         results = [self.watch(lanes).key for lanes in lanes_in(result)]
         self.calls.append(_Call(func, args, kwargs, needs, results))
 
@@ -252,7 +210,7 @@ class Tape:
 
 
 def _repeat(call: _Call, values: Values) -> Any:
-    if any(True for _ in lanes_in((call.args, call.kwargs))):  # a plain tensor then
+    if lanes_in((call.args, call.kwargs)):  # a plain tensor then
         raise KdqError(PLAIN)
-    args, kwargs = (replace_lanes(x, _Value, lambda value: values[value.key]) for x in (call.args, call.kwargs))
+    args, kwargs = tree_map_only(_Value, lambda value: values[value.key], (call.args, call.kwargs))
     return call.func(*args, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from kdq.quant.calibrate.lanes import Lanes, Tape, lanes_in
 from kdq.quant.calibrate.layer import LAYERS, layer_call
@@ -53,12 +54,12 @@ def running_order(model: nn.Module, images: Tensor, layers: Collection[str]) -> 
             if (name := names.get(id(call.weight))) is not None and isinstance(inputs, Lanes):
                 order[name] = order.get(name, 0) + 1
             return
-        for value in _tensors((args, kwargs)):
+        for value in tree_leaves((args, kwargs)):
             if (name := names.get(id(value))) is not None:
                 others[name] = f"used by {getattr(function, '__name__', function)}"
 
     def note(name: str, *arguments: Any) -> None:
-        called[name] = called.get(name, False) or any(True for _ in lanes_in(arguments))
+        called[name] = called.get(name, False) or bool(lanes_in(arguments))
 
     tape = Tape(meet)
     handles = [
@@ -97,11 +98,3 @@ def eager() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
