@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 # What embeds fonts logs every letter that it finds.
 logging.getLogger("fontTools").setLevel(logging.WARNING)
 
-_MARKERS, _TUNED = "osD^vX*<>", "P"
+_MARKERS, _TUNED = "osD^v*<>PX", "PX"
 #: Panels, and names in the legend, that a figure has at most; more would be too small to read.
 MOST_SETS, MOST_QUANTIZERS, MOST_NAMES = 4, 3, 24
-_FLOAT, _FRONT = "float", "no other is better at its size or speed"
+#: Characters of one point in an inch, roughly.
+_CHARACTERS = 130
+_FLOAT, _FRONT = "float", "best at its size or speed"
 _PUBLISHED = "published: $2^b+1$ levels"
 #: What a legend says beside the models, where it is drawn.
 _EXPLAINED: dict[str, dict[str, Any]] = {
@@ -65,15 +68,17 @@ def write_figures(material: Material, folder: Path, style: str = "screen") -> li
 
 
 def _looks(found: pd.DataFrame) -> dict[Any, dict[str, Any]]:
-    """Colour and marker of every model ``(method, arch)``, the same in all figures."""
+    """Colour and marker of every model ``(method, arch)``, the same in all figures: colours are of methods, markers of
+    architectures and of tunings, but those of one colour have one each as long as there are some."""
     colors, archs = method_colors(sorted(found["method"].unique())), sorted(found["arch"].unique())
-    return {
-        (method, arch): {
-            "color": colors[method],
-            "marker": _TUNED if " + " in method else _MARKERS[archs.index(arch) % len(_MARKERS)],
-        }
-        for method, arch in sorted(records(found[["method", "arch"]].drop_duplicates()))
-    }
+    looks: dict[Any, dict[str, Any]] = {}
+    for method, arch in sorted(records(found[["method", "arch"]].drop_duplicates())):
+        first = archs.index(arch) % len(_MARKERS)
+        wanted = _TUNED * (" + " in method) + _MARKERS[first:] + _MARKERS
+        taken = {look["marker"] for look in looks.values() if look["color"] == colors[method]}
+        marker = next((marker for marker in wanted if marker not in taken), wanted[0])
+        looks[method, arch] = {"color": colors[method], "marker": marker}
+    return looks
 
 
 def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]]) -> Figure:
@@ -93,20 +98,23 @@ def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]])
     for row, quantizer in zip(panels, quantizers, strict=True):
         for panel, data in zip(row, sets, strict=True):
             part = found[(found["data"] == data) & (found["quantizer"] == quantizer)]
-            panel.set_title(_text(f"{data}, {quantizer}"))
+            panel.set_title(_text(f"{data}, {quantizer}", _inches(panel)))
             panel.grid(alpha=0.25, lw=0.6)
             if len(part):
                 draw(panel, part, style)
             else:
                 panel.text(0.5, 0.5, "no rows", ha="center", va="center", transform=panel.transAxes, color="0.5")
                 panel.set(xticks=[], yticks=[])
-    handles = [Line2D([], [], label=_text(f"{method} ({arch})"), **look) for (method, arch), look in style.items()]
+    handles = [
+        Line2D([], [], label=_text(f"{method} ({arch})", figure.get_figwidth() - 0.6), **look)
+        for (method, arch), look in style.items()
+    ]
     if len(handles) > MOST_NAMES:
         handles, cut = handles[:MOST_NAMES], [*cut, f"{MOST_NAMES} of {len(models)} models are named"]
     for label, look in _EXPLAINED.items():
         if any(line.get_label() == label for panel in panels.flat for line in panel.lines):
             handles.append(Line2D([], [], label=label, **look))
-    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure, handles), frameon=False)
+    _legend(figure, handles)
     if cut:
         figure.suptitle(f"{' and '.join(cut)}; all are in report.html", fontsize="small")
     return figure
@@ -124,7 +132,7 @@ def _lines(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any], x: str, wh
             look = _EXPLAINED[_FLOAT] | {key: style[model][key] for key in ("color", "marker")}
             points = [group[x].iloc[-1], end], [group[y].iloc[-1], float_model(group)["top1_float"]]
             panel.plot(*points, label=_FLOAT, markevery=[1], **look)
-    panel.set_ylabel("top-1 (%)" if y == "top1" else "points lost to quantization")
+    panel.set_ylabel("top-1 (%)" if y == "top1" else "points lost")
 
 
 def _bits_axis(panel: Axes, part: pd.DataFrame, whole: float | None = None) -> None:
@@ -132,8 +140,9 @@ def _bits_axis(panel: Axes, part: pd.DataFrame, whole: float | None = None) -> N
     from matplotlib.ticker import NullLocator
 
     ticks: list[float] = []
+    apart = 1.12 ** (4.3 / _inches(panel))  # closer ones would run into each other
     for width in sorted({math.ceil(width) for width in part["avg_bits"]}):
-        if not ticks or width >= ticks[-1] * 1.12:  # closer ones would run into each other
+        if not ticks or width >= ticks[-1] * apart:
             ticks.append(width)
     panel.set(xscale="log", xlabel="bits per weight")
     named = [(tick, f"{tick:g}") for tick in ticks] + ([(whole, "float")] if whole else [])
@@ -193,7 +202,8 @@ def _against_latency(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) 
         spread = group["top1_std"].fillna(0)
         panel.errorbar(group["ms"], group["top1"], spread, reach, ls="", capsize=1.5, elinewidth=0.7, **style[model])
     _front(panel, part, "ms")
-    panel.set(xlabel=part["label"].iloc[0], ylabel="top-1 (%)", xlim=(0, 1.1 * part["ms_high"].max()))
+    label = _text(part["label"].iloc[0], _inches(panel))
+    panel.set(xlabel=label, ylabel="top-1 (%)", xlim=(0, 1.1 * part["ms_high"].max()))
 
 
 def draw_settings(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any]) -> None:
@@ -217,9 +227,11 @@ def _size_axis(panel: Axes, label: str, unit: str) -> None:
 
     panel.set(xscale="log", xlabel=label)
     smallest, largest = panel.get_xlim()
-    # Labels at 1, 2 and 5 of each decade, for all nine would run into each other; within a decade, at round steps.
-    locator = LogLocator(subs=(1.0, 2.0, 5.0)) if largest > 10 * smallest else MaxNLocator(4, steps=[1, 2, 5, 10])
-    panel.xaxis.set_major_locator(locator)
+    # Labels at 1, 2 and 5 of each decade, for all nine would run into each other, or at 1 alone; within a decade, at
+    # round steps.
+    decades = math.log10(largest / smallest)
+    fine = LogLocator(subs=(1.0, 2.0, 5.0) if 3 * decades < 2 * _inches(panel) else (1.0,))
+    panel.xaxis.set_major_locator(fine if decades > 1 else MaxNLocator(4, steps=[1, 2, 5, 10]))
     panel.xaxis.set_major_formatter(EngFormatter(unit))
     panel.xaxis.set_minor_formatter(NullFormatter())
 
@@ -233,25 +245,31 @@ def _searches(searched: pd.DataFrame, searches: Mapping[str, Frontier]) -> Figur
         for row in records(searched[searched["data"] == data]):
             found = searches[str(row.config_hash)]
             points = [(size, loss) for size, loss in zip(found.size_bytes, found.loss, strict=True) if loss > 0]
-            look: dict[str, Any] = {"color": colors[str(row.method)], "label": _text(f"{row.method} ({row.arch})")}
+            look: dict[str, Any] = {
+                "color": colors[str(row.method)],
+                "label": _text(f"{row.method} ({row.arch})", figure.get_figwidth() - 0.6),
+            }
             if points:
                 panel.plot(*zip(*points, strict=True), marker=".", ms=3, lw=0.9, **look)
             panel.axvline(found.size_bytes[found.chosen], color=look["color"], lw=0.8, ls="--")
-        panel.set(yscale="log", ylabel="loss on validation images", title=_text(data))
+        panel.set(yscale="log", ylabel="loss on validation images", title=_text(data, _inches(panel)))
         _size_axis(panel, "packed size (dashed: chosen)", "B")
         panel.grid(alpha=0.25, lw=0.6)
     by_label = {str(line.get_label()): line for panel in figure.axes for line in panel.lines}
     handles = [line for label, line in sorted(by_label.items()) if not label.startswith("_")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(figure, handles), frameon=False)
+    _legend(figure, handles)
     return figure
 
 
-def _columns(figure: Figure, handles: Sequence[Any]) -> int:
-    """How many entries of a legend go beside each other below a figure: fewer where a name is long."""
+def _legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """A legend below the figure, which grows by it; fewer entries lie beside each other where one is long."""
     from matplotlib import rcParams
 
-    size, longest = float(rcParams["font.size"]), max((len(str(x.get_label())) for x in handles), default=0)
-    return max(1, int(figure.get_figwidth() / (size * max(0.21, 0.05 + longest / 130))))
+    longest = max((len(line) for handle in handles for line in str(handle.get_label()).splitlines()), default=0)
+    wide = float(rcParams["font.size"]) * max(0.21, 0.05 + longest / _CHARACTERS)
+    columns = max(1, int(figure.get_figwidth() / wide))
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
 
 
 def _figure(columns: int, rows: int) -> Figure:
@@ -263,7 +281,7 @@ def _figure(columns: int, rows: int) -> Figure:
     width, height = rcParams["figure.figsize"]
     share = height / width
     wide = width if columns == 1 else 2 * width + 0.25
-    figure = Figure(figsize=(wide, 0.6 + rows * (share * wide / columns)), layout="constrained")
+    figure = Figure(figsize=(wide, 0.3 + rows * max(1.6, share * wide / columns)), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -280,7 +298,15 @@ def _save(figure: Figure, path: Path) -> list[Path]:
     return written
 
 
-def _text(name: str) -> str:
-    """A name that Matplotlib takes as it is: dollars would start a formula, an underscore hide a legend's entry."""
-    name = name.replace("$", r"\$")
+def _inches(panel: Axes) -> float:
+    """The panel's share of the figure's width, without what is beside its axis."""
+    return float(panel.figure.get_figwidth()) / panel.get_gridspec().ncols - 0.5  # type: ignore[union-attr]
+
+
+def _text(name: str, inches: float) -> str:
+    """A name, in as many lines as it needs, that Matplotlib takes as it is: dollars would start a formula, an
+    underscore hide a legend's entry."""
+    from matplotlib import rcParams
+
+    name = textwrap.fill(name, int(_CHARACTERS * inches / float(rcParams["font.size"]))).replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name

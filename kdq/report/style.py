@@ -18,6 +18,7 @@ COLORS = {
     "dkd": "#d55e00",
 }
 _MORE_COLORS = ["#cc79a7", "#6a3d9a", "#b15928", "#1b7f79", "#a6761d", "#e7298a"]
+_MORE_COLORS += ["#66a61e", "#b2182b", "#8a8ad0", "#f4877d", "#4d4600", "#2b2f8f"]
 _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -67,8 +68,9 @@ def styled(name: str) -> Iterator[None]:
 
 
 def method_colors(methods: list[str]) -> dict[str, str]:
-    """A colour for every method, the same in every report for the known ones."""
-    others = [method for method in methods if method not in COLORS]
-    more = {method: _MORE_COLORS[i % len(_MORE_COLORS)] for i, method in enumerate(others)}
-    # What tuned a quantized network (vkd + qad) changes the marker only.
-    return {method: COLORS.get(method.split(" + ")[0]) or more[method] for method in methods}
+    """A colour for every method, the same in every report for the known ones; what tuned a quantized network
+    (``vkd + qad``) does not change it."""
+    before = {method: method.split(" + ")[0] for method in methods}
+    others = [method for method in dict.fromkeys(before.values()) if method not in COLORS]
+    colors = COLORS | {method: _MORE_COLORS[i % len(_MORE_COLORS)] for i, method in enumerate(others)}
+    return {method: colors[name] for method, name in before.items()}
