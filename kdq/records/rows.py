@@ -137,12 +137,18 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What people tell rows apart by: of its file, of its packed network and of that in W&B."""
-        return f"{self.data}-{self.method}-{self.arch}-s{self.seed}-{self.quantizer}-b{self.bits}"
+        """What people tell rows apart by, and packed networks in W&B."""
+        more = [*([f"A{self.act_bits}"] if self.act_bits < 32 else []), *([self.tune] if self.tune else [])]
+        return "-".join([self._stem, *more])
 
     @property
     def file_name(self) -> str:
-        return f"{self.name}-{self.config_hash}.json"
+        """The name of its file, and without the suffix of its packed network."""
+        return f"{self._stem}-{self.config_hash}.json"
+
+    @property
+    def _stem(self) -> str:
+        return f"{self.data}-{self.method}-{self.arch}-s{self.seed}-{self.quantizer}-b{self.bits}"
 
 
 #: Bytes of a row's file name: file systems take 255, and a file that is being written has some more.

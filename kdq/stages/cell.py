@@ -152,7 +152,7 @@ class Cell:
         data = plain(self.cfg.data)
         common = {"data": data["name"], "kdq_version": __version__, "git_sha": git_sha(), "key": key}
         config = common | dict(axes) | flat(dict(settings) | {"data": data, "trainer": plain(self.cfg.trainer)})
-        own = [data["name"], *(axes[axis] for axis in ("method", "arch", "quantizer") if axis in axes)]
+        own = [data["name"], *(axes.get(axis, "") for axis in ("method", "arch", "quantizer", "tune"))]
         about = RunInfo(
             job_type,
             name,

@@ -76,7 +76,7 @@ def _completed(
     entry = obtain(cell.store, model) if missing else None
     made_on = {name: obtain(cell.store, trained_on[name]) for name in missing if trained_on}
     arch = arch_of(cell, entry) if entry else next(iter(rows.values())).arch
-    track = log_of_rows.enter_context(tracked_rows(cell, model, arch, keys))
+    track = log_of_rows.enter_context(tracked_rows(cell, model, trained_on, arch, keys))
     if entry:
         networks = {name: tuned(cell, entry, made) for name, made in made_on.items()}
         made = quantize(cell, entry, missing, track, networks)

@@ -25,9 +25,11 @@ LAYERS = ("asked", "layer", "kind", "shape", "weights", "bits", "levels", "error
 STEPS = ("step", "layer", "from_bits", "to_bits", "avg_bits", "size_bytes", "loss", "top1")
 
 
-def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) -> AbstractContextManager[RunLogger]:
-    """The log of the rows of ``model``, which has its name from all that were ``asked`` for, also those that are there
-    already."""
+def tracked_rows(
+    cell: Cell, model: Model, trained_on: Mapping[str, Model], arch: str, asked: Mapping[str, str]
+) -> AbstractContextManager[RunLogger]:
+    """The log of the rows of ``model``, or of what each was ``trained_on`` to, which has its name from all that were
+    ``asked`` for, also those that are there already."""
     cfg, role, quant, axes = cell.cfg, plain(cell.cfg[cell.role]), plain(cell.cfg.quant), row_axes(cell, arch)
     named = [axes[axis] for axis in ("method", "arch", "quantizer", "act_bits", "tune")]
     axes |= {
@@ -39,7 +41,8 @@ def tracked_rows(cell: Cell, model: Model, arch: str, asked: Mapping[str, str]) 
     settings = {"net": role["net"], "recipe": role["recipe"], "method": plain(cfg.method), "quant": quant}
     settings |= {"tune": plain(cfg.tune)} if axes["tune"] else {}
     name, key = f"{cell.name}-b{','.join(asked)}", key_of({"rows": sorted(asked.values())})
-    inputs, tags = [artifact(cell.store, model)], [f"{name}bit" for name in asked]
+    inputs = [artifact(cell.store, each) for each in trained_on.values() or [model]]
+    tags = [f"{name}bit" for name in asked]
     return cell.tracked("quantize", name, key, axes, settings, inputs, tags)
 
 

@@ -180,6 +180,10 @@ def _tracked(cell: Cell, spec: TrainingSpec) -> AbstractContextManager[RunLogger
         "teacher": networks["teacher"].name if "teacher" in networks else "",
     }
     settings = {"net": student.net, "recipe": spec.recipe, "method": spec.method}
+    if spec.job_type == "tune":  # of the rows' model, found by what its rows are found by
+        cfg = cell.cfg
+        axes |= {"role": cell.role, "method": cfg.method.name, "quantizer": cfg.quant.name, "tune": spec.label}
+        settings |= {"method": plain(cfg.method), "tune": spec.method}
     return cell.tracked(spec.job_type, spec.name, spec.key, axes, settings, spec.inputs)
 
 

@@ -112,7 +112,7 @@ def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str
             net = cell.net_of(cell.role if model is models["student"] else "teacher", stored)
             file = start if role == "student" else (stored.path / "weights.safetensors").absolute()
             networks[role] = replace(networks[role], net=net, weights=str(file))
-        inputs = [artifact(cell.store, model) for model in models.values()]
+        inputs = list(dict.fromkeys(artifact(cell.store, model) for model in models.values()))  # may teach itself
         training = replace(plan, networks=networks, inputs=inputs)
         with run_training(cell, training, work) as (best, metrics):
             student = best["student"]

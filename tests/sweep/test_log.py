@@ -189,6 +189,28 @@ def test_models_go_from_the_teacher_to_the_quantized_student(sweep: Any) -> None
         assert (Path(entry["local_path"]), int(entry["size"])) == (output / row.artifact, row.size_bytes)
 
 
+def test_tuned_models_have_a_lineage_and_names_of_their_own(tmp_path: Path, cli: Any) -> None:
+    few = ("quant.bits=[2,4]", "tune.recipe.epochs=1", "tune.recipe.batch_size=64")
+    for asked in (("tune=none",), ("tune=qad", *few), ("tune=qad", "quant.act_bits=8", *few)):
+        code, _, err = cli("method=teacher", "quant.bits=[2,4]", *asked, *ARGUMENTS)
+        assert code == 0, err
+    runs = offline_runs(tmp_path)
+    tunings = offline_runs(tmp_path, "tune")
+    assert {(run.config["method"], run.config["role"], run.config["tune"]) for run in tunings} == {
+        ("teacher", "teacher", "qad")
+    }
+    assert all({"teacher", "best", "qad"} <= set(run.run["tags"]) for run in tunings)
+    made = {f"{a['name']}:{alias}": run for run in runs for a in run.artifacts for alias in a["aliases"]}
+    takers = [run for run in runs if run.run["job_type"] in ("tune", "quantize")]
+    for run in takers:
+        assert len(run.config["inputs"]) == len(set(run.config["inputs"]))
+        stages = [made[name].run["job_type"] for name in run.config["inputs"]]
+        tuned = run.run["job_type"] == "quantize" and run.config["tune"]
+        assert stages == (["tune", "tune"] if tuned else ["teacher"])
+    quantized = [a["name"] for run in offline_runs(tmp_path, "quantize") for a in run.artifacts]
+    assert len(quantized) == len(set(quantized)) == len(read_rows(tmp_path / "rows")) == 6
+
+
 def test_the_run_of_the_sweep_has_all_rows_and_the_front(sweep: Any) -> None:
     output, runs = sweep
     rows = [row for row in read_rows(output / "rows") if row.quantizer == "best"]
