@@ -5,6 +5,7 @@ that checkpoints published with either load as they are; ``kdq_stages`` names th
 ``(batch, in_channels, height, width)``, output logits ``(batch, num_classes)``.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -35,9 +36,9 @@ class WideResNet(nn.Module):
             raise KdqError(f"width={width} must be a whole number from 1 up")
         planes, blocks = [16, *(width * channels for channels in (16, 32, 64))], (depth - 4) // 6
         self.conv1 = _conv(in_channels, planes[0])
-        self.block1 = _WideStage(planes[0], planes[1], 1, blocks)
-        self.block2 = _WideStage(planes[1], planes[2], 2, blocks)
-        self.block3 = _WideStage(planes[2], planes[3], 2, blocks)
+        self.block1 = _wide_stage(planes[0], planes[1], 1, blocks)
+        self.block2 = _wide_stage(planes[1], planes[2], 2, blocks)
+        self.block3 = _wide_stage(planes[2], planes[3], 2, blocks)
         self.bn1 = nn.BatchNorm2d(planes[3])
         self.relu = nn.ReLU(inplace=True)
         self.fc = nn.Linear(planes[3], num_classes)
@@ -48,14 +49,10 @@ class WideResNet(nn.Module):
         return self.fc(_pooled(self.relu(self.bn1(x))))
 
 
-class _WideStage(nn.Module):
-    def __init__(self, in_planes: int, planes: int, stride: int, blocks: int) -> None:
-        super().__init__()
-        first = _WideBlock(in_planes, planes, stride)
-        self.layer = nn.Sequential(first, *(_WideBlock(planes, planes, 1) for _ in range(blocks - 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+def _wide_stage(in_planes: int, planes: int, stride: int, blocks: int) -> nn.Sequential:
+    first = _WideBlock(in_planes, planes, stride)
+    layer = nn.Sequential(first, *(_WideBlock(planes, planes, 1) for _ in range(blocks - 1)))
+    return nn.Sequential(OrderedDict(layer=layer))
 
 
 class _WideBlock(nn.Module):
