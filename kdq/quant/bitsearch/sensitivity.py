@@ -15,7 +15,6 @@ from kdq.quant.bitsearch.search import (
     Costs,
     Found,
     Point,
-    check_reachable,
     cost_of,
     distinct,
     widest,
@@ -47,7 +46,6 @@ def exact(costs: Costs, table: Table, cost: float) -> Assignment:
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    check_reachable(costs, cost)
     variables = [(layer, bits) for layer in costs for bits in sorted(costs[layer])]
     one_each = np.array([[float(layer == owner) for owner, _ in variables] for layer in costs])
     price = np.array([[costs[layer][bits] for layer, bits in variables]])
@@ -68,7 +66,6 @@ def exact(costs: Costs, table: Table, cost: float) -> Assignment:
 def sensitivity_once(costs: Costs, table: Table, cost: float) -> Assignment:
     """All steps sorted once by loss per cost saved, a layer's own steps in order; the shortest list that meets
     ``cost`` is taken."""
-    check_reachable(costs, cost)
     steps: list[tuple[float, str, int]] = []
     for layer, widths in costs.items():
         dearest = -np.inf

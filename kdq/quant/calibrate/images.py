@@ -9,21 +9,17 @@ from torch import Tensor
 from kdq.quant.calibrate.chunks import Chunks, images_axis, in_chunks
 from kdq.quant.calibrate.lanes import Lanes, Meet, Tape
 from kdq.quant.distributed import summed
-from kdq.utils.errors import KdqError
 
 
 class CalibrationImages:
     """All images, in as many lanes as there are networks; the network's own code runs on the first chunk of them.
 
     Args:
-        batches: as of :func:`kdq.quant.network.quantize`.
+        batches: as of :func:`kdq.quant.network.quantize`, with an image or more.
         lanes: how many.
         meet: is shown every torch function that the first chunk is passed through, see :class:`Tape`.
         device: where the network is.
         parts: one chunk of how many is held out, where every process has enough of them; 0 for none.
-
-    Raises:
-        KdqError: there is no image.
     """
 
     def __init__(self, batches: Iterable[Any], lanes: int, meet: Meet, device: torch.device, parts: int) -> None:
@@ -38,8 +34,6 @@ class CalibrationImages:
             else:
                 self._first = values
             self._counts.append(count)
-        if not self._counts:
-            raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")
         # With few images a process may have no chunk to hold out; then nobody does.
         self._parts = 0 if summed(torch.tensor(float(len(self._counts) < parts), device=device)) else parts
 
