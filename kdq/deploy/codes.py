@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from kdq.deploy.fold import Coded
 from kdq.deploy.graph import FloatGraph
 from kdq.deploy.qdq import Builder, layer_of
+from kdq.quant.packing.packed import QuantizedWeight
 
 #: Bits to the type that holds codes of so many, and the opset and the version of ONNX that have it.
 TYPES = {2: ("uint2", 25, 13), 4: ("uint4", 21, 10), 8: ("uint8", 13, 7), 16: ("uint16", 13, 7)}
 
 
-def codes_graph(source: FloatGraph, weights: Mapping[str, Coded]) -> tuple[Any, dict[str, int]]:
+def codes_graph(source: FloatGraph, weights: Mapping[str, QuantizedWeight]) -> tuple[Any, dict[str, int]]:
     """The model, and by layer the bits in which its codes are stored; layers of more than 16 bits stay float.
     ``weights`` are the quantized network's, by layer."""
     import ml_dtypes
@@ -36,7 +36,7 @@ def codes_graph(source: FloatGraph, weights: Mapping[str, Coded]) -> tuple[Any, 
             continue
         kind, opset, version = TYPES[bits]
         scale = (weight.scale.double() * factor).float().numpy()
-        each = (-1,) + (1,) * (weight.codes.ndim - 1)
+        each = (-1,) + (1,) * (len(weight.shape) - 1)
         codes = weight.codes.numpy().astype(np.uint16).astype(getattr(ml_dtypes, kind, None) or kind)
         steps: tuple[tuple[str, list[str], dict[str, int]], ...] = (
             ("Cast", [build.constant(f"{name}_codes", codes)], {"to": build.onnx.TensorProto.FLOAT}),

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdq.quant.packing.packed import PackedWeight
-from kdq.quant.packing.weights import QuantizedWeight
+from kdq.quant.packing.packed import QuantizedWeight
 
 #: Few levels are spread over codes up to this, so that biases, whose step is the product of the input's and the
 #: weight's scale, have fine steps too. Pairs of products with UINT8 inputs still fit INT16, in which CPUs without VNNI
@@ -20,10 +19,6 @@ from kdq.quant.packing.weights import QuantizedWeight
 FINE = 63
 #: Largest code of a bias of a layer with INT8 inputs, whose codes are INT32.
 _BIAS_CODES = 2**30
-
-
-#: A weight as codes.
-Coded = QuantizedWeight | PackedWeight
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Int8Weight:
 
 
 def int8_weight(
-    weight: Tensor, coded: Coded | None, factor: Tensor | None, bias: Tensor | None, input_scale: float
+    weight: Tensor, coded: QuantizedWeight | None, factor: Tensor | None, bias: Tensor | None, input_scale: float
 ) -> Int8Weight:
     """The folded ``weight`` in INT8.
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from kdq.deploy.calibrate import divergence, histograms
 from kdq.deploy.codes import TYPES, codes_graph
-from kdq.deploy.fold import Coded
 from kdq.deploy.graph import FloatGraph, float_graph
 from kdq.deploy.qdq import ACT_BITS, int8_graph, unmeasured
 from kdq.deploy.runtime import needs
 from kdq.quant.activations import RANGES
+from kdq.quant.packing.packed import QuantizedWeight
 from kdq.utils.checks import one_of
 from kdq.utils.errors import KdqError
 from kdq.utils.version import __version__
@@ -57,7 +57,7 @@ def onnx_models(
     if "fp32" in formats:
         found["fp32"] = _finished(source.model, card | {"kdq.weights": "float32"})
     if "codes" in formats:
-        weights: Mapping[str, Coded] = getattr(network, "quantized_weights", {})
+        weights: Mapping[str, QuantizedWeight] = getattr(network, "quantized_weights", {})
         model, stored = codes_graph(source, weights)
         _tell_float("codes", {name for name, weight in weights.items() if weight.bits <= max(TYPES)} - set(stored))
         widths = ", ".join(f"{count} layers in {bits} bits" for bits, count in sorted(Counter(stored.values()).items()))

@@ -6,17 +6,18 @@ integer kernel, the sum at the end of a residual block into another and the last
 between the network's input and its output is float. Weights are INT8 with a scale per output channel, biases INT32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdq.deploy.fold import Coded, int8_weight
+from kdq.deploy.fold import int8_weight
 from kdq.deploy.graph import FloatGraph
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.layers import layer_name
+from kdq.quant.packing.packed import QuantizedWeight
 
 #: Bits of activations in INT8 kernels.
 ACT_BITS = 8
@@ -25,7 +26,7 @@ ACT_BITS = 8
 POOLS = ("AveragePool", "GlobalAveragePool")
 
 
-def layer_of(node: Any, weights: Mapping[str, Any]) -> str | None:
+def layer_of(node: Any, weights: Container[str]) -> str | None:
     """The name of the convolution or linear layer that ``node`` is, if its weight is one of ``weights``."""
     if node.op_type not in ("Conv", "Gemm") or not node.input[1].endswith("weight") or node.input[1] not in weights:
         return None
@@ -40,7 +41,7 @@ def rounded_inputs(graph: Any) -> list[tuple[int, int]]:
     constants = {initializer.name for initializer in graph.initializer}
     found = []
     for index, node in enumerate(graph.node):
-        if layer_of(node, dict.fromkeys(constants)) is not None:
+        if layer_of(node, constants) is not None:
             found.append((index, 0))
         elif node.op_type == "Add" and not constants & set(node.input):
             found += [(index, 0), (index, 1)]
@@ -49,18 +50,34 @@ def rounded_inputs(graph: Any) -> list[tuple[int, int]]:
     return found
 
 
+def quantizers(
+    graph: Any, layer_inputs: Mapping[str, ActivationQuantizer], tensors: Mapping[str, ActivationQuantizer]
+) -> dict[tuple[int, int], ActivationQuantizer | None]:
+    """Which quantizer rounds each of the :func:`rounded_inputs`: the layer's own; else that of a layer that reads the
+    same tensor, if it has eight bits (fewer would cost a sum the precision it had); else the one of ``tensors``."""
+    constants = {initializer.name for initializer in graph.initializer}
+    own, shared = {}, dict(tensors)
+    for index, position in rounded_inputs(graph):
+        node = graph.node[index]
+        quantizer = own[index, position] = layer_inputs.get(layer_of(node, constants) or "")
+        if quantizer is not None and quantizer.bits == ACT_BITS:
+            shared.setdefault(node.input[position], quantizer)
+    return {
+        (index, position): quantizer or shared.get(graph.node[index].input[position])
+        for (index, position), quantizer in own.items()
+    }
+
+
 def unmeasured(graph: Any, layer_inputs: Mapping[str, ActivationQuantizer]) -> list[str]:
     """The rounded tensors whose ranges the network's own quantizers do not tell."""
-    own = _Quantizers(graph, layer_inputs, {})
-    tensors = [
-        graph.node[index].input[position] for index, position in rounded_inputs(graph) if not own(index, position)
-    ]
-    return list(dict.fromkeys(tensors))
+    chosen = quantizers(graph, layer_inputs, {})
+    missing = (place for place, quantizer in chosen.items() if quantizer is None)
+    return list(dict.fromkeys(graph.node[index].input[position] for index, position in missing))
 
 
 def int8_graph(
     source: FloatGraph,
-    coded: Mapping[str, Coded],
+    coded: Mapping[str, QuantizedWeight],
     layer_inputs: Mapping[str, ActivationQuantizer],
     tensors: Mapping[str, ActivationQuantizer],
 ) -> tuple[Any, dict[str, Tensor]]:
@@ -71,9 +88,7 @@ def int8_graph(
     """
     build = Builder(source, coded)
     graph = build.model.graph
-    quantizers = _Quantizers(graph, layer_inputs, tensors)
-    chosen = {where: quantizers(*where) for where in rounded_inputs(graph)}
-    for (index, position), quantizer in chosen.items():
+    for (index, position), quantizer in quantizers(graph, layer_inputs, tensors).items():
         assert quantizer is not None
         node = graph.node[index]
         node.input[position] = build.rounded(node.input[position], quantizer)
@@ -82,36 +97,10 @@ def int8_graph(
     return build.finish(), build.exact
 
 
-class _Quantizers:
-    """Which quantizer rounds an input of a node: the layer's own; else that of a layer that reads the same tensor, if
-    it has eight bits (fewer would cost a sum the precision it had); else the measured one."""
-
-    def __init__(
-        self,
-        graph: Any,
-        layer_inputs: Mapping[str, ActivationQuantizer],
-        tensors: Mapping[str, ActivationQuantizer],
-    ) -> None:
-        self.graph, self.layer_inputs = graph, layer_inputs
-        self.constants = {initializer.name: None for initializer in graph.initializer}
-        self.shared = dict(tensors)
-        for index, position in rounded_inputs(graph):
-            quantizer = layer_inputs.get(self._layer(index))
-            if quantizer is not None and quantizer.bits == ACT_BITS:
-                self.shared.setdefault(graph.node[index].input[position], quantizer)
-
-    def __call__(self, index: int, position: int) -> ActivationQuantizer | None:
-        shared = self.shared.get(self.graph.node[index].input[position])
-        return self.layer_inputs.get(self._layer(index), shared)
-
-    def _layer(self, index: int) -> str:
-        return layer_of(self.graph.node[index], self.constants) or ""
-
-
 class Builder:
     """The model in the making."""
 
-    def __init__(self, source: FloatGraph, coded: Mapping[str, Coded]) -> None:
+    def __init__(self, source: FloatGraph, coded: Mapping[str, QuantizedWeight]) -> None:
         import onnx
 
         self.onnx, self.coded, self.factors = onnx, coded, source.factors

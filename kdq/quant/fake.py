@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 
 from kdq.quant.activations import ActivationQuantizer, remove_hooks
 from kdq.quant.layers import holders, layer_name, place_of, weight_of
-from kdq.quant.packing.packed import keep_decoded
-from kdq.quant.packing.weights import QuantizedWeight, copied, with_float_dtype, with_quantized_weights
+from kdq.quant.packing.packed import QuantizedWeight, keep_decoded
+from kdq.quant.packing.weights import copied, with_float_dtype, with_quantized_weights
 from kdq.quant.solvers.alphabet import decode
 from kdq.utils.errors import KdqError
 
@@ -56,7 +56,7 @@ class FakeQuantize(nn.Module):
         """``weight`` as it is stored: it decodes to what :meth:`forward` gives."""
         codes, _ = _codes(weight.detach(), self.scale.detach(), self.zero, self.levels)
         scale = _positive(self.scale.detach()).expand(len(weight)).contiguous()
-        return QuantizedWeight(codes.long().view(weight.shape), scale, self.zero.clone(), self.levels)
+        return QuantizedWeight.of(codes.long().view(weight.shape), scale, self.zero.clone(), self.levels)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}"

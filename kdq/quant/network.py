@@ -50,7 +50,7 @@ def quantize(
 
     Returns:
         A copy of the model whose weights take only their alphabets' values, with the codes in its attribute
-        ``quantized_weights`` (name to :class:`~kdq.quant.packing.weights.QuantizedWeight`), and the per-layer report.
+        ``quantized_weights`` (name to :class:`~kdq.quant.packing.packed.QuantizedWeight`), and the per-layer report.
 
     Raises:
         KdqError: an option is unknown, there is no calibration image, no layer runs on it, a layer's weight is

@@ -1,15 +1,13 @@
 """What one forward pass of a network costs, and each of its layers at its width."""
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdq.quant.calibrate.lanes import Lanes, Tape
-from kdq.quant.calibrate.layer import layer_call
+from kdq.quant.calibrate.layer import EachLayer
 from kdq.quant.calibrate.order import eager
 from kdq.quant.layers import weight_of
 from kdq.quant.packing.weights import copied
@@ -48,19 +46,16 @@ def multiply_adds_by_layer(network: nn.Module, image: Tensor, layers: Collection
     """
     counts = dict.fromkeys(layers, 0)
 
-    def meet(function: Callable[..., Any], args: Any, kwargs: Any) -> Lanes | None:
-        tape.calls.clear()
-        inputs, call = layer_call(function, args, kwargs) or (None, None)
-        if call is None or (name := names.get(id(call.weight))) is None or not isinstance(inputs, Lanes):
-            return None
-        outputs = inputs.map(lambda _, x: call.function(x, call.weight, call.bias))
-        counts[name] += call.weight[0].numel() * outputs.lanes[0].numel()
-        return tape.watch(outputs)
+    def counted(weight: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        output = run()
+        if (name := names.get(id(weight))) is not None:
+            counts[name] += weight[0].numel() * output.numel()
+        return output
 
-    tape = Tape(meet)
     plain = copied(network).to("cpu").eval()
     with torch.no_grad(), eager(), parametrize.cached():
         weights = {name: weight_of(plain, name) for name in layers}
         names = {id(weight): name for name, weight in weights.items()}
-        plain(tape.watch(Lanes([image.cpu()])))
+        with EachLayer(counted):
+            plain(image.cpu())
     return counts

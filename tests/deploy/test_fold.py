@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from kdq.deploy.fold import int8_weight
-from kdq.quant.packing.weights import QuantizedWeight
+from kdq.quant.packing.packed import QuantizedWeight
 from kdq.quant.solvers.alphabets import ALPHABETS
 
 
 def _coded(weight: Tensor, alphabet: str, bits: int) -> QuantizedWeight:
     found = ALPHABETS[alphabet](weight.flatten(1)[None], bits)
     codes = found.encode(weight.flatten(1)[None])[0].view(weight.shape)
-    return QuantizedWeight(codes, found.scale.flatten(), found.zero.flatten(), found.levels)
+    return QuantizedWeight.of(codes, found.scale.flatten(), found.zero.flatten(), found.levels)
 
 
 @pytest.mark.parametrize("alphabet", ["uniform", "symmetric", "asymmetric", "ternary"])
@@ -53,7 +53,7 @@ def test_a_bias_of_a_channel_without_weights_fits_int32() -> None:
     codes = bias.double() / (int8.scale.double() * 0.01)
     assert bool((codes.abs() < 2**31).all())
     assert codes[0] > 2**20  # and keeps its precision
-    coded = QuantizedWeight(torch.ones(2, 4, dtype=torch.int64), torch.full((2,), 1e-12), torch.ones(2), 3)
+    coded = QuantizedWeight.of(torch.ones(2, 4, dtype=torch.int64), torch.full((2,), 1e-12), torch.ones(2), 3)
     int8 = int8_weight(coded.decode(), coded, None, bias, input_scale=0.01)
     assert int8.exact.tolist() == [False, True]
     assert bias[0] / (int8.scale[0] * 0.01) < 2**31

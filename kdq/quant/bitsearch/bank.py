@@ -19,8 +19,7 @@ from kdq.quant.layers import left_float, weight_of
 from kdq.quant.network import quantize_widths
 from kdq.quant.operations import multiply_adds_by_layer
 from kdq.quant.packing.file import load_packed, save_packed, stored_bytes
-from kdq.quant.packing.packed import PackedWeight
-from kdq.quant.packing.weights import QuantizedWeight
+from kdq.quant.packing.packed import QuantizedWeight
 from kdq.utils.errors import KdqError
 
 
@@ -28,7 +27,7 @@ from kdq.utils.errors import KdqError
 class Bank:
     """What a bit search chooses from."""
 
-    weights: Mapping[str, Mapping[int, QuantizedWeight | PackedWeight]]  # weights[layer][bits]
+    weights: Mapping[str, Mapping[int, QuantizedWeight]]  # weights[layer][bits]
     bits: Costs  # the cost of each choice in bits of weights
     bytes: Costs  # and in bytes of the packed file
     other_bytes: int  # of the packed file, whatever is chosen
@@ -39,9 +38,8 @@ class Bank:
     @property
     def count(self) -> float:
         """Weights of all layers together, those left float included."""
-        return float(
-            self.float_weights + sum(next(iter(choices.values())).codes.numel() for choices in self.weights.values())
-        )
+        shapes = [next(iter(choices.values())).shape for choices in self.weights.values()]
+        return float(self.float_weights + sum(shape.numel() for shape in shapes))
 
     def avg_bits(self, assignment: Assignment) -> float:
         return (cost_of(self.bits, assignment) + self.float_bits) / self.count
@@ -106,7 +104,7 @@ def fill_bank(
     weights = {name: {bits: by_width[i][name] for i, bits in enumerate(widths)} for name in layers}
     size = {name: {bits: float(stored_bytes(weight)) for bits, weight in weights[name].items()} for name in layers}
     # By what is stored: an alphabet may take more bits than the width says, and the ends may have widths of their own.
-    bits = {n: {b: float(weight.bits * weight.codes.numel()) for b, weight in weights[n].items()} for n in layers}
+    bits = {n: {b: float(weight.bits * weight.shape.numel()) for b, weight in weights[n].items()} for n in layers}
     other = packed_size(versions[-1]) - round(math.fsum(size[name][widths[-1]] for name in layers))
     left = sum(math.prod(x.shape) for x in left_float(model, layers))
     float_bits = left * (32 if config.float_dtype is None else 16)

@@ -2,23 +2,19 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from kdq.quant.batches import logits_of
 from kdq.quant.bitsearch.trace import Assignment, Measure
-from kdq.quant.calibrate.layer import layer_call, opened
+from kdq.quant.calibrate.layer import EachLayer
 from kdq.quant.calibrate.order import eager
 from kdq.quant.distributed import gathered, summed
 from kdq.quant.layers import weight_of
-from kdq.quant.packing.packed import PackedWeight
-from kdq.quant.packing.weights import QuantizedWeight, copied
-from kdq.utils.errors import KdqError
+from kdq.quant.packing.packed import QuantizedWeight
+from kdq.quant.packing.weights import copied
 
 #: Bytes of layer outputs kept between evaluations.
 CACHE_BYTES = 2 * 2**30
@@ -43,15 +39,13 @@ class Stitched:
     def __init__(
         self,
         model: nn.Module,
-        bank: Mapping[str, Mapping[int, QuantizedWeight | PackedWeight]],
+        bank: Mapping[str, Mapping[int, QuantizedWeight]],
         batches: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
         self.bank = bank
         self.network = copied(model).eval()
         device = next(model.parameters()).device
         self.batches = [(images.to(device), labels.to(device)) for images, labels in batches]
-        if not self.batches:
-            raise KdqError("the bit search has no validation image: pass batches of (inputs, targets)")
         self._names = {id(weight_of(self.network, name)): name for name in bank}
         self._assigned: Assignment = {}
         self._calls: list[str] = []
@@ -95,7 +89,7 @@ class Stitched:
         sha = hashlib.sha256()
         for name, choices in self.bank.items():
             for bits, weight in choices.items():
-                sha.update(f"{name} {bits} {tuple(weight.codes.shape)}".encode())
+                sha.update(f"{name} {bits} {tuple(weight.shape)}".encode())
                 sha.update(_bytes(weight.decode()))
         # The float network's answers stand for what is not quantized of it.
         for (images, labels), log_p in zip(self.batches, self.reference, strict=True):
@@ -110,7 +104,7 @@ class Stitched:
         found = []
         for index, (images, _) in enumerate(self.batches):
             self._batch, self._next = index, 0
-            with eager(), _Layers(self):
+            with eager(), EachLayer(self.layer):
                 found.append(logits_of(self.network(images)).float().log_softmax(1))
         return found
 
@@ -131,23 +125,6 @@ class Stitched:
             self._free -= output.nbytes
             kept[call] = output.clone()
         return output
-
-
-class _Layers(TorchFunctionMode):
-    """Shows every layer that runs to a :class:`Stitched`."""
-
-    def __init__(self, stitched: Stitched) -> None:
-        super().__init__()
-        self.stitched = stitched
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:  # holds two layers
-            with self:
-                return opened(func)(*args, **kwargs)
-        run = partial(func, *args, **kwargs)
-        _, call = layer_call(func, args, kwargs) or (None, None)
-        return run() if call is None else self.stitched.layer(call.weight, run)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

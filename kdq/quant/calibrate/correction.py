@@ -18,6 +18,9 @@ there, the quantized network's has ``m~`` and ``v~``.
 Neither adds a byte to the stored network.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,32 +30,18 @@ from kdq.quant.distributed import summed
 CORRECTIONS = (None, "bias", "batchnorm")
 
 
-class ChannelSums:
-    """Mean and variance of every channel of some lanes' activations, summed over batches.
-
-    Args:
-        axis: of the channels.
-    """
-
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
-        self.sums: Tensor | None = None
-
-    def add(self, lanes: list[Tensor]) -> None:
-        """Add one batch of every lane's activations."""
-        rows = []
-        for x in lanes:
-            x = x.movedim(self.axis, 0).flatten(1).double()
-            rows.append(torch.stack([x.new_full((len(x),), x.shape[1]), x.sum(1), x.square().sum(1)]))
-        new = torch.stack(rows)
-        self.sums = new if self.sums is None else self.sums + new
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Means and variances ``(lanes, channels)``, float64, over all processes."""
-        assert self.sums is not None
-        count, total, squares = summed(self.sums).unbind(1)
-        mean = total / count
-        return mean, (squares / count - mean.square()).clamp_min(0)
+def channel_moments(batches: Iterable[list[Tensor]], axis: int) -> tuple[Tensor, Tensor]:
+    """Means and variances of every channel ``(lanes, channels)``, float64, over the ``batches`` of all processes, each
+    the activations of every lane with their channels along ``axis``."""
+    sums: Any = 0
+    for lanes in batches:
+        rows = [x.movedim(axis, 0).flatten(1).double() for x in lanes]
+        sums = sums + torch.stack(
+            [torch.stack([x.new_full((len(x),), x.shape[1]), x.sum(1), x.square().sum(1)]) for x in rows]
+        )
+    count, total, squares = summed(sums).unbind(1)
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp_min(0)
 
 
 def corrected_norm(

@@ -4,16 +4,16 @@ A layer is what happens when ``F.linear`` or a convolution is called with a para
 calls it: an ``nn.Linear``, the attention that reads the weights of its ``nn.Linear``, or code of one's own.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _CONVOLUTIONS: dict[Any, type[nn.Module]] = {
     torch.conv1d: nn.Conv1d,
@@ -74,6 +74,23 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
+class EachLayer(TorchFunctionMode):
+    """Within it, ``meet(weight, run)`` gives the output of every layer that runs, and may call ``run`` for it."""
+
+    def __init__(self, meet: Callable[[Tensor, Callable[[], Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.meet = meet
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:  # holds two layers
+            with self:
+                return opened(func)(*args, **kwargs)
+        run = partial(func, *args, **kwargs)
+        _, call = layer_call(func, args, kwargs) or (None, None)
+        return run() if call is None else self.meet(call.weight, run)
+
+
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The weights as ``(groups, rows, columns)``: one row per output channel, one column per weight of its patch."""
     weight = layer.weight
@@ -105,21 +122,6 @@ def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
     inputs = inputs.movedim(1, 1 + spatial)
     grouped = inputs.unflatten(1 + spatial, (layer.groups, -1)).movedim(1 + spatial, 0)
     return grouped.flatten(2 + spatial).flatten(1, 1 + spatial)
-
-
-def patch_count(layer: nn.Module, inputs: Tensor) -> int:
-    """How many patches :func:`patches` takes.
-
-    >>> patch_count(nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.ones(2, 3, 8, 8))
-    32
-    """
-    if isinstance(layer, nn.Linear):
-        return inputs.numel() // inputs.shape[-1]
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    padding = layer._reversed_padding_repeated_twice[::-1]
-    sizes = (size + sum(padding[2 * axis : 2 * axis + 2]) for axis, size in enumerate(inputs.shape[2:]))
-    geometry = zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    return math.prod(((size - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, d in geometry), start=len(inputs))
 
 
 def channel_axis(layer: nn.Module) -> int:

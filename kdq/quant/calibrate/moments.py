@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.quant.calibrate.layer import patch_count
+from kdq.quant.calibrate.layer import patches
 from kdq.quant.distributed import summed
 
 #: At most this many output positions per image: one matrix product per lag is faster than a weight gradient.
@@ -162,7 +162,8 @@ class PartedMoments:
     def add(self, left: Tensor, right: Tensor, held_out: bool) -> None:
         """As :meth:`Moments.add`, of images that are held out or not."""
         self._parts[held_out].add(left, right)
-        self._patches += patch_count(self.layer, left) if held_out else 0
+        if held_out:
+            self._patches += patches(self.layer, left.to("meta")).shape[1]  # their number alone
 
     def total(self) -> Sums:
         """The sums over all processes."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.quant.activations import ActivationQuantizer, Histogram
-from kdq.quant.calibrate.correction import ChannelSums, corrected_norm
+from kdq.quant.calibrate.correction import channel_moments, corrected_norm
 from kdq.quant.calibrate.errors import OutputErrors, moments_error
 from kdq.quant.calibrate.images import CalibrationImages
 from kdq.quant.calibrate.lanes import Lanes
@@ -30,7 +30,7 @@ from kdq.quant.calibrate.order import eager
 from kdq.quant.calibrate.repeated import later_moments
 from kdq.quant.config import QuantConfig
 from kdq.quant.layers import weight_of
-from kdq.quant.packing.weights import QuantizedWeight
+from kdq.quant.packing.packed import QuantizedWeight
 from kdq.quant.report import LayerReport, Report
 from kdq.quant.solvers.held_out import PARTS, HeldOut
 from kdq.utils.errors import KdqError
@@ -73,7 +73,7 @@ class Walk:
         config: QuantConfig,
         isolated: bool,
         on_layer: Callable[[str], object],
-        repeated: Collection[str] = (),
+        repeated: Collection[str],
     ) -> None:
         self.model, self.config, self.on_layer, self.repeated = model, config, on_layer, repeated
         self.versions: list[Version] = []
@@ -181,10 +181,7 @@ class Walk:
         return lambda outputs: outputs.map(run)
 
     def _channel_sums(self, values: Lanes, axis: int) -> tuple[Tensor, Tensor]:
-        sums = ChannelSums(axis)
-        for chunk, _ in self.images.each(values):
-            sums.add(chunk.lanes)
-        return sums.finish()
+        return channel_moments((chunk.lanes for chunk, _ in self.images.each(values)), axis)
 
     def _error(self, name: str) -> Callable[[Lanes], Lanes]:
         """A function that adds up how far the lanes are from the float one, and passes them on."""
@@ -234,7 +231,7 @@ class Walk:
                 raise KdqError(f"{name}: {refused}") from refused
             scale, zero = (x.expand_as(weight[..., :1]).flatten().contiguous() for x in (alphabet.scale, alphabet.zero))
             codes = alphabet.encode(values)
-            made = QuantizedWeight(codes.view(shape), scale, zero, alphabet.levels)
+            made = QuantizedWeight.of(codes.view(shape), scale, zero, alphabet.levels)
             # The outputs of lane 0 are the float network's; those of the others are compared on the way.
             error = 0.0 if version.lane else moments_error(weight, alphabet.decode(codes), gram)
             version.weights[name] = made

@@ -23,8 +23,8 @@ from kdq.models.table import name_of, shape_of
 from kdq.quant.activations import ActivationQuantizer, remove_hooks
 from kdq.quant.layers import holders, place_of, unwrapped, weight_of
 from kdq.quant.packing.bits import packed_bytes
-from kdq.quant.packing.packed import PackedWeight, keep_packed
-from kdq.quant.packing.weights import FLOAT_DTYPES, QuantizedWeight, copied, float_entries
+from kdq.quant.packing.packed import QuantizedWeight, keep_packed
+from kdq.quant.packing.weights import FLOAT_DTYPES, copied, float_entries
 from kdq.quant.solvers.alphabet import MAX_BITS
 from kdq.utils.errors import KdqError, one_line
 from kdq.utils.files import parse_json, regular, replacing
@@ -42,7 +42,7 @@ def stored_bytes(weight: QuantizedWeight) -> int:
     """Bytes that a layer's tensors take in the file: codes, scales, and zeros where they differ."""
     zeros = _zeros(weight)
     stored = zeros.nbytes if isinstance(zeros, Tensor) else 0
-    return packed_bytes(weight.codes.numel(), weight.bits) + weight.scale.nbytes + stored
+    return weight.packed.nbytes + weight.scale.nbytes + stored
 
 
 def save_packed(
@@ -66,18 +66,17 @@ def save_packed(
     if Path(path).is_dir():
         raise KdqError(f"{path} is a folder: give the file's name, such as {Path(path) / 'model.kdq'}")
     network = unwrapped(network)
-    weights: dict[str, QuantizedWeight | PackedWeight] = getattr(network, "quantized_weights", {})
+    weights: dict[str, QuantizedWeight] = getattr(network, "quantized_weights", {})
     tensors = _floats(network, weights)
     layers: dict[str, dict[str, Any]] = {}
     near: list[Tensor] = []
     for name, weight in weights.items():
-        packed = weight if isinstance(weight, PackedWeight) else PackedWeight.of(**vars(weight))
         module, attribute = place_of(network, name)
         value = module._parameters.get(attribute)  # none where it is decoded as the layer runs
         if value is not None and not torch.equal(weight.decode().to(value), value):
             raise KdqError(f"the weight of {name} was changed since it was quantized: quantize again")
-        layers[name] = {"shape": list(packed.shape), "levels": weight.levels}
-        tensors[f"{name}.codes"] = packed.packed
+        layers[name] = {"shape": list(weight.shape), "levels": weight.levels}
+        tensors[f"{name}.codes"] = weight.packed
         tensors[f"{name}.scale"] = weight.scale
         zeros = _zeros(weight)
         if not isinstance(zeros, Tensor):
@@ -169,7 +168,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _architecture(
-    path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Mapping[str, PackedWeight]
+    path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight]
 ) -> nn.Module:
     """The network that the file names, without memory for its weights, if it is what the file holds."""
     if header["net"] is None:
@@ -186,7 +185,7 @@ def _fill(
     path: Path,
     header: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    weights: Mapping[str, PackedWeight],
+    weights: Mapping[str, QuantizedWeight],
     decode: str,
 ) -> None:
     """Give ``network`` the file's values."""
@@ -247,7 +246,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -> PackedWeight:
+def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -> QuantizedWeight:
     shape, levels = torch.Size(layer["shape"]), int(layer["levels"])
     if not 2 <= levels <= 2**MAX_BITS + 1:  # the paper alphabet has 2^b + 1
         raise KdqError(f"layer {name} has {levels} levels")
@@ -257,7 +256,7 @@ def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -
     zero = torch.full_like(scale, layer["zero"], dtype=exact) if "zero" in layer else tensors[f"{name}.zero"]
     if not scale.shape == zero.shape == shape[:1] or not scale.is_floating_point():
         raise KdqError(f"layer {name} does not hold a scale and a zero for each of its {shape[:1].numel()} channels")
-    weight = PackedWeight(tensors[f"{name}.codes"], shape, scale, zero, levels)
+    weight = QuantizedWeight(tensors[f"{name}.codes"], shape, scale, zero, levels)
     size = packed_bytes(shape.numel(), weight.bits)
     if weight.packed.shape != (size,) or weight.packed.dtype != torch.uint8:
         raise KdqError(f"layer {name} does not hold {shape.numel()} codes of {weight.bits} bits in {size} bytes")
@@ -266,7 +265,7 @@ def _layer(tensors: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -
     return weight
 
 
-def _zeros(weight: QuantizedWeight | PackedWeight) -> float | Tensor:
+def _zeros(weight: QuantizedWeight) -> float | Tensor:
     """The zeros as they are stored: the one that all channels have; else how many half steps they lie off the middle of
     the alphabet, int8, where that says it all; else themselves."""
     if bool((weight.zero == weight.zero[0]).all()):

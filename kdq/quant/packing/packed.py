@@ -1,4 +1,4 @@
-"""Weights that stay packed: decoded once, or every time their layer runs."""
+"""A quantized layer's weight as stored, decoded once, or every time its layer runs."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -12,12 +12,19 @@ from kdq.quant.solvers.alphabet import code_bits, decode
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """A :class:`kdq.quant.packing.weights.QuantizedWeight` whose codes take their bits and no more."""
+class QuantizedWeight:
+    """A layer's weight as stored: :meth:`decode` gives the tensor that the quantized network computes with.
 
-    packed: Tensor  # uint8, see kdq.quant.packing.bits
+    Attributes:
+        packed: the codes in their bits and no more, uint8, see :mod:`kdq.quant.packing.bits`.
+        shape: the weight's.
+        scale, zero: ``(out_channels,)``.
+        levels: size of the alphabet.
+    """
+
+    packed: Tensor
     shape: torch.Size
-    scale: Tensor  # (out_channels,), as zero
+    scale: Tensor
     zero: Tensor
     levels: int
 
@@ -35,7 +42,6 @@ class PackedWeight:
         return self._unpacked().long()
 
     def decode(self) -> Tensor:
-        """The weight, the same bits as the unpacked one's."""
         rows = self._unpacked().flatten(1)
         return decode(rows, self.scale[:, None], self.zero[:, None], self.levels).view(self.shape)
 
@@ -49,17 +55,17 @@ class Decoding(nn.Module):
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         self.shape, self.levels = weight.shape, weight.levels
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
 
     def forward(self, packed: Tensor) -> Tensor:
-        return PackedWeight(packed, self.shape, self.scale, self.zero, self.levels).decode()
+        return QuantizedWeight(packed, self.shape, self.scale, self.zero, self.levels).decode()
 
 
-def keep_packed(module: nn.Module, attribute: str, weight: PackedWeight) -> None:
+def keep_packed(module: nn.Module, attribute: str, weight: QuantizedWeight) -> None:
     """Let ``module`` hold nothing but ``weight``'s packed codes: its weight is decoded when it runs, and then freed."""
     setattr(module, attribute, nn.Parameter(weight.packed, requires_grad=False))
     # "unsafe": the decoded weight has another dtype and shape than what is stored.

@@ -1,9 +1,8 @@
-"""A quantized layer's weight as stored, and networks that compute with such weights."""
+"""Networks that compute with quantized weights."""
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from kdq.quant.activations import ActivationQuantizer
 from kdq.quant.calibrate.order import eager
 from kdq.quant.layers import place_of, weight_of
-from kdq.quant.packing.packed import is_packed
-from kdq.quant.solvers.alphabet import code_bits, decode
+from kdq.quant.packing.packed import QuantizedWeight, is_packed
 from kdq.utils.checks import one_of
 from kdq.utils.errors import KdqError
 
@@ -23,32 +21,8 @@ Network = TypeVar("Network", bound=nn.Module)
 FLOAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A layer's weight as stored: ``decode(codes)`` is the tensor the quantized network computes with.
-
-    Attributes:
-        codes: int64, in the weight's own shape.
-        scale, zero: float32 ``(out_channels,)``.
-        levels: size of the alphabet.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    levels: int
-
-    @property
-    def bits(self) -> int:
-        return code_bits(self.levels)
-
-    def decode(self) -> Tensor:
-        rows = self.codes.flatten(1)
-        return decode(rows, self.scale[:, None], self.zero[:, None], self.levels).view(self.codes.shape)
-
-
 def copied(network: Network) -> Network:
-    """A copy of ``network`` that shares its codes, which never change and take more memory than itself.
+    """A copy of ``network`` that shares its codes, which never change.
 
     What modules compute from their parameters and keep, such as a pruned weight, is copied by its values.
     """
