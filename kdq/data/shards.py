@@ -119,7 +119,7 @@ class Shards(Photographs):
 def _index(shard: Path, classes: int, cache: Path) -> np.ndarray:
     """The index of a shard, from below ``cache``, or made and kept there."""
     stat = shard.stat()
-    said = f"1\0{classes}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode() + os.fsencode(shard.resolve())
+    said = f"2\0{classes}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode() + os.fsencode(shard.resolve())
     file = cache / f"{hashlib.sha256(said).hexdigest()[:20]}.npy"
     try:
         return np.load(file, allow_pickle=False).reshape(-1, 9)
@@ -129,7 +129,7 @@ def _index(shard: Path, classes: int, cache: Path) -> np.ndarray:
 
     try:
         with shard.open("rb") as stream:
-            samples = (sample for sample in group_by_keys(_members(stream)) if {*KINDS, "cls"} & sample.keys())
+            samples = (sample for sample in group_by_keys(_members(stream)) if _kinds(sample))
             rows = [_row(stream, f"{sample['__key__']!r} of {shown(shard)}", sample, classes) for sample in samples]
         if not rows:
             raise ValueError("it holds no key.jpg beside a key.cls")
@@ -141,11 +141,18 @@ def _index(shard: Path, classes: int, cache: Path) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
+def _kinds(sample: Mapping[str, Any]) -> list[str]:
+    """What of a sample is an image or a label: what else it holds is nobody's business here."""
+    kinds = [kind for kind in (*KINDS, "cls") if kind in sample]
+    return kinds or [name for name in sample if name.rpartition(".")[2] in (*KINDS, "cls")]
+
+
 def _row(stream: BinaryIO, name: str, sample: Mapping[str, Any], classes: int) -> list[int]:
     """What an index says of a sample."""
-    kinds = [kind for kind in (*KINDS, "cls") if kind in sample]
+    kinds = _kinds(sample)
     if len(kinds) != 2 or kinds[1] != "cls":
-        raise KdqError(f"the sample {name} has {', '.join(kinds)}: it must have one image and one cls, side by side")
+        wanted = "it must have one image and one cls, side by side (a key ends at its first dot)"
+        raise KdqError(f"the sample {name} has {', '.join(kinds)}: {wanted}")
     (start, length), (place, digits) = (sample[kind] for kind in kinds)
     stream.seek(place)
     label = stream.read(min(digits, 20))

@@ -239,6 +239,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "no label": (tar(("k.png", png(50, 60))), r"'k' of \S+ has png: it must"),
     "no image": (tar(("k.cls", b"1")), r"'k' of \S+ has cls: it must"),
     "image elsewhere": (tar(("k.cls", b"1"), ("l.txt", b""), ("k.png", png(50, 60))), r"'k' of \S+ has cls: it must"),
+    "dot in a key": (
+        tar(("k.png", png(50, 60)), ("k.cls", b"1"), ("l.2.png", png(50, 60)), ("l.2.cls", b"0")),
+        r"'l' of \S+ has 2\.png, 2\.cls: it must .*\(a key ends at its first dot\)",
+    ),
     "two labels": (tar(("k.png", png(50, 60)), ("k.cls", b"1"), ("k.cls", b"0")), r"k\.cls: duplicate"),
     "two images": (tar(("k.png", png(50, 60)), ("k.jpg", b""), ("k.cls", b"1")), r"'k' of \S+ has jpg, png, cls"),
     "label a word": (sample(label=b"cat"), r"label of 'k' of \S+ is 'cat': it must be from 0 to 1"),
