@@ -133,7 +133,9 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         raise KdqError(f"{folder} has class folders that train/ lacks: {', '.join(extra[:5])}")
     found = []
     for label, name in enumerate(classes):
-        found_here = ((f, f.relative_to(folder).parts) for f in (folder / name).rglob("*"))
+        here = os.walk(folder / name, followlinks=True)
+        paths = (Path(top, file) for top, _, inside in here for file in inside)
+        found_here = ((f, f.relative_to(folder).parts) for f in paths)
         files = sorted(
             f for f, parts in found_here if f.suffix.lower() in EXTENSIONS and not any(p.startswith(".") for p in parts)
         )

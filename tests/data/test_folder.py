@@ -162,6 +162,17 @@ def test_what_is_no_file_is_named_and_never_opened(root: Path, tmp_path: Path, k
         image_folder(str(root), 6, 3, str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("linked", ["train", "train/dog", "train/dog/more", "train/dog/0.png"])
+def test_images_behind_links_are_read_as_the_others(linked: str, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "train/cat", root / "train/dog/more")
+    before = image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+    (root / linked).rename(tmp_path / "elsewhere")
+    (root / linked).symlink_to(tmp_path / "elsewhere")
+    after = image_folder(str(root), 6, 3, str(tmp_path / "other"))
+    assert len(after.train_labels) == 9
+    assert after.train_digest == before.train_digest
+
+
 def test_any_name_of_the_file_system_is_read(root: Path, tmp_path: Path) -> None:
     odd = os.fsencode(root / "train/dog") + b"/\xff\xfe.png"
     shutil.copyfile(root / "train/dog/0.png", odd)
