@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdq.quant.solvers.alphabet import Alphabet
 
+#: Columns finished before the others are updated by one product.
 BLOCK = 64
 
 
@@ -31,7 +32,6 @@ def solve_columns(
     start: Tensor | None = None,
     carry_error: bool = False,
     rounding: Callable[[Tensor], Tensor] = torch.round,
-    block: int = BLOCK,
 ) -> Tensor:
     """Choose the columns of a quantized weight in turn.
 
@@ -44,7 +44,6 @@ def solve_columns(
             ``q_t - start_t``, and earlier columns are kept up to date as well. Zero if not given.
         carry_error: ``signal`` is the rounding error ``v - q_t``.
         rounding: codes for values between codes.
-        block: columns finished before the others are updated by one product.
 
     Returns:
         Values of the alphabet ``(..., N, d)``.
@@ -58,8 +57,8 @@ def solve_columns(
     feedback = feedback.to(dtype)
     chosen = torch.empty_like(r)
     columns = r.shape[-2]
-    for first in range(0, columns, block):
-        stop = min(first + block, columns)
+    for first in range(0, columns, BLOCK):
+        stop = min(first + BLOCK, columns)
         rest = r[..., first:stop, :].clone()
         signals = torch.empty_like(rest)
         within = feedback[..., first:stop, first:stop, None].contiguous()

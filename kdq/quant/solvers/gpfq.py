@@ -35,13 +35,22 @@ tensor([[0., 0.]])
 tensor([[0., 1.]])
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from kdq.quant.solvers.alphabet import Alphabet
-from kdq.quant.solvers.columns import BLOCK, solve_columns
+from kdq.quant.solvers.columns import solve_columns
 
 
-def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, block: int = BLOCK) -> Tensor:
+def gpfq(
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    alphabet: Alphabet,
+    rounding: Callable[[Tensor], Tensor] = torch.round,
+) -> Tensor:
     """Quantize the rows of ``weight`` along the path of its columns.
 
     Leading dimensions are independent problems (the groups of a convolution).
@@ -51,11 +60,11 @@ def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, block:
         gram: ``G = X~'X~`` ``(..., d, d)``, the inputs of the quantized network.
         cross: ``C = X~'X`` ``(..., d, d)``, row t belonging to ``x~_t``; equal to ``gram`` for the first layer.
         alphabet: the values allowed, per row.
-        block: columns finished before the later ones are updated by one product.
+        rounding: codes for values between codes, the Q of the recursion.
 
     Returns:
         Values of the alphabet ``(..., N, d)``. A column whose input is always zero becomes ``Q(0)``, which is 0 for
         an alphabet that holds 0.
     """
     numerator = weight @ cross.tril().mT
-    return solve_columns(numerator, gram.diagonal(dim1=-2, dim2=-1), gram, alphabet, block=block)
+    return solve_columns(numerator, gram.diagonal(dim1=-2, dim2=-1), gram, alphabet, rounding=rounding)

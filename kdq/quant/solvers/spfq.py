@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdq.quant.solvers.alphabet import Alphabet
-from kdq.quant.solvers.columns import solve_columns
+from kdq.quant.solvers.gpfq import gpfq
 
 
 def spfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, seed: int = 0) -> Tensor:
@@ -32,5 +32,4 @@ def spfq(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, seed: 
     def unbiased(value: Tensor) -> Tensor:
         return torch.floor(value + torch.rand(value.shape, dtype=value.dtype, device=value.device, generator=generator))
 
-    numerator = weight @ cross.tril().mT
-    return solve_columns(numerator, gram.diagonal(dim1=-2, dim2=-1), gram, alphabet, rounding=unbiased)
+    return gpfq(weight, gram, cross, alphabet, unbiased)
