@@ -13,6 +13,7 @@ from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy, standardized
 from kdq.distill.module import DistillationModule
 from kdq.distill.options import choice, number, switch
+from kdq.quant.packing.weights import same_state
 from kdq.utils.checks import is_peer
 from kdq.utils.errors import KdqError
 
@@ -64,7 +65,7 @@ class DML(DistillationModule):
         """Raises KdqError for two students that would stay equal, and for a precision that cannot serve them all."""
         super().setup(stage)
         for one, other in combinations(self.learners, 2) if stage == "fit" else ():
-            if _equal(self.learners[one].network, self.learners[other].network):
+            if same_state(*(self.learners[name].network.state_dict() for name in (one, other))):
                 raise KdqError(
                     f"the {one} and the {other} of dml start from equal weights and would stay equal: give them other "
                     "weights or seeds (method.weights, method.peer.weights, method.peer.seed)"
@@ -129,9 +130,3 @@ class DML(DistillationModule):
             if scheduler is not None:
                 scheduler.step()
             learner.stepped()
-
-
-def _equal(a: nn.Module, b: nn.Module) -> bool:
-    mine, theirs = a.state_dict(), b.state_dict()
-    same_shapes = {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
-    return same_shapes and all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -22,7 +22,7 @@ from kdq.quant.config import QuantConfig, configured
 from kdq.quant.layers import quantizable_layers, unwrapped
 from kdq.quant.network import Quantized, check_network, quantize_widths
 from kdq.quant.packing.file import save_packed
-from kdq.quant.packing.weights import standing_in, state_kept
+from kdq.quant.packing.weights import same_state, standing_in, state_kept
 from kdq.quant.solvers.alphabet import check_bits
 from kdq.quant.trainer import Loaders, checkpoints, load_best
 from kdq.utils.errors import KdqError
@@ -185,7 +185,7 @@ class QuantizationCallback(Callback, ABC):
             return
         network = self._find(pl_module)
         with torch.inference_mode(False), torch.no_grad():  # what the loop's own mode makes cannot be trained
-            if not self.results or not _equal(self._float, network.state_dict()):
+            if not self.results or not same_state(self._float, network.state_dict()):
                 self._make(network, trainer, pl_module)
             self._standing_in.enter_context(standing_in(network, self.results[self._measured].network))
 
@@ -315,11 +315,3 @@ class GreedyBitSearch(QuantizationCallback):
 
     def logged(self) -> list[dict[str, float]]:
         return [*self.results[SEARCHED].metrics(), *super().logged()]
-
-
-def _equal(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return state.keys() == other.keys() and all(
-        torch.equal(value.to(other[name].device), other[name])
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    )

@@ -88,6 +88,15 @@ def state_kept(module: nn.Module) -> Iterator[None]:
         module.load_state_dict(before, strict=False)  # a state dict of one's own may leave things out
 
 
+def same_state(state: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two state dicts hold equal tensors, wherever these lie."""
+    return state.keys() == other.keys() and all(
+        torch.equal(value.to(other[name].device), other[name])
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    )
+
+
 def with_float_dtype(network: nn.Module, name: str) -> nn.Module:
     """A copy of ``network`` whose values outside of the quantized weights (biases, BatchNorm, layers left float) are
     rounded to a 16-bit float, which is what :func:`kdq.save` then stores. It computes in float32 as before.
