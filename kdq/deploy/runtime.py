@@ -44,12 +44,7 @@ def session(model: bytes | Path, threads: int | None = None) -> Any:
 
 def runner(session: Any) -> Runner:
     """What ``session`` computes."""
-    return partial(_run, session)
-
-
-def _run(session: Any, images: np.ndarray) -> np.ndarray:
-    found: np.ndarray = session.run(None, {"image": images})[0]
-    return found
+    return lambda images: session.run(None, {"image": images})[0]
 
 
 def openvino(models: Mapping[str, bytes | Path], threads: int | None = None) -> dict[str, Runner]:
@@ -84,7 +79,7 @@ def logits(session: Any, images: Tensor) -> np.ndarray:
     if tuple(images.shape[1:]) != expected:
         given, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], expected))
         raise KdqError(f"the model takes images of {wanted} (channels, height, width), these have {given}: resize them")
-    return _run(session, np.ascontiguousarray(images.cpu().numpy()))
+    return runner(session)(np.ascontiguousarray(images.cpu().numpy()))
 
 
 def top1(run: Runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kdq.distill.losses import one_hot
 from kdq.distill.options import number, switch
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.vkd import VKD
@@ -29,7 +30,7 @@ class Mixup(VKD):
         if images.device.type == "cuda":  # from pageable memory the host would wait for the copy
             lam = lam.contiguous().pin_memory()
         lam = lam.to(images.device, non_blocking=True)
-        probabilities = (torch.arange(self.num_classes, device=labels.device) == labels[:, None]).float()
+        probabilities = one_hot(labels, self.num_classes).float()
         return super().losses(mix(images, lam), mix(probabilities, lam), progress)
 
     def draw(self, count: int, progress: TrainingProgress) -> Tensor:

@@ -283,7 +283,14 @@ class DistillationModule(L.LightningModule):
                 f"schedule={self.config.schedule} needs an end: give Trainer(max_epochs=...), or max_steps for data "
                 "without a length, or TrainConfig(schedule='constant')"
             )
-        return [self._optimizer(learner, steps) for learner in self.learners.values()]
+        # Lightning cannot clip the gradients of a fused optimizer under autocast.
+        fused = self.config.clip_grad is None and self.trainer.gradient_clip_val is None
+        optimizers = [self.optimizer(learner, fused) for learner in self.learners.values()]
+        schedulers = [self.config.scheduler(optimizer, steps) for optimizer in optimizers]
+        return [
+            {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True)
+        ]
 
     def trained_parameters(self, learner: Learner) -> Iterator[nn.Parameter]:
         """What a learner's optimizer trains: its network, and what a method has beside it."""
@@ -292,13 +299,6 @@ class DistillationModule(L.LightningModule):
     def optimizer(self, learner: Learner, fused: bool) -> Optimizer:
         """What trains a learner; ``fused`` where nothing clips its gradients under autocast."""
         return self.config.optimizer(self.trained_parameters(learner), fused)
-
-    def _optimizer(self, learner: Learner, steps: float) -> dict[str, Any]:
-        # Lightning cannot clip the gradients of a fused optimizer under autocast.
-        fused = self.config.clip_grad is None and self.trainer.gradient_clip_val is None
-        optimizer = self.optimizer(learner, fused)
-        scheduler = {"scheduler": self.config.scheduler(optimizer, steps), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def suffix(self, name: str) -> str:
         """What a learner's metrics have behind their names."""
