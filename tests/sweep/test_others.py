@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,19 @@ def test_optuna_searches_on_validation_accuracy(cli: Any, tmp_path: Path) -> Non
     code, _, err = cli(*arguments, "hydra/sweeper=kdq")
     assert code == 1
     assert "options of another sweeper; choose it, such as hydra/sweeper=optuna" in err
+
+
+def test_a_search_that_is_kept_in_a_file_goes_on(cli: Any, tmp_path: Path) -> None:
+    kept = ("hydra.sweeper.study_name=s", f"hydra.sweeper.storage='sqlite:///{tmp_path}/search.db'")
+    searched = ("kdq.objective=val_top1", "student.recipe.lr=tag(log, interval(0.001, 0.1))")
+    arguments = ("-m", "hydra/sweeper=optuna", *kept, *searched, *TINY, "method=baseline", "quant.bits=4")
+    for told in (1, 3):
+        code, _, err = cli(*arguments, f"hydra.sweeper.n_trials={told - told // 2}")
+        assert code == 0, err
+        assert len(rows(tmp_path)) == told
+        with closing(sqlite3.connect(tmp_path / "search.db")) as database:
+            values = [value for (value,) in database.execute("select value from trial_values")]
+        assert sorted(values) == sorted(row["val_top1"] for row in rows(tmp_path))
 
 
 @pytest.mark.parametrize(
