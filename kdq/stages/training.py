@@ -151,10 +151,14 @@ def _check_module(spec_json: str, num_classes: int, compiled: bool) -> None:
 
 def _callbacks(cell: Cell, spec: TrainingSpec) -> list[Callback]:
     """The user's; checkpoints that they keep lie in a folder for each training, unless they say where, and a search
-    compares trainings on the same data, of as many epochs."""
-    callbacks = []
+    compares trainings on the same data, of as many epochs, and of these none that others only need: the accuracy of a
+    teacher is none of its students'."""
+    searched = "teacher" if cell.role == "teacher" else cell.cfg.method.name
+    callbacks, own = [], spec.job_type == "tune" or spec.label == searched
     for name, config in plain(cell.cfg.callbacks).items():
         callback = made(f"callbacks.{name}", config, Callback)
+        if isinstance(callback, SuccessiveHalving) and not own:
+            continue
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(cell.output / "checkpoints" / f"{spec.slug}-{spec.key}")
         if isinstance(callback, SuccessiveHalving) and callback.folder is None:

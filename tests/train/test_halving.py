@@ -135,6 +135,19 @@ def test_optuna_is_told_of_a_stopped_trial_what_it_had(cli: Any, tmp_path: Path)
     assert OmegaConf.load(result).best_value >= 100 * max(told)
 
 
+def test_a_teacher_is_not_compared_with_the_students_that_are_searched(tmp_path: Path) -> None:
+    (tmp_path / "rungs").mkdir()
+    (tmp_path / "rungs" / "1-perfect").write_text("1.0")
+    halving = ["callbacks=successive_halving", f"callbacks.successive_halving.folder={tmp_path / 'rungs'}"]
+    cell = Cell(compose([*TINY, "method=vkd", *halving, f"paths.output_dir={tmp_path}"]))
+    with pytest.raises(StoppedTrialError, match=r"training vkd .* stopped after 1 of 2 epochs") as stopped:
+        float_model(cell)
+    (mine,) = (file for file in (tmp_path / "rungs").iterdir() if "perfect" not in file.name)
+    assert float(mine.read_text()) == stopped.value.value
+    (teacher,) = (tmp_path / "store").glob("digits-*")
+    assert "baseline" in teacher.name
+
+
 def test_two_processes_stop_together(tmp_path: Path) -> None:
     (tmp_path / "rungs").mkdir()
     (tmp_path / "rungs" / "1-perfect").write_text("1.0")
