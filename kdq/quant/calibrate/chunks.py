@@ -38,9 +38,6 @@ class Chunks:
         self._stored: dict[int, dict[int, list[Tensor]] | Path] = {}
         self._bytes: dict[int, int] = {}
 
-    def __len__(self) -> int:
-        return len(self._stored)
-
     def put(self, index: int, values: Values) -> None:
         tensors = {key: value.lanes for key, value in values.items()}
         size = _bytes(tensors)
