@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -86,9 +87,11 @@ def _loading(repository: str, header: Mapping[str, Any]) -> Iterator[str]:
 def _facts(header: Mapping[str, Any], size: int, row: Row | None) -> list[tuple[str, str]]:
     """The lines of the table."""
     if row is None:
-        net = str((header["net"] or {}).get("_target_", "not said in the file")).rpartition(".")[2]
+        net = printable(str((header["net"] or {}).get("_target_", "not said in the file")).rpartition(".")[2])
         facts = [("architecture", net), ("bits", f"{_bits(header):.4g}"), ("bytes", f"{size:,}")]
     else:
+        texts: dict[str, Any] = {name: printable(x) for name, x in vars(row).items() if x and isinstance(x, str)}
+        row = replace(row, **texts)
         epochs = "weights from a file" if row.epochs == 0 else f"{row.epochs} epochs" if row.epochs else ""
         trained = ", ".join(part for part in (epochs, row.recipe) if part) or "not recorded"
         tuned = f", then {row.tune} ({row.tune_epochs} epochs)" if row.tune else ""
@@ -104,7 +107,6 @@ def _facts(header: Mapping[str, Any], size: int, row: Row | None) -> list[tuple[
             ("measured on", row.device),
         ]
         facts += [("A TRIAL, NO RESULT", row.limited)] if row.limited else []
-    facts = [(name, printable(text)) for name, text in facts]
     if names := [printable(str(name)) for name in header.get("classes") or ()]:
         facts.append(("classes", ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")))
     return [*facts, ("made by", f"kdq {row.kdq_version if row else __version__}")]

@@ -132,6 +132,12 @@ for name in sys.argv[1:]:
     assert said == ["cannot fetch model.kdq of me/small (no network?): download it elsewhere and give its path"]
 
 
+def test_a_card_says_all_of_how_a_tuned_model_was_trained() -> None:
+    header = {"net": None, "layers": {"fc": {"shape": [4, 2], "levels": 4}}}
+    row = dataclasses.replace(ROW, epochs=30, recipe="multistep, lr 0.05, batches of 128", tune="qad", tune_epochs=8)
+    assert "| 30 epochs, multistep, lr 0.05, batches of 128, then qad (8 epochs) |" in card("me/net", header, 600, row)
+
+
 def test_a_card_is_text_whatever_names_say() -> None:
     evil = "x](http://a) | <b> `\n---\nlicense: mit"
     names = [evil, *(f"class {number}" for number in range(15))]
