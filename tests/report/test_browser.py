@@ -216,6 +216,19 @@ def test_narrow_windows_do_not_overflow(page: Page) -> None:
         page.browser.set_window_size(1280, 900)
 
 
+def test_long_names_do_not_overflow_a_telephone(
+    browser: Any, tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]
+) -> None:
+    names = {name: f"{name}_" + "long_" * 8 for name in ("data", "method", "arch", "quantizer")}
+    folder_of(tmp_path, [row(**names), row(data=names["data"], quantizer=names["quantizer"], method="teacher")])
+    metrics = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        assert Page(browser, tmp_path).run("return document.documentElement.scrollWidth") <= 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_a_search_shows_its_layers_and_its_way(
     browser: Any, tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]
 ) -> None:
