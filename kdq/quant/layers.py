@@ -112,7 +112,8 @@ def quantizable_layers(network: nn.Module, keep_float: Collection[str] = ()) -> 
                 "(prune.remove, parametrize.remove_parametrizations), or name it in keep_float"
             )
     large = ((name, value) for name, value in network.named_parameters() if value.ndim >= 2)
-    return [layer_name(name) for name, value in large if id(value) not in kept and value.is_floating_point()]
+    found = [layer_name(name) for name, value in large if id(value) not in kept and value.is_floating_point()]
+    return [*dict.fromkeys(found)]
 
 
 def left_float(
@@ -127,10 +128,12 @@ def left_float(
     found = []
     for parameter, value in network.named_parameters():
         name = layer_name(parameter)
-        if value.ndim >= 2 and name not in layers:
+        if value.ndim >= 2 and (name not in layers or weight_of(network, name) is not value):
             kept = candidates is not None and name not in candidates
             kind = type(network.get_submodule(parameter.rpartition(".")[0])).__name__
             reason = "keep_float" if kept else (why or {}).get(name, "no layer")
+            if name in layers:  # as foo_weight beside foo.weight
+                reason = f"its name is that of the layer {name}, of another weight"
             found.append(LeftFloat(parameter, kind, tuple(value.shape), reason))
     return found
 

@@ -488,3 +488,24 @@ def test_wrapped_networks_are_quantized_as_what_they_wrap(wrap: Callable[[Any], 
 def test_torchscript_is_refused() -> None:
     with pytest.raises(KdqError, match="quantize what it was made of"):
         kdq.quantize(torch.jit.trace(nn.Linear(4, 2), torch.zeros(1, 4)), [torch.zeros(1, 4)])
+
+
+def test_a_weight_with_the_name_of_another_layer_stays_float_and_is_listed() -> None:
+    """As ``first_weight`` beside ``first.weight``."""
+
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.first_weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.first(x), self.first_weight)
+
+    torch.manual_seed(0)
+    network = Alike()
+    found, report = kdq.quantize(network, [torch.randn(32, 8)])
+    assert [layer.name for layer in report.layers] == ["first"]
+    assert [(x.name, "the layer first" in x.why) for x in report.left] == [("first_weight", True)]
+    assert torch.equal(found.first_weight, network.first_weight)
+    assert not torch.equal(found.first.weight, network.first.weight)
