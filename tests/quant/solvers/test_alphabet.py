@@ -44,8 +44,9 @@ def test_codes_round_trip(bits: int, seed: int) -> None:
 def test_the_scale_has_less_squared_error_than_the_full_range() -> None:
     weight = torch.randn(1, 20, 300)
     for bits in (2, 3, 4):
-        full = weight.abs().amax(-1, keepdim=True) / 2 ** (bits - 1)
-        naive = Alphabet(full, torch.full_like(full, 2.0 ** (bits - 1)), 2**bits)
+        half = 2 ** (bits - 1)
+        full = torch.maximum(weight.amax(-1, keepdim=True) / (half - 1), -weight.amin(-1, keepdim=True) / half)
+        naive = Alphabet(full, torch.full_like(full, float(half)), 2**bits)
         errors = [(a.nearest(weight) - weight).square().sum(-1) for a in (uniform(weight, bits), naive)]
         assert (errors[0] <= errors[1]).all()
 
