@@ -20,7 +20,7 @@ class CTKD(VKD):
 
     >>> from kdq.models import CifarResNet
     >>> student, teacher = (CifarResNet(depth, num_classes=10) for depth in (8, 14))
-    >>> round(float(CTKD(student, teacher=teacher, num_classes=10).current(weight=1.0)), 4)
+    >>> round(CTKD(student, teacher=teacher, num_classes=10).current(weight=1.0).item(), 4)
     15.62
     """
 
