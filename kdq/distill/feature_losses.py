@@ -80,7 +80,7 @@ def pkt_loss(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
     probabilities = []
     for features in _flat(student, teacher):
         unit = F.normalize(features)
-        similarity = (unit @ unit.T + 1) / 2
+        similarity = unit @ unit.T + 1  # in any unit
         probabilities.append(similarity / similarity.sum(1, keepdim=True))
     mine, theirs = probabilities
     return (theirs * ((theirs + eps) / (mine + eps)).log()).mean()

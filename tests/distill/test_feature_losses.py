@@ -163,12 +163,22 @@ def test_under_autocast_they_compute_in_float32(name: str, maps: tuple[Tensor, T
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_equal_rows_and_zeros_have_finite_gradients(name: str) -> None:
+def test_equal_rows_and_zeros_have_finite_values_and_gradients(name: str) -> None:
     for student in (torch.zeros(4, 3, 2, 2), torch.ones(4, 3, 2, 2)):
         student.requires_grad_()
-        LOSSES[name](student, torch.randn(4, 3, 2, 2)).backward()
+        loss = LOSSES[name](student, torch.randn(4, 3, 2, 2))
+        loss.backward()
+        assert torch.isfinite(loss)
         assert student.grad is not None
         assert torch.isfinite(student.grad).all()
+
+
+def test_up_to_one_negative_value_of_a_channel_is_its_own_margin(maps: tuple[Tensor, Tensor]) -> None:
+    student, teacher = maps[0], maps[1].abs()
+    teacher[2, 1, 0, 3] = -1.5  # the other channels have none
+    counted = (student - teacher).square()
+    counted[2, 1, 0, 3] = (student[2, 1, 0, 3] + 1.5).clamp(min=0).square()
+    torch.testing.assert_close(margin_loss(student, teacher), counted.sum() / N)
 
 
 def test_maps_meet_at_the_smaller_size() -> None:
