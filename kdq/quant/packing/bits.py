@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kdq.utils.errors import KdqError
-
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Non-negative integers below ``2^bits`` ``(n,)`` to :func:`packed_bytes` bytes, uint8.
@@ -39,8 +37,6 @@ def unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
     >>> unpack_bits(torch.tensor([57], dtype=torch.uint8), count=4, bits=2).tolist()
     [1, 2, 3, 0]
     """
-    if packed.numel() != packed_bytes(count, bits):
-        raise KdqError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")
     codes = packed.new_zeros(count, dtype=torch.uint8 if bits <= 8 else torch.int64)
     start = 0
     for low, width in _planes(bits):

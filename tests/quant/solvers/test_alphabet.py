@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from kdq import KdqError
 from kdq.quant.solvers.alphabet import Alphabet, check_bits
 from kdq.quant.solvers.alphabets import symmetric as uniform
+from kdq.quant.solvers.alphabets import uniform as any_zero
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 12])
@@ -35,6 +36,7 @@ def test_codes_round_trip(bits: int, seed: int) -> None:
     alphabet = uniform(weight, bits)
     rounded = alphabet.nearest(weight)
     codes = alphabet.encode(weight)
+    assert codes.dtype == torch.int64
     assert codes.min() >= 0
     assert codes.max() < 2**bits
     assert torch.equal(alphabet.decode(codes), rounded)
@@ -67,3 +69,11 @@ def test_32_bits_are_the_weight_within_rounding() -> None:
 def test_bits_out_of_range_are_refused(bits: object) -> None:
     with pytest.raises(KdqError, match="2 to 32"):
         check_bits(bits)
+
+
+@pytest.mark.parametrize("bits", [8, 9, 12])
+def test_above_seven_bits_zero_is_a_level_and_nothing_is_clipped(bits: int) -> None:
+    weight = torch.cat([torch.linspace(-1, 1, 20_000), torch.tensor([-3.0, 3.0])])[None]  # clipping these would pay
+    for alphabet in (any_zero(weight, bits), uniform(weight, bits)):
+        assert alphabet.nearest(torch.zeros(1, 1)).item() == 0
+        assert (alphabet.nearest(weight) - weight).abs().max() <= alphabet.scale.item() / 2 * 1.001
