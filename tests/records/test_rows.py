@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kdq.records.rows import COLUMNS, Row, read_rows, table, without_artifacts, write_row
+from kdq import KdqError
+from kdq.records.rows import COLUMNS, Row, find_row, read_rows, table, without_artifacts, write_row
 from kdq.report import print_results, write_report
 from kdq.report.write import write_csv
 from tests.rows import ROW
@@ -146,3 +147,18 @@ def test_a_packed_file_that_is_gone_or_cut_short_is_told(tmp_path: Path, capsys:
     assert gone in (tmp_path / "report" / "report.md").read_text()
     print_results(Console(), tmp_path, rows, written, tmp_path / "runs")
     assert f"not complete: {short} (2 rows" in capsys.readouterr().out
+
+
+def test_a_row_is_found_by_the_start_of_its_hash_and_asked_for_where_several_begin_so(tmp_path: Path) -> None:
+    rows = [dataclasses.replace(ROW, config_hash=name, seed=seed) for seed, name in enumerate(("abc1", "abd2", "f003"))]
+    with pytest.raises(KdqError, match=f"no rows below {tmp_path}"):
+        find_row("abc1", tmp_path)
+    for row in rows:
+        write_row(tmp_path / "rows", row)
+    assert [find_row(name, tmp_path) for name in ("abc", "abd2", "f")] == rows
+    for name, found, missing in (("ab", ("abc1", "abd2"), "f003"), ("abc9", ("abc1",), None), ("", ("f003",), None)):
+        with pytest.raises(KdqError) as says:
+            find_row(name, tmp_path)
+        assert all(each in str(says.value) for each in found)
+        assert missing is None or missing not in str(says.value)
+        assert ("2 cells" in str(says.value)) == (name == "ab")
