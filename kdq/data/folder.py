@@ -133,9 +133,7 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         raise KdqError(f"{folder} has class folders that train/ lacks: {', '.join(extra[:5])}")
     found = []
     for label, name in enumerate(classes):
-        here = os.walk(folder / name, followlinks=True)
-        paths = (Path(top, file) for top, _, inside in here for file in inside)
-        found_here = ((f, f.relative_to(folder).parts) for f in paths)
+        found_here = ((f, f.relative_to(folder).parts) for f in _files(folder / name))
         files = sorted(
             f for f, parts in found_here if f.suffix.lower() in EXTENSIONS and not any(p.startswith(".") for p in parts)
         )
@@ -143,6 +141,16 @@ def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
             raise KdqError(f"{folder / name} holds no image ({', '.join(sorted(EXTENSIONS))})")
         found += [(file, label) for file in files]
     return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file inside, also behind links to folders, each of which may be there once."""
+    seen: dict[str, str] = {}
+    for here, _, files in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(here)) in seen:
+            raise KdqError(f"{here} is a link to what {seen[place]} holds, whose images would count twice: remove it")
+        seen[place] = here
+        yield from (Path(here, file) for file in files)
 
 
 def _listing_key(

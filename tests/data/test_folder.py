@@ -162,6 +162,14 @@ def test_what_is_no_file_is_named_and_never_opened(root: Path, tmp_path: Path, k
         image_folder(str(root), 6, 3, str(tmp_path / "cache"))
 
 
+def test_links_that_lead_back_are_refused_at_once(root: Path, tmp_path: Path) -> None:
+    """Two of them in one folder have more than 2^40 paths."""
+    for name in ("again", "and_again"):
+        (root / "train/dog" / name).symlink_to(root / "train/dog")
+    with pytest.raises(KdqError, match=r"again is a link to what .*dog holds"):
+        image_folder(str(root), 6, 3, str(tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("linked", ["train", "train/dog", "train/dog/more", "train/dog/0.png"])
 def test_images_behind_links_are_read_as_the_others(linked: str, root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "train/cat", root / "train/dog/more")
