@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdq.records.rows import Row, read_rows
+from kdq.utils.errors import message
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(f"kdq-wandb: {message}")
+        sys.exit(f"kdq-wandb: {message(error) or type(error).__name__}")
 
 
 def _link(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from kdq.sweep.task import Task, failed, folder, perform, thread_limits
 from kdq.utils.cpu import usable_cores
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, message
 from kdq.utils.messages import describe
 
 #: Bytes that a Ray of our own keeps for objects: what jobs return is small.
@@ -67,7 +67,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     try:
         ray.init(**own, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise KdqError(f"hydra.launcher.address={address}: {' '.join(str(error).split())}") from error
+        raise KdqError(f"hydra.launcher.address={address}: {message(error)}") from error
     try:
         yield
     finally:
@@ -106,4 +106,4 @@ def _returned(ray: Any, task: Task, result: Any) -> JobReturn:
     except ray.exceptions.RayTaskError as error:  # raised outside of the job
         return failed(task, KdqError(describe(error.cause)))
     except ray.exceptions.RayError as error:
-        return failed(task, KdqError(f"the job's Ray worker died: {' '.join(str(error).split())}"))
+        return failed(task, KdqError(f"the job's Ray worker died: {message(error)}"))

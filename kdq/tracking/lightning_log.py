@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from kdq.tracking.run import Chart, Log
+from kdq.utils.errors import message
 
 log = logging.getLogger(__name__)
 #: What a Trainer or a stage calls on a logger.
@@ -60,10 +61,8 @@ def _guarded(call: Callable[..., Any], name: str, told: list[str]) -> Callable[.
         except Exception as error:
             if not told:
                 told.append(name)
-                cause = " ".join(str(error).split())
-                log.warning(
-                    "logger.%s did not take everything (%s: %s); the run goes on", name, type(error).__name__, cause
-                )
+                kind, cause = type(error).__name__, message(error)
+                log.warning("logger.%s did not take everything (%s: %s); the run goes on", name, kind, cause)
             return None
 
     return guarded

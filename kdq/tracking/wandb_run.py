@@ -23,7 +23,7 @@ from kdq.tracking.names import run_id, valid_name
 from kdq.tracking.patience import Patience
 from kdq.tracking.resume import folder_id, next_step
 from kdq.tracking.run import Artifact, Chart, Log, RunInfo, WandbConfig
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, message
 
 log = logging.getLogger(__name__)
 # W&B's own process, inherited from a parent, would keep the run of a killed child open, and the child that goes on
@@ -263,7 +263,7 @@ _REASONS = {
 
 def _reason(error: Exception) -> str:
     """One line that says which failure it was."""
-    text = " ".join(str(error).split())
+    text = message(error)
     known = next((words for pattern, words in _REASONS.items() if re.search(pattern, text)), "")
     return f"{known}; {text[:120]}" if known and known not in text else known or f"{type(error).__name__}: {text[:200]}"
 

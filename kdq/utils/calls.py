@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import hydra.utils
 
-from kdq.utils.errors import KdqError, no_module
+from kdq.utils.errors import KdqError, message, no_module
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def imported(option: str, path: str) -> Any:
         return hydra.utils.get_object(path)
     except Exception as error:
         cause = error.__cause__ or error
-        why = no_module(cause) if isinstance(cause, ModuleNotFoundError) else " ".join(str(cause).split())
+        why = no_module(cause) if isinstance(cause, ModuleNotFoundError) else message(cause)
         raise KdqError(f"{option}: cannot import {path!r}: {why}") from error
 
 
@@ -45,7 +45,7 @@ def made(option: str, config: Mapping[str, Any], kind: type[T]) -> T:
     try:
         found = hydra.utils.instantiate(config)
     except Exception as error:
-        raise KdqError(f"{option}: {' '.join(str(error.__cause__ or error).split())}") from error
+        raise KdqError(f"{option}: {message(error.__cause__ or error)}") from error
     if not isinstance(found, kind):
         raise KdqError(f"{option} is no Lightning {kind.__name__.lower()}: give it a _target_ that makes one")
     return found

@@ -13,13 +13,18 @@ class StoppedTrialError(KdqError):
         self.value = value
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, in one line of at most 300 characters: libraries quote what they read.
+def message(error: BaseException) -> str:
+    """What an exception says, on one line.
 
-    >>> one_line(ValueError("no\\nnumber"))
+    >>> message(ValueError("no\\nnumber"))
     'no number'
     """
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    return " ".join(str(error).split())
+
+
+def one_line(error: BaseException) -> str:
+    """:func:`message` in at most 300 characters, for libraries quote what they read; its type where it says nothing."""
+    return (message(error) or type(error).__name__)[:300]
 
 
 def no_module(error: ModuleNotFoundError) -> str:

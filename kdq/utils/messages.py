@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kdq.utils.checks import nearest
 from kdq.utils.config import compose
-from kdq.utils.errors import KdqError, no_module
+from kdq.utils.errors import KdqError, message, no_module
 
 #: Choices that plugins of Hydra bring, and the extra of kdq that installs each.
 _PLUGINS = {"hydra/sweeper=optuna": "optuna", "hydra/launcher=joblib": "joblib"}
@@ -57,42 +57,42 @@ def describe(error: BaseException, chosen: Sequence[str] = ()) -> str:
     """
     for cause in _causes(error):
         if isinstance(cause, KdqError):  # also inside Hydra's and OmegaConf's wrappers
-            return _flat(cause)
+            return message(cause)
         if missing := re.search(r"Missing mandatory value: ([\w.]+)", str(cause)):
             key = missing[1] if "." in missing[1] else getattr(cause, "full_key", None) or missing[1]
             return f"{key} has no value: give {key}=..."
         if isinstance(cause, ModuleNotFoundError) and cause.name and cause.name.partition(".")[0] != "kdq":
             return no_module(cause)
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is slow to import
-            return f"{_flat(cause).partition('.')[0]}: raise teacher.recipe.accumulate or student.recipe.accumulate"
+            return f"{message(cause).partition('.')[0]}: raise teacher.recipe.accumulate or student.recipe.accumulate"
         if _FULL.search(str(cause)):
             return (
                 f"a disk is full: make room where paths.output_dir is, or in {tempfile.gettempdir()} for temporary "
                 "files, and give the command again: it goes on from what is there"
             )
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return _config_complaint(" ".join(_flat(cause) for cause in _causes(error)), chosen)
+        return _config_complaint(" ".join(message(cause) for cause in _causes(error)), chosen)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {_flat(error)} (kdq.debug=true shows where)"
+    return f"{type(error).__name__}: {message(error)} (kdq.debug=true shows where)"
 
 
-def _config_complaint(message: str, chosen: Sequence[str]) -> str:
+def _config_complaint(text: str, chosen: Sequence[str]) -> str:
     """Hydra's message about an override, with the choices there are."""
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': ([\w ]+?) Config", message):
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': ([\w ]+?) Config", text):
         group, name, choices = found[1], found[2], found[3].split()
         if extra := _PLUGINS.get(f"{group}={name}"):
             return f"{group}={name} is a plugin: pip install 'kdq[{extra}]'"
         return f"there is no {group}={name}; choose one of {', '.join(choices)}{nearest(name, choices)}"
-    if found := re.search(r"Ambiguous value for argument '([^']+)'", message):
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, _, values = found[1].partition("=")
         return f"{found[1]} has several values: kdq -m runs a grid of them; a list is '{key}=[{values}]'"
-    if found := re.search(r"Could not (?:override|append to config) '([^']+)'|Key '(\w+)' is not in struct", message):
+    if found := re.search(r"Could not (?:override|append to config) '([^']+)'|Key '(\w+)' is not in struct", text):
         key = (found[1] or found[2]).replace("/", ".").partition("@")[0]
         if places := _PLACES.get(key):
             return f"{key} needs to say whose it is: give {' or '.join(f'{place}=...' for place in places)}"
         return unknown_option(key, _composed(chosen))
-    return message
+    return text
 
 
 def unknown_option(key: str, config: Mapping[str, Any], known: Collection[str] | None = None) -> str:
@@ -148,7 +148,3 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         chain.append(error)
         error = error.__cause__ or error.__context__
     return chain
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())
