@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import pandas as pd
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, message
 from kdq.utils.files import parse_json, regular, write_text
 from kdq.utils.hub import HUB, ROW, fetch
 
@@ -201,7 +201,7 @@ def read_rows(folder: Path, hashes: Container[str] | None = None, skipped: list[
         for number, text in enumerate(content.splitlines() if published else [content], 1):
             try:
                 row = _row(parse_json(text))
-            except (ValueError, TypeError, AttributeError) as error:
+            except ValueError as error:
                 _skip(f"{path}:{number}" if published else str(path), error, skipped)
                 continue
             if hashes is None or row.config_hash in hashes:
@@ -221,8 +221,8 @@ def read_row(path: Path) -> Row:
         return _row(parse_json(regular(path).read_text()))
     except FileNotFoundError as error:
         raise KdqError(f"no file {path}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise KdqError(f"{path} is not a row of kdq's: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError) as error:
+        raise KdqError(f"{path} is not a row of kdq's: {message(error)}") from error
 
 
 def find_row(name: str, output: Path) -> Row:
