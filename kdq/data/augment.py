@@ -92,20 +92,17 @@ class Augment:
         """Augment uint8 ``(batch, height, width, channels)`` by ``draws`` ``(batch, 5)``; returns a new tensor."""
         batch, height, width, _ = images.shape
         top, left, flip, cut_row, cut_column = draws.T[:, :, None]
-        rows = torch.arange(height, device=images.device).expand(batch, -1)
-        columns = torch.arange(width, device=images.device).expand(batch, -1)
+        which, y, x = (torch.arange(count, device=images.device) for count in (batch, height, width))
+        rows, columns = y.expand(batch, -1), x.expand(batch, -1)
         if self.flip:
-            columns = torch.where(flip == 1, width - 1 - columns, columns)
+            columns = torch.where(flip == 1, width - 1 - x, x)
         if self.pad:
             images = F.pad(images, (0, 0, self.pad, self.pad, self.pad, self.pad))
             rows, columns = rows + top, columns + left
-        which = torch.arange(batch, device=images.device)
         images = images[which[:, None, None], rows[:, :, None], columns[:, None, :]]
         if self.cutout:
-            half, grid_rows = self.cutout // 2, torch.arange(height, device=images.device)
-            grid_columns = torch.arange(width, device=images.device)
-            inside_rows = (grid_rows - cut_row + half >= 0) & (grid_rows - cut_row + half < self.cutout)
-            inside_columns = (grid_columns - cut_column + half >= 0) & (grid_columns - cut_column + half < self.cutout)
+            down, across = y - cut_row + self.cutout // 2, x - cut_column + self.cutout // 2
+            inside_rows, inside_columns = ((place >= 0) & (place < self.cutout) for place in (down, across))
             hole = (inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]
             images = torch.where(hole, _filling(self.fill or (0,), images.device), images)
         return images

@@ -77,7 +77,7 @@ class Photographs:
         if len(pixels) != int(ends[-1]):
             raise ValueError(f"{len(pixels)} bytes are not those of the images")
         self.pixels, self.sizes, self.side, self.channels = pixels, sizes, side, channels
-        self.ends, self.nbytes, self.shape = ends, pixels.nbytes, (len(sizes), side, side, channels)
+        self.ends, self.shape = ends, (len(sizes), side, side, channels)
 
     def __len__(self) -> int:
         return len(self.sizes)

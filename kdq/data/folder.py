@@ -50,12 +50,16 @@ LONGEST = 2**16
 def class_names(root: str | Path) -> list[str]:
     """The class folders of ``root/train``, sorted: label ``i`` is the i-th name."""
     train = Path(root).expanduser() / "train"
-    if not train.is_dir():
-        raise KdqError(f"no folder {train}: data.root must hold train/<class>/ and test/<class>/ folders of images")
-    names = sorted(entry.name for entry in train.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = _class_folders(train)
     if len(names) < 2:
         raise KdqError(f"{train} holds {len(names)} class folders, but a classifier needs two: train/<class>/*.jpg")
     return names
+
+
+def _class_folders(part: Path) -> list[str]:
+    if not part.is_dir():
+        raise KdqError(f"no folder {part}: data.root must hold train/<class>/ and test/<class>/ folders of images")
+    return sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def class_count(root: str) -> int:
@@ -90,16 +94,15 @@ def image_folder(
     Raises:
         KdqError: a folder is missing or empty, train and test differ in their classes, or an image is corrupt.
     """
-    decode = partial(decode_image, **fitting(image_size, in_channels, interpolation))
-    source, classes = Path(root).expanduser(), class_names(root)
+    fit, source, classes = fitting(image_size, in_channels, interpolation), Path(root).expanduser(), class_names(root)
     parts = {part: _list_images(source / part, classes) for part in ("train", "test")}
     rows = {part: range(len(files)) for part, files in parts.items()} | _limited(len(parts["train"]), split)
-    folder = Path(cache) / _listing_key(source, parts, decode, rows, whole)
+    folder = Path(cache) / _listing_key(source, parts, fit, rows, whole)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _decode_into(folder, parts, rows, decode, classes, whole)
+                _decode_into(folder, parts, rows, fit, classes, whole)
     labels = {part: [label for _, label in files] for part, files in parts.items()}
     train, train_labels = _mapped(folder, "train", labels["train"], image_size, in_channels, whole)
     test, test_labels = _mapped(folder, "test", labels["test"], image_size, in_channels)
@@ -124,12 +127,7 @@ def _limited(images: int, asked: Mapping[str, Any] | None) -> dict[str, Sequence
 
 
 def _list_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    if not folder.is_dir():
-        raise KdqError(f"no folder {folder}: data.root must hold train/<class>/ and test/<class>/ folders of images")
-    extra = sorted(
-        e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith(".") and e.name not in classes
-    )
-    if extra:
+    if extra := [name for name in _class_folders(folder) if name not in classes]:
         raise KdqError(f"{folder} has class folders that train/ lacks: {', '.join(extra[:5])}")
     found = []
     for label, name in enumerate(classes):
@@ -156,13 +154,13 @@ def _files(folder: Path) -> Iterator[Path]:
 def _listing_key(
     source: Path,
     parts: dict[str, list[tuple[Path, int]]],
-    decode: partial[np.ndarray],
+    fit: Mapping[str, Any],
     rows: Mapping[str, Sequence[int]],
     whole: bool,
 ) -> str:
-    size, in_channels, resampling = decode.keywords.values()
+    resampling = fit["resampling"]
     how = ("" if resampling == RESAMPLING["bilinear"] else f" {resampling.name}") + (" whole" if whole else "")
-    sha = hashlib.sha256(f"2 {size} {in_channels}{how}".encode())
+    sha = hashlib.sha256(f"2 {fit['size']} {fit['in_channels']}{how}".encode())
     if not isinstance(rows["train"], range):
         sha.update(repr(rows["train"]).encode())
     for files in parts.values():
@@ -182,7 +180,7 @@ def _decode_into(
     folder: Path,
     parts: dict[str, list[tuple[Path, int]]],
     rows: Mapping[str, Sequence[int]],
-    decode: partial[np.ndarray],
+    fit: Mapping[str, Any],
     classes: list[str],
     whole: bool,
 ) -> None:
@@ -190,7 +188,7 @@ def _decode_into(
     that is killed leaves the temporary folder, and the next one goes on there."""
     temporary = folder.parent / f".decode-{folder.name}"  # this process alone: it holds the lock
     temporary.mkdir(exist_ok=True)
-    size, in_channels, _ = decode.keywords.values()
+    size, in_channels = fit["size"], fit["in_channels"]
     try:
         for part, files in parts.items():
             several = whole and part == "train"
@@ -205,7 +203,7 @@ def _decode_into(
             ):
                 bar.update(kept.done)
                 asked = rows[part][kept.done :]
-                decoded = pool.map(partial(decode, whole=several), [files[row][0] for row in asked])
+                decoded = pool.map(partial(decode_image, **fit, whole=several), [files[row][0] for row in asked])
                 for done, (row, image) in enumerate(zip(asked, decoded, strict=True), kept.done + 1):
                     kept.put(row, image)
                     bar.update()

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchvision.datasets.utils import extract_archive
 
 from kdq.data.folder import image_folder
 from kdq.data.image_set import ImageSet
-from kdq.utils.errors import KdqError
+from kdq.utils.errors import KdqError, message
 
 
 def digits() -> ImageSet:
@@ -74,21 +75,18 @@ def _torchvision_set(name: str, dataset: Callable[..., Any], root: Path, files: 
 
     Archives the user put there are used before anything is fetched.
     """
-    try:
+    with suppress(Exception):  # torchvision raises many kinds for a missing, half-written or corrupt set
         return _read(dataset, root)
-    except Exception:  # torchvision raises many kinds for a missing, half-written or corrupt set
-        root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".download.lock"):
-        try:
-            return _read(dataset, root)  # another process may have fetched it while this one waited
-        except Exception:
-            pass
+        with suppress(Exception):  # another process may have fetched it while this one waited
+            return _read(dataset, root)
         try:
             _fetch(dataset, root, files)
             return _read(dataset, root)
         except Exception as error:
             raise KdqError(
-                f"{name} is not in {root.resolve()} and could not be fetched ({' '.join(str(error).split())[:160]}): "
+                f"{name} is not in {root.resolve()} and could not be fetched ({message(error)[:160]}): "
                 f"put {', '.join(files)} there, or set paths.data_dir to where they are"
             ) from error
 
