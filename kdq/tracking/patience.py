@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 #: Seconds of a wait that ends well which cost nothing, so that a long grid with a healthy server stays online.
@@ -32,23 +33,20 @@ class Patience:
         Raises:
             TimeoutError: it did not end in time, or no time is left. It may still be running.
         """
-        outcome: dict[str, Any] = {}
+        answer = futures.Future[Any]()
 
         def run() -> None:
             try:
-                outcome["value"] = ask()
+                answer.set_result(ask())
             except BaseException as error:
-                outcome["error"] = error
+                answer.set_exception(error)
 
         limit, start = max(self.left, at_least), time.monotonic()
         if limit > 0:
-            thread = threading.Thread(target=run, daemon=True)
-            thread.start()
-            thread.join(limit)
-        took = time.monotonic() - start
-        self.left = max(0.0, self.left - (max(0.0, took - FREE) if "value" in outcome else took))
-        if "error" in outcome:
-            raise outcome["error"]
-        if "value" not in outcome:
+            threading.Thread(target=run, daemon=True).start()
+            futures.wait([answer], limit)
+        answered, took = answer.done(), time.monotonic() - start
+        self.left = max(0.0, self.left - (max(0.0, took - FREE) if answered and not answer.exception() else took))
+        if not answered:
             raise TimeoutError("the server does not answer")
-        return outcome["value"]
+        return answer.result()
