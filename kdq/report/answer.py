@@ -204,7 +204,7 @@ def _at_sizes(a: Model, b: Model, curves: Mapping[Model, Curve | None]) -> Itera
     mine, other = curves[a], curves[b]
     if mine is not None and other is not None:
         for size in distinct(shared_sizes(mine, other)):
-            yield _place(size, False, (a, mine.by_seed(size)), (b, other.by_seed(size)))
+            yield _place(size, False, (a, mine.at(size)), (b, other.at(size)))
 
 
 def _leads(curves: Mapping[Model, Curve | None]) -> list[tuple[float, list[Measured]]]:
@@ -223,7 +223,7 @@ def _leads(curves: Mapping[Model, Curve | None]) -> list[tuple[float, list[Measu
 def _at(found: Curve, size: float) -> pd.Series:
     """The accuracies at ``size``, or at the curve's end, where that is the same size."""
     end = min(max(size, found.sizes[0]), found.sizes[-1])
-    return found.by_seed(end if abs(end - size) <= SAME_SIZE * size else size)
+    return found.at(end if abs(end - size) <= SAME_SIZE * size else size)
 
 
 def distinct(sizes: Iterable[float]) -> list[float]:

@@ -1,7 +1,6 @@
 """A model's accuracy as a function of its bytes: what is measured, and what lies between."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +19,11 @@ class Curve:
     top1: np.ndarray  # (seeds, k) percent
     seeds: tuple[int, ...]
 
-    def at(self, sizes: float | Sequence[float] | np.ndarray) -> np.ndarray:
-        """Accuracies ``(seeds, len(sizes))``, linear in the logarithm of the bytes between measured sizes; NaN
-        outside them: nothing is extrapolated."""
-        x = np.log(np.atleast_1d(np.asarray(sizes, float)))
-        knots = np.log(self.sizes)
-        return np.stack([np.interp(x, knots, top1, left=np.nan, right=np.nan) for top1 in self.top1])
-
-    def by_seed(self, size: float) -> pd.Series:
-        """The accuracies at one size."""
-        return pd.Series(self.at(size)[:, 0], self.seeds)
+    def at(self, size: float) -> pd.Series:
+        """Accuracies by seed, linear in the logarithm of the bytes between measured sizes; NaN outside them: nothing is
+        extrapolated."""
+        x, knots = np.log(size), np.log(self.sizes)
+        return pd.Series([np.interp(x, knots, top1, left=np.nan, right=np.nan) for top1 in self.top1], self.seeds)
 
 
 def curve(model: pd.DataFrame) -> Curve | None:
