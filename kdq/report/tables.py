@@ -1,5 +1,7 @@
 """The tables people read: in the terminal at the end of a run, and in Markdown."""
 
+import html
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -133,7 +135,7 @@ def _line(entries: Iterable[str]) -> str:
 
 def markdown_text(text: str) -> str:
     """``text`` with everything escaped that Markdown or HTML would read as more than text."""
-    return "".join(f"\\{c}" if c in r"\`*_[]|#$~" else {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(c, c) for c in text)
+    return re.sub(r"[\\`*_\[\]|#$~]", r"\\\g<0>", html.escape(text, quote=False))
 
 
 def _widths(found: pd.DataFrame) -> list[tuple[float, bool]]:

@@ -27,6 +27,8 @@ function grouped(items, key) {
   return groups;
 }
 
+const byModel = (cells) => [...grouped(cells, (c) => JSON.stringify([c.method, c.arch, c.quantizer])).values()];
+
 // Points that no other beats in both; x within one percent is the same.
 function paretoFront(points) {
   const [sorted, front] = [[...points].sort((a, b) => a.x - b.x || b.y - a.y), []];
@@ -55,7 +57,7 @@ const hover = (cell) =>
 
 // One line for every model and quantizer.
 function lines(cells, look, x, y, mode = "lines+markers") {
-  return [...grouped(cells, (c) => JSON.stringify([c.method, c.arch, c.quantizer])).values()].map((found) => {
+  return byModel(cells).map((found) => {
     const first = found[0];
     found.sort((a, b) => a[x] - b[x]);
     return {
@@ -78,7 +80,7 @@ function rings(cells, x, y = "top1") {
 
 // The float model of each line, hollow, behind its end: at `whole`, or at the size of its file.
 function floats(cells, look, x, whole) {
-  return [...grouped(cells, (c) => JSON.stringify([c.method, c.arch, c.quantizer])).values()].map((found) => {
+  return byModel(cells).map((found) => {
     const last = found.reduce((a, b) => (b[x] > a[x] ? b : a));
     const color = look.color(last.method);
     return {
@@ -138,9 +140,8 @@ function drawAccuracy(every, timed, published, latency, look) {
     hovertemplate: found.map((p) => `published: <b>${plain(p.method)}</b>, ${p.levels} levels, ${plain(p.study_data)}<br>top-1 ${p.published}<extra></extra>`),
   }));
   const whole = 1.35 * Math.max(...cells.map((c) => c.avg_bits));
-  const [bits, withFloat] = [ticks(cells.map((c) => Math.ceil(c.avg_bits)), String), ticks(cells.map((c) => Math.ceil(c.avg_bits)), String)];
-  withFloat.tickvals.push(whole);
-  withFloat.ticktext.push("float");
+  const bits = ticks(cells.map((c) => Math.ceil(c.avg_bits)), String);
+  const withFloat = { ...bits, tickvals: [...bits.tickvals, whole], ticktext: [...bits.ticktext, "float"] };
   draw("bits", [...lines(cells, look, "avg_bits", "top1"), ...floats(cells, look, "avg_bits", whole), ...known], layout("bits per weight", "top-1 (%)", { xaxis: withFloat }));
   const sizes = cells.length ? decades(cells.flatMap((c) => [c.size_bytes, c.float_bytes]), shortSize) : {};
   draw("bytes", [...lines(cells, look, "size_bytes", "top1"), ...floats(cells, look, "size_bytes"), rings(cells, "size_bytes")], layout("packed size", "top-1 (%)", { xaxis: sizes }));

@@ -101,9 +101,9 @@ function showGrid(cells) {
     .sort((a, b) => a[0] - b[0] || a[1] - b[1]).map(([, , name]) => name);
   const grid = new Set(cells.map((c) => (c.searched ? "" : JSON.stringify([c.quantizer, widthName(c)]))));
   const body = element("tbody");
-  for (const found of grouped(cells, (c) => JSON.stringify([c.method, c.arch, c.quantizer])).values()) {
-    const [first, byWidth, line] = [found[0], new Map(found.map((c) => [widthName(c), c])), element("tr")];
-    for (const name of ["method", "arch", "quantizer"]) line.append(element("td", first[name], { className: "text" }));
+  for (const found of byModel(cells)) {
+    const [first, byWidth] = [found[0], new Map(found.map((c) => [widthName(c), c]))];
+    const line = row([first.method, first.arch, first.quantizer], 3);
     const entry = (mean, std, size) => {
       const cell = element("td", meanStd(mean, std));
       cell.append(element("small", sizeName(size)));
@@ -148,11 +148,8 @@ function showCells() {
     th.append(button);
     head.firstChild.append(th);
   });
-  for (const cell of visible.slice(0, shown)) {
-    const line = element("tr");
-    columns.forEach(([column, , show], i) => line.append(element("td", show ? show(cell, column) : cell[column], { className: i < 3 ? "text" : "" })));
-    body.append(line);
-  }
+  for (const cell of visible.slice(0, shown))
+    body.append(row(columns.map(([column, , show]) => (show ? show(cell, column) : cell[column])), 3));
   $("cells").replaceChildren(head, body);
   $("more").hidden = visible.length <= shown;
   $("more").textContent = `Show all ${visible.length} cells`;
@@ -163,12 +160,8 @@ function showPublished(filter) {
   $("published").hidden = !found.length;
   const body = element("tbody");
   for (const cell of found) {
-    const line = element("tr");
-    for (const name of ["method", "arch", "quantizer"]) line.append(element("td", cell[name], { className: "text" }));
-    const whole = cell.levels === null;
-    for (const text of [whole ? "float" : `${cell.width} bits`, cell.top1.toFixed(2), cell.published.toFixed(2), whole ? "–" : String(cell.levels)])
-      line.append(element("td", text));
-    body.append(line);
+    const [width, levels] = cell.levels === null ? ["float", "–"] : [`${cell.width} bits`, String(cell.levels)];
+    body.append(row([cell.method, cell.arch, cell.quantizer, width, cell.top1.toFixed(2), cell.published.toFixed(2), levels], 3));
   }
   $("published-table").replaceChildren(headRow(["method", "arch", "quantizer", "bits", "here (%)", "published (%)", "levels there"], 3), body);
   $("published-warnings").replaceChildren(...payload.published_warnings.map((text) => element("li", text)));
