@@ -53,7 +53,7 @@ def _write(output: Path, public: Path | None, style: str) -> int:
     from kdq.report.write import write_report
 
     written = write_report(output, style)
-    print_results(Console(), output, written.rows, written, output / "runs")
+    print_results(Console(), output, written.rows, written)
     if public is not None:
         try:
             publish(output, written, public)

@@ -18,7 +18,7 @@ from kdq.report.write import Written
 ANSWERS, LINES = 4, 12
 
 
-def print_results(console: Console, output: Path, rows: Sequence[Row], written: Written, runs: Path) -> None:
+def print_results(console: Console, output: Path, rows: Sequence[Row], written: Written) -> None:
     """The table of ``rows``, the answer that all rows below ``output`` give, and where everything is."""
     if rows:
         tables = fitting_tables(rows, console) if console.is_terminal else [accuracy_table(rows)]
@@ -43,9 +43,9 @@ def print_results(console: Console, output: Path, rows: Sequence[Row], written: 
     ):
         if file in by_name:
             _place(console, name, str(by_name[file]))
-    if (runs / "wandb").is_dir():
-        _place(console, "W&B runs", str(runs / "wandb"))
-        _place(console, "browse them with", f"wandb leet {runs / 'wandb'}")
+    if (runs := output / "runs" / "wandb").is_dir():
+        _place(console, "W&B runs", str(runs))
+        _place(console, "browse them with", f"wandb leet {runs}")
 
 
 def _print_answer(console: Console, answer: Answer) -> None:

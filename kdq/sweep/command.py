@@ -56,4 +56,4 @@ def sweep(
 def finish(cfg: DictConfig, rows: Sequence[Row]) -> None:
     """Rebuild the report over everything in the output folder and print what this command found."""
     output = Path(cfg.paths.output_dir)
-    print_results(Console(), output, rows, write_report(output), output / "runs")
+    print_results(Console(), output, rows, write_report(output))

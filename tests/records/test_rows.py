@@ -145,7 +145,7 @@ def test_a_packed_file_that_is_gone_or_cut_short_is_told(tmp_path: Path, capsys:
     written = write_report(tmp_path)
     assert written.lacking == [short, gone]
     assert gone in (tmp_path / "report" / "report.md").read_text()
-    print_results(Console(), tmp_path, rows, written, tmp_path / "runs")
+    print_results(Console(), tmp_path, rows, written)
     assert f"not complete: {short} (2 rows" in capsys.readouterr().out
 
 
