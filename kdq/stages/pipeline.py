@@ -1,8 +1,8 @@
 """A job from its config to its rows: teacher -> student -> quantize -> tune -> deploy, making only what is missing."""
 
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig
@@ -26,63 +26,74 @@ log = logging.getLogger(__name__)
 FOUND = ("top1_float", "top1", "top5", "nll", "ece", "avg_bits", "weight_bits_total", "size_bytes", "macs", "bops")
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a cell asks for; rows are named as :func:`kdq.stages.asked.asked_bits` names them."""
+
+    cell: Cell
+    model: Model  # whose weights are quantized
+    tuned: dict[str, Model]  # what each row's network is trained on to, if it is
+    keys: dict[str, str]  # the config_hash of each row
+    columns: dict[str, Any]  # of deploy, that each row must have: see complete
+
+    def known(self) -> dict[str, Row]:
+        """The rows on disk, by their keys."""
+        return {row.config_hash: row for row in read_rows(self.cell.output / "rows", set(self.keys.values()))}
+
+    def complete(self, row: Row) -> bool:
+        return complete(self.cell.output, row, self.columns)
+
+
+def wanted_by(cell: Cell) -> Wanted:
+    """Raises KdqError for what cannot be made, before anything is."""
+    model = planned(cell)
+    trained_on = tuned_models(cell, model)
+    return Wanted(cell, model, trained_on, row_keys(cell, model, trained_on), asked_columns(cell))
+
+
 def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     """The rows that the config asks for, one per width: those on disk, and the missing ones, made in one pass; then the
     columns of ``deploy`` that they lack. ``job``: named in the record that a failure leaves."""
     cell = Cell(cfg)
     _ = cell.device  # a wrong setting is refused before anything is trained
-    model = planned(cell)
-    trained_on = tuned_models(cell, model)
-    keys = row_keys(cell, model, trained_on)
-    known = _known(cell, keys)
-    columns = asked_columns(cell)
+    wanted = wanted_by(cell)
+    known = wanted.known()
     names = {
         key: f"{cell.name}-b{name}"
-        for name, key in keys.items()
-        if key not in known or not complete(cell.output, known[key], columns)
+        for name, key in wanted.keys.items()
+        if key not in known or not wanted.complete(known[key])
     }
     if names:
         # One process at a time for a model and a quantizer, whatever the widths; equal commands find what the first
         # one made. The log, whose end may wait for a server, is closed when the lock is free.
-        lock = cell.output / "store" / ".locks" / f"{key_of(row_spec(cell, model, None))}.lock"
+        lock = cell.output / "store" / ".locks" / f"{key_of(row_spec(cell, wanted.model, None))}.lock"
         with recorded(cell.output, names, job), ExitStack() as log_of_rows, locked(lock, f"rows of {cell.name}"):
-            known = _completed(cell, model, trained_on, keys, columns, log_of_rows)
-    return [known[key] for key in keys.values()]
+            known = _completed(wanted, log_of_rows)
+    return [known[key] for key in wanted.keys.values()]
 
 
-def _known(cell: Cell, keys: Mapping[str, str]) -> dict[str, Row]:
-    return {row.config_hash: row for row in read_rows(cell.output / "rows", set(keys.values()))}
-
-
-def _completed(
-    cell: Cell,
-    model: Model,
-    trained_on: Mapping[str, Model],
-    keys: Mapping[str, str],
-    columns: Mapping[str, Any],
-    log_of_rows: ExitStack,
-) -> dict[str, Row]:
+def _completed(wanted: Wanted, log_of_rows: ExitStack) -> dict[str, Row]:
     """The rows on disk with the missing ones, packed files and columns, all told in one log, which stays open."""
-    known = _known(cell, keys)
+    cell, known = wanted.cell, wanted.known()
     rows, missing = dict(known), {}
-    if len(known) == len(keys) and all(complete(cell.output, row, columns) for row in known.values()):
+    if len(known) == len(wanted.keys) and all(map(wanted.complete, known.values())):
         return rows
-    for name, key in keys.items():
+    for name, key in wanted.keys.items():
         row = known.get(key)
-        if row is None or not (complete(cell.output, row, columns) or whole(cell.output, row)):
+        if row is None or not (wanted.complete(row) or whole(cell.output, row)):
             missing[name] = key
             if row is not None:
                 log.warning("the packed file %s is gone or cut short: it is made again", cell.output / row.artifact)
-    entry = obtain(cell.store, model) if missing else None
-    made_on = {name: obtain(cell.store, trained_on[name]) for name in missing if trained_on}
+    entry = obtain(cell.store, wanted.model) if missing else None
+    made_on = {name: obtain(cell.store, wanted.tuned[name]) for name in missing if wanted.tuned}
     arch = arch_of(cell, entry) if entry else next(iter(rows.values())).arch
-    track = log_of_rows.enter_context(tracked_rows(cell, model, trained_on, arch, keys))
+    track = log_of_rows.enter_context(tracked_rows(cell, wanted.model, wanted.tuned, arch, wanted.keys))
     if entry:
         networks = {name: tuned(cell, entry, made) for name, made in made_on.items()}
         made = quantize(cell, entry, missing, track, networks)
         rows |= {missing[name]: _again(cell, known.get(missing[name]), row) for name, row in made.items()}
     for key, row in rows.items():
-        if not has(row, columns):
+        if not has(row, wanted.columns):
             rows[key] = deploy(cell, row)
             log_deployed(track, rows[key])
     return rows

@@ -4,9 +4,8 @@
     wave 2 ...      models that need those: distilled students; then, with ``tune``, each width's tuned model
     last wave       rows: every missing width of one model in one job
 
-Keys come from :func:`kdq.stages.train.planned`, :func:`kdq.stages.tune.tuned_models` and
-:func:`kdq.stages.asked.row_keys`, which the jobs themselves use: what a wave leaves in the store is what the next one
-finds there.
+Keys come from :func:`kdq.stages.pipeline.wanted_by`, which the jobs themselves use: what a wave leaves in the store is
+what the next one finds there.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +18,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from kdq.records.rows import read_rows
-from kdq.stages.asked import complete, row_keys
+from kdq.stages.asked import complete
 from kdq.stages.cell import Cell
 from kdq.stages.check import referred
-from kdq.stages.deploy import asked_columns
-from kdq.stages.train import Model, planned
-from kdq.stages.tune import tuned_models
+from kdq.stages.pipeline import Wanted, wanted_by
+from kdq.stages.train import Model
 from kdq.sweep.cost import model_work, row_work
 from kdq.utils.errors import KdqError
 from kdq.utils.messages import describe
@@ -80,8 +78,8 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
     plan, models, jobs = Plan(output, cells), _Models(), list[Job]()
     deployments: dict[str, Mapping[str, Any]] = {}  # of each row: the columns that the first cell of it asks for
     for group in _by_bits(cells):
-        for cell, overrides, model, tuned, keys in _planned(group, compose, plan):
-            columns = asked_columns(cell)
+        for overrides, wanted in _planned(group, compose, plan):
+            cell, keys, columns = wanted.cell, wanted.keys, wanted.columns
             if any(deployments.setdefault(key, columns) != columns for key in keys.values()):
                 cause = "another cell deploys the same row otherwise, and a row has one deployment: run deploy=... in "
                 plan.impossible.append((overrides, f"{cause}a command of its own"))
@@ -94,8 +92,8 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
             if not missing:
                 continue
             try:
-                wanted = [tuned[name] for name in missing] if tuned else [model]
-                needs = frozenset().union(*(models.missing(cell, each, overrides) for each in wanted))
+                lasts = [wanted.tuned[name] for name in missing] if wanted.tuned else [wanted.model]
+                needs = frozenset().union(*(models.missing(cell, each, overrides) for each in lasts))
             except KdqError as error:  # a damaged model takes only its own rows with it
                 plan.impossible.append((overrides, describe(error)))
                 plan.rows = {key: name for key, name in plan.rows.items() if key not in missing.values()}
@@ -116,11 +114,9 @@ def _by_bits(cells: Sequence[Overrides]) -> list[list[Overrides]]:
     return list(groups.values())
 
 
-def _planned(
-    group: list[Overrides], compose: Compose, plan: Plan
-) -> Iterator[tuple[Cell, Overrides, Model, dict[str, Model], dict[str, str]]]:
-    """The cells of a group, with their models, tuned models and keys of rows: as one cell with a list of bits, where
-    that means the same, else one by one. What cannot be planned is noted in ``plan``."""
+def _planned(group: list[Overrides], compose: Compose, plan: Plan) -> Iterator[tuple[Overrides, Wanted]]:
+    """What the cells of a group ask for: as one cell with a list of bits, where that means the same, else one by one.
+    What cannot be planned is noted in ``plan``."""
     configs = {}
     if len(group) > 1:
         parser = OverridesParser.create()
@@ -134,11 +130,7 @@ def _planned(
                 group = [together]
     for overrides in group:
         try:
-            cell = Cell(configs.get(overrides) or compose(overrides))
-            model = planned(cell)
-            asked_columns(cell)
-            tuned = tuned_models(cell, model)
-            yield cell, overrides, model, tuned, row_keys(cell, model, tuned)
+            yield overrides, wanted_by(Cell(configs.get(overrides) or compose(overrides)))
         except HydraException:
             raise
         except Exception as error:
