@@ -25,7 +25,7 @@ from kdq.records.store import Entry, key_of
 from kdq.records.user_code import user_code
 from kdq.stages.asked import asked_bits, quant_config, quant_spec, row_axes, row_spec, search_config
 from kdq.stages.cell import Cell
-from kdq.stages.quantize_log import log_axes, log_layers, log_row, log_search
+from kdq.stages.quantize_log import log_layers, log_row, log_search
 from kdq.tracking.run import RunLogger
 from kdq.train.evaluate import test, validation_top1
 from kdq.train.trainer import evaluation_trainer, limited
@@ -67,7 +67,6 @@ def quantize(
         tuned: the networks of those rows, by the same names, where they were trained on: none is quantized then.
     """
     network = _ready(cell, entry)
-    log_axes(track)
     common = _common(cell, entry, network) | {"wandb_run": track.folder}
     rows: dict[str, Row] = {}
     with progress(f"quantizing {cell.name}", None, "step") as bar:

@@ -1,8 +1,8 @@
 """What the stage that quantizes tells its log: accuracy over bits, every layer's error and width, the bit search."""
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from kdq.quant.bitsearch.mixed import MixedPrecision
@@ -25,11 +25,12 @@ LAYERS = ("asked", "layer", "kind", "shape", "weights", "bits", "levels", "error
 STEPS = ("step", "layer", "from_bits", "to_bits", "avg_bits", "size_bytes", "loss", "top1")
 
 
+@contextmanager
 def tracked_rows(
     cell: Cell, model: Model, trained_on: Mapping[str, Model], arch: str, asked: Mapping[str, str]
-) -> AbstractContextManager[RunLogger]:
+) -> Iterator[RunLogger]:
     """The log of the rows of ``model``, or of what each was ``trained_on`` to, which has its name from all that were
-    ``asked`` for, also those that are there already."""
+    ``asked`` for, also those that are there already. Bits are the x-axis of everything that is measured at each."""
     cfg, role, quant, axes = cell.cfg, plain(cell.cfg[cell.role]), plain(cell.cfg.quant), row_axes(cell, arch)
     named = [axes[axis] for axis in ("method", "arch", "quantizer", "act_bits", "tune")]
     axes |= {
@@ -43,13 +44,10 @@ def tracked_rows(
     name, key = f"{cell.name}-b{','.join(asked)}", key_of({"rows": sorted(asked.values())})
     inputs = [artifact(cell.store, each) for each in trained_on.values() or [model]]
     tags = [f"{name}bit" for name in asked]
-    return cell.tracked("quantize", name, key, axes, settings, inputs, tags)
-
-
-def log_axes(track: RunLogger) -> None:
-    """Bits are the x-axis of everything that is measured at each width."""
-    track.axis("quantize/bits", [f"quantize/{curve}" for curve in (*CURVES, *DEPLOYED)])
-    track.axis("bits/step", [f"bits/{curve}" for curve in SEARCH])
+    with cell.tracked("quantize", name, key, axes, settings, inputs, tags) as track:
+        track.axis("quantize/bits", [f"quantize/{curve}" for curve in (*CURVES, *DEPLOYED)])
+        track.axis("bits/step", [f"bits/{curve}" for curve in SEARCH])
+        yield track
 
 
 def log_layers(track: RunLogger, reports: Mapping[str, Report]) -> None:
@@ -95,6 +93,5 @@ def log_row(track: RunLogger, row: Row, file: Path) -> None:
 
 def log_deployed(track: RunLogger, row: Row) -> None:
     """One width's exported models: their accuracy, bytes, latency and throughput."""
-    log_axes(track)
     measured = {f"quantize/{name}": getattr(row, name) for name in DEPLOYED if getattr(row, name) is not None}
     track.metrics({"quantize/bits": row.bits} | measured)
