@@ -34,7 +34,7 @@ from kdq.records.user_code import user_code
 from kdq.stages.asked import asked_bits, quant_spec
 from kdq.stages.cell import Cell
 from kdq.stages.quantize import Tuned, quantized_once
-from kdq.stages.train import Model, artifact, teacher_model
+from kdq.stages.train import Model, artifact, obtain, teacher_model
 from kdq.stages.training import NetworkSpec, TrainingSpec, check_module, made_module
 from kdq.stages.worker import run_training
 from kdq.train.recipe import Recipe
@@ -104,11 +104,11 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
 def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str) -> Make:
     @contextmanager
     def make(work: Path) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Any]]]:
-        entry = _entry(cell, models["student"])
+        entry = obtain(cell.store, models["student"])
         start, facts = _start(cell, entry, name, work)
         networks = dict(plan.networks)
         for role, model in models.items():  # of students that learned together, the best one has its own net
-            stored = _entry(cell, model)
+            stored = obtain(cell.store, model)
             net = cell.net_of(cell.role if model is models["student"] else "teacher", stored)
             file = start if role == "student" else (stored.path / "weights.safetensors").absolute()
             networks[role] = replace(networks[role], net=net, weights=str(file))
@@ -138,12 +138,6 @@ def _loss(cell: Cell, training: TrainingSpec, weights: Mapping[str, Tensor]) -> 
         terms, _ = module.losses(images, labels, TrainingProgress())
         mean.update(torch.stack(list(terms.values())).sum().cpu(), weight=len(labels))
     return float(mean.compute())
-
-
-def _entry(cell: Cell, model: Model) -> Entry:
-    entry = cell.store.get(model.spec, model.slug)
-    assert entry is not None  # what a model needs is made before it
-    return entry
 
 
 def _start(cell: Cell, entry: Entry, name: str, work: Path) -> tuple[Path, dict[str, Any]]:
