@@ -25,9 +25,7 @@ from kdq.train import slurm as cluster
 from kdq.train.fit import Best
 from kdq.utils.cpu import keep_freed_memory
 from kdq.utils.errors import KdqError, StoppedTrialError
-
-#: What the workers leave of a training that its search has stopped: the value that was compared.
-STOPPED = "stopped.txt"
+from kdq.utils.files import write_text
 
 
 @contextmanager
@@ -47,15 +45,13 @@ def run_training(cell: Cell, spec: TrainingSpec, work: Path) -> Iterator[tuple[d
         raise KdqError(f"recipe.batch_size={batch} must be a multiple of {count} devices x {accumulate} portions")
     job = {"cfg": OmegaConf.to_container(cell.cfg, resolve=True), "spec": asdict(spec), "work": str(work.absolute())}
     (work / "job.json").write_text(json.dumps(job))
-    for old in (work / "result.pt", work / STOPPED, *work.glob("error-*.txt")):
+    for old in (work / "result.pt", *work.glob("error-*.json")):
         old.unlink(missing_ok=True)
     codes = processes.run("kdq.stages.worker", work / "job.json", count)
     # A worker whose peer died fails, too; the one with a message for people is the cause.
-    messages = [file.read_text() for file in sorted(work.glob("error-*.txt"))]
-    if (work / STOPPED).exists():
-        raise StoppedTrialError(messages[0], float((work / STOPPED).read_text()))
-    if messages:
-        raise KdqError(messages[0])
+    if errors := sorted(work.glob("error-*.json")):
+        message, stopped_at = json.loads(errors[0].read_text())
+        raise KdqError(message) if stopped_at is None else StoppedTrialError(message, stopped_at)
     if any(codes):
         raise KdqError(f"a process of the training died (exit codes {codes}): its error is above")
     result = torch.load(work / "result.pt", map_location="cpu", weights_only=True)
@@ -73,9 +69,8 @@ def _worker(job_file: Path) -> None:
                 result = {"best": {name: vars(learner) for name, learner in best.items()}, "metrics": metrics}
                 torch.save(result, work / "result.pt")
     except KdqError as error:
-        if isinstance(error, StoppedTrialError):
-            (work / STOPPED).write_text(repr(error.value))
-        (work / f"error-{rank}.txt").write_text(str(error))
+        stopped_at = error.value if isinstance(error, StoppedTrialError) else None
+        write_text(work / f"error-{rank}.json", json.dumps([str(error), stopped_at]))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
