@@ -29,10 +29,8 @@ class KdqSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from kdq.sweep.command import sweep
 
-        assert self.config is not None
-        assert self.hydra_context is not None
-        assert self.launcher is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        loader = self.hydra_context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (cells,) = self.split_arguments(overrides, None)
         if not self.dry_run:
@@ -40,9 +38,8 @@ class KdqSweeper(BasicSweeper):
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")
         self.config.hydra.hydra_logging.root.level = "WARNING"  # kdq says itself what it launches
-        return sweep(self.config, cells, self._compose, self.launcher, self.dry_run)
 
-    def _compose(self, overrides: tuple[str, ...]) -> DictConfig:
-        assert self.config is not None
-        assert self.hydra_context is not None
-        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        def compose(overrides: tuple[str, ...]) -> DictConfig:
+            return loader.load_sweep_config(self.config, list(overrides))
+
+        return sweep(self.config, cells, compose, self.launcher, self.dry_run)
