@@ -122,7 +122,6 @@ def training_trainer(config: Mapping[str, Any], epochs: int, **ours: Any) -> L.T
         # kdq starts the processes of a training itself; in any Slurm job Lightning would look for Slurm's.
         "plugins": [environment(), *ours.get("plugins", ())],
         "max_epochs": epochs,
-        "deterministic": "warn",
     }
     # Part of torch's deterministic mode, for finding reads of memory that nothing wrote; it costs 3 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -139,7 +138,6 @@ def evaluation_trainer(config: Mapping[str, Any], callbacks: Iterable[L.Callback
         "logger": False,
         "callbacks": list(callbacks),
         "plugins": [environment()],
-        "deterministic": "warn",
         "enable_checkpointing": False,
     }
     return _trainer(config, ours)
@@ -167,14 +165,14 @@ def _trainer(config: Mapping[str, Any], ours: Mapping[str, Any]) -> L.Trainer:
     _quiet_lightning()
     given = {k: v for k, v in config.items() if k not in OWN and k not in RECIPE and v is not None}
     common = {
+        "deterministic": "warn",
         "num_sanity_val_steps": 0,
-        "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
         "enable_autolog_hparams": False,
     }
-    flags = {"_target_": "lightning.Trainer", **common, **given}
-    flags |= {"enable_progress_bar": False}  # kdq shows one bar for a whole training
+    # kdq shows one bar for a whole training.
+    flags = {"_target_": "lightning.Trainer", **common, **given, "enable_progress_bar": False}
     return hydra.utils.instantiate({k: v for k, v in flags.items() if k not in ours}, **ours)
 
 
