@@ -43,7 +43,7 @@ def parse_json(text: str | bytes) -> Any:
 def regular(path: Path) -> Path:
     """``path`` itself, or OSError where no regular file is there: opening a pipe would wait for ever."""
     if not S_ISREG(path.stat().st_mode):
-        raise OSError(f"{path} is not a regular file")
+        raise OSError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}: a file is needed")
     return path
 
 
