@@ -36,6 +36,7 @@ def test_the_trusted_share_is_the_best_on_held_out_images() -> None:
     for rows in (24, 60, 2000):
         G, C = moments(*inputs(rows, 0.5))
         shares.append(trusted(W, G, C, HeldOut(*moments(Y, Yq), 500)).item())
+        assert trusted(W / 256, G, C, HeldOut(*moments(Y, Yq), 500)).item() == pytest.approx(shares[-1])
         D = project(W, G, C) - W
         errors = [(Y @ W[0].T - Yq @ (W + gamma * D)[0].T).square().sum() for gamma in torch.linspace(0, 1, 1001)]
         assert shares[-1] == pytest.approx(int(torch.stack(errors).argmin()) / 1000, abs=1e-3)
@@ -48,6 +49,7 @@ def test_nothing_is_trusted_that_does_not_hold_elsewhere() -> None:
     Y, _ = inputs(500, 0.0, seed=2)
     G, C = moments(X, Xq)
     assert trusted(W, G, C, HeldOut(*moments(Y, Y + 0 * Y), 500)) == 1  # equal inputs: there is nothing to judge
+    assert trusted(W, G, G, HeldOut(*moments(Y, 2 * Y), 500)) == 0  # there is nothing to trust
     opposite = moments(2 * Y, Y)[1]  # asks for less where the others ask for more
     assert trusted(W, G, 2 * G, HeldOut(moments(Y, Y)[0], opposite - 1.5 * moments(Y, Y)[0], 500)) == 0
 

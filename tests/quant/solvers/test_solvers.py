@@ -11,7 +11,7 @@ from kdq.quant.solvers.alphabet import Alphabet
 from kdq.quant.solvers.alphabets import ALPHABETS, paper, rescale, ternary, uniform
 from kdq.quant.solvers.gpfq import gpfq
 from kdq.quant.solvers.gptq import DAMPING, gptq
-from kdq.quant.solvers.qronos import project, qronos
+from kdq.quant.solvers.qronos import RIDGE, project, qronos
 from kdq.quant.solvers.refine import refine, refit
 from kdq.quant.solvers.rtn import rtn
 from kdq.quant.solvers.spfq import spfq
@@ -93,6 +93,22 @@ def test_what_no_image_says_leaves_the_weights_as_they_are() -> None:
     assert torch.allclose(Xq @ V.T, X @ W.T, atol=1e-3)
 
 
+def test_the_projection_is_ridge_regression_towards_the_weight(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Explicit inverses, for groups of their own sizes: many images, fewer than inputs, and inputs of zeros."""
+    W, X, Xq = (part.double() for part in problem)
+    pairs = [(X, Xq), (30 * X[:12], 30 * Xq[:12]), (0 * X, 0 * Xq)]
+    G, C = (torch.stack(each) for each in zip(*((b.T @ b, b.T @ a) for a, b in pairs), strict=True))
+    V = project(W.expand(3, -1, -1), G, C)
+    for v, g, c in zip(V[:2], G, C, strict=False):
+        strength = RIDGE * max(row.abs().sum() for row in g)
+        expected = W + W @ (c.T - g) @ torch.linalg.inv(g + strength * torch.eye(40))
+        torch.testing.assert_close(v, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(V[2], W)
+    G[1, 3, 3] = torch.nan
+    with pytest.raises(KdqError, match="not finite"):
+        project(W.expand(3, -1, -1), G, C)
+
+
 def test_a_ridge_is_images_that_are_the_same_in_both_networks(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     _, X, Xq = problem
     G, C = held(Xq.T @ Xq, Xq.T @ X, 0.3)
@@ -126,10 +142,22 @@ def test_refinement_never_increases_the_error(problem: tuple[Tensor, Tensor, Ten
     assert after.sum() < error(W, X, Xq, SOLVERS[start](W, G, H, uniform(W, 2))).sum()
 
 
+def test_groups_are_refined_apart(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    W, X, Xq = problem
+    weight, gram, cross = torch.stack([W, W.flip(0)]), torch.stack([Xq.T @ Xq, X.T @ X]), torch.stack([Xq.T @ X] * 2)
+    start = uniform(weight, 2)
+    values, alphabet = refine(weight, gram, cross, start.nearest(weight), start)
+    for index, parts in enumerate(zip(weight, gram, cross, strict=True)):
+        own = uniform(parts[0], 2)
+        alone, fitted = refine(*parts, own.nearest(parts[0]), own)
+        assert torch.equal(alphabet.scale[index], fitted.scale)
+        assert torch.equal(values[index], alone)
+
+
 def test_a_refined_weight_is_a_minimum_in_every_coordinate_and_its_scale_of_all_scales() -> None:
     torch.manual_seed(1)
     X = torch.randn(60, 12)
-    W, G = torch.randn(3, 12), X.T @ X
+    W, G = 0.1 * torch.randn(3, 12), X.T @ X
     alphabet = uniform(W, 2)
     Q, alphabet = refine(W, G, G, gpfq(W, G, G, alphabet), alphabet, sweeps=50)
     best = error(W, X, X, Q)
