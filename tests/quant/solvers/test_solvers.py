@@ -72,6 +72,19 @@ def test_gptq_against_its_recursion_with_explicit_inverses(problem: tuple[Tensor
     assert torch.equal(alphabet.encode(found), alphabet.encode(expected.float()))
 
 
+@pytest.mark.parametrize("name", ["gptq", "qronos"])
+def test_inputs_of_zeros_leave_rounding_and_those_of_no_number_are_refused(
+    problem: tuple[Tensor, Tensor, Tensor], name: str
+) -> None:
+    W, X, _ = problem
+    weight, gram = torch.stack([W, W]), torch.stack([X.T @ X, torch.zeros(40, 40)])
+    alphabet = uniform(weight, 3)
+    assert torch.equal(SOLVERS[name](weight, gram, gram, alphabet)[1], alphabet.nearest(weight)[1])
+    gram[1] = torch.nan
+    with pytest.raises(KdqError, match="not finite"):
+        SOLVERS[name](weight, gram, gram, alphabet)
+
+
 def test_qronos_projects_to_the_least_squares_weight(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     W, X, Xq = problem
     V = project(W, Xq.T @ Xq, Xq.T @ X)
