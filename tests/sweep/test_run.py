@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kdq.records.failures import Failure, read_failures, record
+from kdq.records.failures import Failure, Job, read_failures, record, recorded
 from kdq.records.rows import write_row
 from kdq.stages.pipeline import run, train
 from kdq.sweep.plan import Plan, make_plan
@@ -18,6 +18,7 @@ from kdq.sweep.run import run_plan
 from kdq.sweep.show import failure_lines
 from kdq.sweep.status import Status, present
 from kdq.utils.config import compose
+from kdq.utils.errors import StoppedTrialError
 from tests.conftest import TINY
 from tests.rows import ROW
 
@@ -111,6 +112,13 @@ def test_a_job_that_says_all_is_well_and_made_nothing_has_failed(tmp_path: Path)
     _, failures = sweep(tmp_path, Launcher(tmp_path, {"baseline-resnet20-s0-best": None}))
     assert {failure.cause for failure in failures} == {"the job ended without a result"}
     assert len(failures) == 2
+
+
+def test_a_training_that_its_search_has_stopped_has_not_failed(tmp_path: Path) -> None:
+    for error in (ValueError("no"), StoppedTrialError("weak", 0.5)):
+        with pytest.raises(type(error)), recorded(tmp_path, {"key": "name"}, Job()):
+            raise error
+        assert list(read_failures(tmp_path)) == ["key"] * isinstance(error, ValueError)
 
 
 def test_records_that_cannot_be_read_count_as_none(tmp_path: Path) -> None:
