@@ -130,7 +130,10 @@ def _planned(group: list[Overrides], compose: Compose, plan: Plan) -> Iterator[t
                 group = [together]
     for overrides in group:
         try:
-            yield overrides, wanted_by(Cell(configs.get(overrides) or compose(overrides)))
+            cell = Cell(configs.get(overrides) or compose(overrides))
+            if cell.output != plan.output:
+                raise KdqError("a sweep writes into one folder: give paths.output_dir one value, and run another sweep")
+            yield overrides, wanted_by(cell)
         except HydraException:
             raise
         except Exception as error:

@@ -52,7 +52,7 @@ def cost(work: float, speed: float) -> str:
         return "?"
     scaled, unit = work / 1e9, "GMAC"
     for larger in ("TMAC", "PMAC", "EMAC"):
-        if scaled >= 1000:
+        if scaled >= 999.5:  # three digits would say 1e+03
             scaled, unit = scaled / 1000, larger
     text = f"{scaled:.3g} {unit}"
     return f"{text}, {duration(work / speed)}" if speed else text

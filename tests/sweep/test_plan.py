@@ -129,6 +129,16 @@ def test_lists_of_bits_join_and_candidates_of_a_search_do_not(tmp_path: Path) ->
     assert [job.what for job in plan.waves[-1]] == ["1 row at 2-4 bits", "1 row at 2-8 bits"]
 
 
+def test_a_sweep_has_one_output_folder(tmp_path: Path) -> None:
+    plan = make_plan(
+        grid(paths__output_dir=(tmp_path, tmp_path / "b")), lambda given: compose([*given, *TINY]), tmp_path
+    )
+    assert [(given, "into one folder" in cause) for given, cause in plan.impossible] == [
+        ((f"paths.output_dir={tmp_path / 'b'}",), True)
+    ]
+    assert len(plan.rows) == 1
+
+
 def test_a_cell_that_cannot_be_planned_is_one_failure_and_a_mistyped_command_is_none_at_all(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, grid(method=("baseline",), quant__bits=(1, 4)))
     assert [cause for _, cause in plan.impossible] == ["quant.bits=1 must be a whole number from 2 to 32"]
@@ -190,7 +200,7 @@ def test_work_is_three_forward_passes_of_what_learns_and_one_of_what_teaches(tmp
 
 
 def test_costs_and_times_are_readable() -> None:
-    assert cost(2.5e12, 0) == "2.5 TMAC"
+    assert [cost(work, 0) for work in (2.5e12, 999.4e9, 999.6e9)] == ["2.5 TMAC", "999 GMAC", "1 TMAC"]
     assert cost(5e8, 5e8) == "0.5 GMAC, 1 s"
     assert cost(0, 1) == "?"
     assert [duration(s) for s in (42, 600, 9000, 400000)] == ["42 s", "10 min", "2.5 h", "4.6 days"]

@@ -11,7 +11,7 @@ const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;"
 
 const sizeName = (bytes) => {
   for (const [unit, scale] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]])
-    if (bytes >= scale) return `${(bytes / scale).toPrecision(3)} ${unit}`;
+    if (bytes >= scale) return `${Number((bytes / scale).toPrecision(3))} ${unit}`;
   return `${Math.round(bytes)} B`;
 };
 const widthName = (cell) => `${cell.searched ? "≤ " : ""}${cell.width} bits`;
