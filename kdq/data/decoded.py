@@ -4,9 +4,10 @@ Both are written so that a process that is killed loses at most :data:`KEPT_EVER
 many are there.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,13 +21,14 @@ class OneShape:
     """A part's images in ``{part}_images.npy``, uint8 ``shape``: images, height, width, channels. Others are black."""
 
     def __init__(self, folder: Path, part: str, shape: tuple[int, ...]) -> None:
-        self.pixels, self.done = _array(folder, part, f"{part}_images.npy", shape, np.uint8)
+        array, self.done = _array(folder, part, f"{part}_images.npy", shape, np.uint8)
+        self.pixels = _Rows(folder / f"{part}_images.npy", array)
 
     def put(self, row: int, image: np.ndarray) -> None:
-        self.pixels[row] = image
+        self.pixels.put(row, image)
 
     def keep(self) -> None:
-        self.pixels.flush()
+        _keep(self.pixels.file)
 
 
 class Shapes:
@@ -38,18 +40,35 @@ class Shapes:
     """
 
     def __init__(self, folder: Path, part: str, images: int, rows: Sequence[int], channels: int) -> None:
-        self.sizes, self.done = _array(folder, part, f"{part}_sizes.npy", (images, 2), np.int64)
+        sizes, self.done = _array(folder, part, f"{part}_sizes.npy", (images, 2), np.int64)
+        self.sizes = _Rows(folder / f"{part}_sizes.npy", sizes)
         self.pixels = (folder / f"{part}_pixels").open("r+b" if self.done else "wb")
-        self.pixels.truncate(channels * int(self.sizes[list(rows[: self.done])].prod(1).sum()))
+        self.pixels.truncate(channels * int(sizes[list(rows[: self.done])].prod(1).sum()))
         self.pixels.seek(0, 2)
 
     def put(self, row: int, image: np.ndarray) -> None:
-        self.sizes[row] = image.shape[:2]
+        self.sizes.put(row, np.array(image.shape[:2], np.int64))
         self.pixels.write(image.tobytes())
 
     def keep(self) -> None:
-        self.pixels.flush()
-        self.sizes.flush()
+        _keep(self.pixels)
+        _keep(self.sizes.file)
+
+
+class _Rows:
+    """The rows of an array in a file. They are written there, and not in mapped memory, where a full disk kills."""
+
+    def __init__(self, file: Path, array: np.memmap[Any, Any]) -> None:
+        self.file, self.start = file.open("r+b"), array.offset
+
+    def put(self, row: int, values: np.ndarray) -> None:
+        self.file.seek(self.start + row * values.nbytes)
+        self.file.write(values.tobytes())
+
+
+def _keep(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _array(folder: Path, part: str, name: str, shape: tuple[int, ...], kind: Any) -> tuple[np.memmap[Any, Any], int]:

@@ -67,8 +67,8 @@ def describe(error: BaseException, chosen: Sequence[str] = ()) -> str:
             return f"{message(cause).partition('.')[0]}: raise teacher.recipe.accumulate or student.recipe.accumulate"
         if _FULL.search(str(cause)):
             return (
-                f"a disk is full: make room where paths.output_dir is, or in {tempfile.gettempdir()} for temporary "
-                "files, and give the command again: it goes on from what is there"
+                "a disk is full: make room where paths.output_dir and paths.data_dir are, or, for temporary files, in "
+                f"{tempfile.gettempdir()}, and give the command again: it goes on from what is there"
             )
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _config_complaint(" ".join(message(cause) for cause in _causes(error)), chosen)

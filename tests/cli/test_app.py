@@ -274,7 +274,7 @@ def test_ctrl_c_during_a_training_ends_the_command_and_a_rerun_goes_on(grid_of: 
 )
 def test_a_full_disk_is_called_one(error: Exception) -> None:
     """The words are what Python, safetensors and torch said on a full tmpfs."""
-    assert describe(error).startswith("a disk is full: make room where paths.output_dir is, or in ")
+    assert describe(error).startswith("a disk is full: make room where paths.output_dir and paths.data_dir are")
 
 
 def test_debug_shows_where(cli: Any) -> None:

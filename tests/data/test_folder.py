@@ -105,6 +105,33 @@ folder.image_folder({str(root)!r}, 6, 3, {str(tmp_path / "cache")!r}, whole={who
     assert ("train_pixels" in names[0], "train_images.npy" in names[0]) == (whole, not whole)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_full_disk_stops_decoding_in_words_and_room_lets_it_go_on(root: Path, tmp_path: Path, whole: bool) -> None:
+    for index in range(100):
+        shutil.copyfile(root / "train/cat/0.png", root / f"train/cat/1{index}.png")
+    (cache := tmp_path / "cache").mkdir()
+    code = f"""
+import subprocess
+import kdq.data.folder as folder
+
+folder.KEPT_EVERY = 8
+read = lambda: folder.image_folder({str(root)!r}, 48, 3, {str(cache)!r}, whole={whole}).train_digest
+try:
+    read()
+except OSError as error:
+    print(error.strerror)
+subprocess.run(["mount", "-o", "remount,size=4m", {str(cache)!r}], check=True)
+print(read())
+"""
+    mounted = 'mount -t tmpfs -o size=256k tmpfs "$1" && shift && exec "$@"'
+    inside = ["unshare", "-rm", "sh", "-c", mounted, "sh", str(cache)]
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"]).returncode:
+        pytest.skip("no small disk can be mounted here")
+    ended = subprocess.run([*inside, sys.executable, "-c", code], capture_output=True, text=True)
+    expected = image_folder(str(root), 48, 3, str(tmp_path / "other"), whole=whole).train_digest
+    assert ended.stdout.split("\n")[:2] == ["No space left on device", expected], ended
+
+
 def test_images_of_16_bits_are_not_cut_off_at_8(root: Path, tmp_path: Path) -> None:
     deep = root / "train/dog/2.png"
     Image.fromarray(np.linspace(0, 65535, 36, dtype=np.uint16).reshape(6, 6)).save(deep)
