@@ -274,8 +274,8 @@ class GreedyBitSearch(QuantizationCallback):
         True
 
     See :class:`QuantizationCallback` for the network, the images and the checks. The images that choose are the first
-    ones of the first validation loader. If calibration images come from there too, they are the images 0, 2, 4 ...
-    of its batches, and those that choose 1, 3, 5 ...: no image does both.
+    ones of the first validation loader. If calibration images come from there too, they are its images 0, 2, 4
+    ..., and those that choose 1, 3, 5 ...: no image does both.
 
     Args:
         search: budget, candidates and method, a :class:`~kdq.quant.bitsearch.config.SearchConfig`.

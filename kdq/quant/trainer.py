@@ -84,25 +84,26 @@ class Loaders:
     def disjoint(self, choosing: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Calibration images, and ``choosing`` validation images with their labels, of all processes together.
 
-        Where both come from the validation loader, the images 0, 2, 4 ... of its batches calibrate and 1, 3, 5 ...
-        choose.
+        Where both come from the validation loader, its images 0, 2, 4 ... calibrate and 1, 3, 5 ... choose.
         """
         calibration: list[Tensor] = []
-        parts = [(slice(None), share(choosing))]
+        parts = [(0, 1, share(choosing))]  # the first image, the step to the next, how many
         if self._calibration is not None:
             calibration = list(self.calibration())
         else:
-            parts = [(slice(1, None, 2), share(choosing)), (slice(0, None, 2), share(self.count))]
-        left = [count for _, count in parts]
+            parts = [(1, 2, share(choosing)), (0, 2, share(self.count))]
+        left, seen = [count for *_, count in parts], 0
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
         for batch in self._batches(self.validation):  # one pass: a loader that shuffles has another order in the next
             if max(left) <= 0:
                 break
             images, labels = self.images_of(batch), self.labels_of(batch)
-            for index, (part, _) in enumerate(parts):
+            for index, (first, step, _) in enumerate(parts):
+                part = slice((first - seen) % step, None, step)
                 if left[index] > 0 and len(images[part]):
                     found[index].append((images[part][: left[index]], labels[part][: left[index]]))
                     left[index] -= len(images[part])
+            seen += len(images)
         if not all(found):
             raise KdqError(f"{self.user} has too few validation images to calibrate with some and choose with others")
         return calibration or [images for images, _ in found[1]], found[0]

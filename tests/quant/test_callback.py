@@ -494,15 +494,21 @@ def test_a_datamodule_s_own_images_calibrate(images: Images) -> None:
 class Shuffled:
     """Another order in every pass."""
 
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in torch.randperm(103).split(10):
+        for batch in torch.randperm(103).split(self.batch_size):
             yield batch.float(), batch
 
 
+@pytest.mark.parametrize("batch_size", [10, 3, 1])
 @pytest.mark.parametrize(("calibration", "choosing"), [(30, 20), (5, 100), (1000, 1000)])
-def test_no_image_of_the_validation_loader_both_calibrates_and_chooses(calibration: int, choosing: int) -> None:
+def test_no_image_of_the_validation_loader_both_calibrates_and_chooses(
+    calibration: int, choosing: int, batch_size: int
+) -> None:
     trainer: Any = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.validate_loop._combined_loader = SimpleNamespace(iterables=(Shuffled(), []))
+    trainer.validate_loop._combined_loader = SimpleNamespace(iterables=(Shuffled(batch_size), []))
     found, pairs = Loaders("x", trainer, L.LightningModule(), None, calibration).disjoint(choosing)
     one, other = torch.cat(found).long().tolist(), torch.cat([labels for _, labels in pairs]).tolist()
     assert not set(one) & set(other)
