@@ -132,7 +132,9 @@ def left_float(
             kept = candidates is not None and name not in candidates
             kind = type(network.get_submodule(parameter.rpartition(".")[0])).__name__
             reason = "keep_float" if kept else (why or {}).get(name, "no layer")
-            if name in layers:  # as foo_weight beside foo.weight
+            if not value.is_floating_point():
+                reason = f"its numbers are {value.dtype}"
+            elif name in layers:  # as foo_weight beside foo.weight
                 reason = f"its name is that of the layer {name}, of another weight"
             found.append(LeftFloat(parameter, kind, tuple(value.shape), reason))
     return found

@@ -242,11 +242,12 @@ class Cell(nn.Module):
         self.up, self.standard = nn.ConvTranspose1d(8, 4, 2), nn.Conv1d(4, 4, 1)
         self.unused, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
         self.own = nn.Parameter(torch.randn(4, 4))
+        self.phases = nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(self.lstm(self.table(x))[0].mT)
         x = F.conv1d(x, F.normalize(self.standard.weight, dim=1), self.standard.bias)
-        return self.head(F.linear(x.mean(-1), self.own))
+        return self.head(F.linear(x.mean(-1) @ self.phases.real, self.own))
 
 
 def test_what_is_no_layer_stays_float_and_says_why() -> None:
@@ -255,6 +256,7 @@ def test_what_is_no_layer_stays_float_and_says_why() -> None:
     made, report = kdq.quantize(network, [words], bits=4)
     assert [(layer.name, layer.kind) for layer in report.layers] == [("own", "Linear"), ("head", "Linear")]
     assert {x.name: (x.kind, x.why) for x in report.left} == {
+        "phases": ("Cell", "its numbers are torch.complex64"),
         "table.weight": ("Embedding", "used by embedding"),
         "lstm.weight_ih_l0": ("LSTM", "used by lstm"),
         "lstm.weight_hh_l0": ("LSTM", "used by lstm"),
