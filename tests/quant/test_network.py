@@ -339,6 +339,19 @@ def test_what_the_caller_set_for_training_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
 
 
+class Autocasting(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_autocast_in_the_networks_own_code_changes_nothing() -> None:
+    images = [torch.randn(150, 3, 6, 6)]  # three chunks: what the first one ran under, the others do not
+    expected, found = (quantize(kind(*_conv()), images, bits=3) for kind in (nn.Sequential, Autocasting))
+    assert [layer.error for layer in expected.report.layers] == [layer.error for layer in found.report.layers]
+    assert all(torch.equal(a, b) for a, b in zip(expected[0].parameters(), found[0].parameters(), strict=True))
+
+
 def test_one_large_batch_is_the_chunks_of_small_ones() -> None:
     images = torch.arange(1000.0).view(250, 4)
     whole = [(chunk.clone(), count) for chunk, count in in_chunks([images], torch.device("cpu"))]
