@@ -64,7 +64,8 @@ class Bank:
         if search.avg_bits is not None:
             least = (sum(min(costs.values()) for costs in self.bits.values()) + self.float_bits) / self.count
             _check_average(search.avg_bits, least, self.float_weights)
-            limits.append((self.bits, search.avg_bits * self.count - self.float_bits))
+            # Rounded, for an average times the count may come out a hair below the whole number that it was made of.
+            limits.append((self.bits, round(search.avg_bits * self.count, 3) - self.float_bits))
         if search.size_bytes is not None:
             size, smallest = search.size_bytes - spare, sum(min(sizes.values()) for sizes in self.bytes.values())
             if size < self.other_bytes + smallest:
@@ -127,7 +128,7 @@ def _check_average(avg_bits: float, least: float, left: int) -> None:
         with_float = ", layers left float included" if left else ""
         raise KdqError(
             f"the bit search cannot meet its budget of {avg_bits:g} bits on average: the least with these "
-            f"candidates is {least:.4g}{with_float}"
+            f"candidates is {math.ceil(1000 * least) / 1000:g}{with_float}"
         )
 
 

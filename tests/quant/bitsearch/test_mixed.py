@@ -1,7 +1,9 @@
 """The bit search on real networks, by hand and as a callback of a foreign LightningModule."""
 
 import copy
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 import kdq
 from kdq.data.images import Images
 from kdq.models import CifarResNet
-from kdq.quant.bitsearch.bank import fill_bank
+from kdq.quant.bitsearch.bank import check_average, fill_bank
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.bitsearch.mixed import search_bits
 from kdq.quant.bitsearch.stitch import Stitched
@@ -215,6 +217,27 @@ def test_float_weights_that_layers_share_count_once() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     network[1].weight = network[0].weight  # type: ignore[assignment]
     assert [(x.name, x.shape) for x in left_float(network, ["2"])] == [("0.weight", (4, 4))]
+
+
+def test_every_assignments_own_average_is_a_budget_that_it_meets() -> None:
+    missed = []
+    for width in range(3, 40):
+        network = nn.Sequential(nn.Linear(7, width), nn.Linear(width, 3))
+        bank = fill_bank(network, [torch.randn(4, 7)], [2, 3, 5], QuantConfig(solver="rtn"))
+        for first, last in itertools.product([2, 3, 5], repeat=2):
+            own = {"0": first, "1": last}
+            budget = bank.budget(SearchConfig(avg_bits=bank.avg_bits(own)), 0, 100.0)
+            missed += [] if budget.met(own) else [(width, own)]
+    assert not missed
+
+
+@pytest.mark.parametrize("width", range(3, 20))
+def test_the_least_average_that_a_refusal_names_is_enough(width: int) -> None:
+    network = nn.Sequential(nn.Linear(7, width), nn.Linear(width, 3))
+    with pytest.raises(KdqError, match="the least with these") as refused:
+        check_average(network, ["1"], SearchConfig(avg_bits=2.0), QuantConfig())
+    (least,) = re.findall(r"candidates is ([\d.]+)", str(refused.value))
+    check_average(network, ["1"], SearchConfig(avg_bits=float(least)), QuantConfig())
 
 
 def test_layers_left_float_are_part_of_the_budget(trained: nn.Module, data: Any) -> None:
