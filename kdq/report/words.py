@@ -102,7 +102,8 @@ def _headline(
     data, roads = contest.data, contest.roads
     if len(roads) < 2:
         missing = [f"“{what}”" for road, what in ROADS.items() if road not in roads and road != "tuned"]
-        return f"{data}: which road wins cannot be said, for no row is of {' or '.join(missing)}."
+        none = f"no row quantized with {contest.quantizer} is of {' or '.join(missing)}"
+        return f"{data}: which road wins cannot be said, for {none}."
     regions = [_Region(list(group), name) for _, group in groupby(contest.leads, key=lambda lead: _leader(lead[1]))]
     counts = sorted({len(top1) for _, there in contest.leads for _, top1 in there})
     start = f"{data} at equal bytes ({contest.quantizer}, {_range(counts)} seed{'s' if counts[-1] > 1 else ''}): "
@@ -112,7 +113,7 @@ def _headline(
     told = [text for text in told if text]
     if all(region.what == "alone" for region in regions):
         told = ["no size is there for two roads", *told]
-    elif counts[-1] > 1 and all(region.what != "wins" for region in regions):
+    elif all(region.what != "wins" for region in regions) and any(region.tested for region in regions):
         told = ["no road wins beyond seed noise", *told]
     told = told[:_TOLD] + ["more in the table"] * (len(told) > _TOLD)
     doubts = [
@@ -162,6 +163,10 @@ class _Region:
         return _leader(self.leads[0][1])[0]
 
     @property
+    def tested(self) -> bool:
+        return any(len(there) > 1 and between(*there[:2]).tested for _, there in self.leads)
+
+    @property
     def order(self) -> int:
         return _SAID.index(self.what)
 
@@ -181,7 +186,8 @@ class _Region:
         if self.what == "undecided":
             leaders = {self.name(models[0][0]) for _, models in self.leads}
             gains = [between(*models[:2]).value for _, models in self.leads]
-            who = f"{leaders.pop()} ahead by" if len(leaders) == 1 else "means differ by"
+            ahead = len(leaders) == 1 and max(gains) >= 0.05  # printed as 0.1
+            who = f"{leaders.pop()} ahead by" if ahead else "means differ by"
             return f"{span} undecided ({who} {_range(gains, '.1f')} points)"
         gain = f"by {_number(by.value, 1)} points{here}, {_sure(by)}"
         verb = "beats" if self.what == "wins" else "is ahead of"

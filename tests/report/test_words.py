@@ -63,6 +63,12 @@ def test_one_seed(row: Callable[..., Row]) -> None:
     )
 
 
+def test_what_no_test_could_show_is_not_called_noise(row: Callable[..., Row]) -> None:
+    rows = _pair(row, [89.9, 90.0, 90.1], [80.0])
+    said = "(gpfq, 1 to 3 seeds): vkd is ahead of the teacher at 100 kB (by 10.0 points, untested)."
+    assert said in _said(rows).headline
+
+
 def test_how_many_seeds_a_tuned_network_shares_is_said(row: Callable[..., Row]) -> None:
     common = {"bits": 2, "size_bytes": 100_000, "float_bytes": 0}
     rows = [row(seed=seed, top1=top1, **common) for seed, top1 in enumerate((80.0, 95.0))]
@@ -73,7 +79,9 @@ def test_how_many_seeds_a_tuned_network_shares_is_said(row: Callable[..., Row]) 
 
 
 def test_equal_accuracies_are_undecided(row: Callable[..., Row]) -> None:
-    assert _cells(_pair(row, [90.0, 90.0], [90.0, 90.0]), "bits", "vkd vs teacher")["undecided at"] == "2 bits to float"
+    rows = _pair(row, [90.0, 90.0], [90.0, 90.0])
+    assert _cells(rows, "bits", "vkd vs teacher")["undecided at"] == "2 bits to float"
+    assert _said(rows).headline.endswith("at 100 kB undecided (means differ by 0.0 points).")  # nobody is ahead
 
 
 def test_regions_and_who_is_alone(row: Callable[..., Row]) -> None:
@@ -138,8 +146,11 @@ def test_no_size_is_shared(row: Callable[..., Row]) -> None:
 
 def test_what_is_missing_is_said(row: Callable[..., Row]) -> None:
     student, teacher = _pair(row, [80.0], [90.0])
-    assert "for no row is of “quantize the teacher”" in _said([student]).headline
-    assert "for no row is of “train or distil a student, then quantize it”" in _said([teacher]).headline
+    assert "for no row quantized with gpfq is of “quantize the teacher”" in _said([student]).headline
+    road = "“train or distil a student, then quantize it”"
+    assert f"for no row quantized with gpfq is of {road}" in _said([teacher]).headline
+    both = [replace(student, quantizer="rtn"), teacher]  # there are rows of either road, but of no quantizer's
+    assert f"for no row quantized with gpfq is of {road}" in _said(both).headline
 
 
 def test_a_choice_on_images_that_taught_the_teacher_is_named(row: Callable[..., Row]) -> None:
