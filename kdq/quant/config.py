@@ -201,6 +201,8 @@ class QuantConfig:
             order = gram.diagonal(dim1=-2, dim2=-1).sum(0).argsort(descending=True, stable=True)
             weight, gram, cross = weight[..., order], *(m[:, order][:, :, order] for m in (gram, cross))
         values = preset.solver(weight, gram, cross, alphabet)
+        if not isinstance(values, Tensor) or values.shape != weight.shape or not values.isfinite().all():
+            raise KdqError(f"the solver must give finite values in the weight's shape {tuple(weight.shape)}")
         if preset.refine and not fine:
             values, alphabet = refine(weight, gram, cross, values, alphabet, preset.refine)
         return values[..., torch.argsort(order)], alphabet

@@ -1,5 +1,7 @@
 """Options: one place, nothing ignored, every mistake answered with what there is."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from kdq import KdqError
 from kdq.quant.batches import first_pairs, images_of, labels_of
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.config import QuantConfig
+from kdq.quant.solvers.alphabet import Alphabet
 from kdq.quant.solvers.rtn import rtn
 from kdq.stages.asked import quant_config, quant_spec, search_config
 from kdq.utils.config import compose
@@ -98,6 +101,15 @@ def test_an_option_that_is_wrong_is_named_with_the_right_ones(options: dict[str,
     with pytest.raises(KdqError, match=says) as caught:
         kdq.quantize(network(), [torch.randn(4, 6)], **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("gives", [lambda q: q * math.nan, lambda q: q[..., 1:], lambda q: q.mT, lambda q: None])
+def test_what_a_solver_of_ones_own_must_give_is_said(gives: Callable[[Tensor], Any]) -> None:
+    def solver(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet) -> Any:
+        return gives(alphabet.nearest(weight))
+
+    with pytest.raises(KdqError, match=r"^0: the solver must give finite values in the weight's shape \(1, 8, 6\)$"):
+        kdq.quantize(network(), [torch.randn(4, 6)], solver=solver)
 
 
 @pytest.mark.parametrize("name", ["avg_bits", "size_bytes", "max_drop"])
