@@ -120,7 +120,7 @@ def test_report_in_markdown(tmp_path: Path, row: Callable[..., Row], folder_of: 
     write_report(tmp_path)
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| vkd | resnet20 | gpfq | 2 | 98.00 ± 0.00 (4,100) | 95.00 ± 1.41 (600) | 96.00 ± 1.41 (600) |" in text
-    assert text.count("**digits: which road wins cannot be said, for no row quantized with gpfq is of “quantize the") == 1
+    assert text.count("**digits: which road wins cannot be said, for no row quantized with gpfq is of “quantize") == 1
     assert "<summary>How to read this</summary>" in text
     assert "cifar10\\_jpeg is not the study's cifar10" in text
     assert "| cifar10\\_jpeg | teacher | resnet20 | gpfq | 2 bits | 50.00 | 90.90 | 5 |" in text
