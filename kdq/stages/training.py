@@ -209,6 +209,9 @@ def check_fit(cell: Cell, network: nn.Module, name: str) -> None:
         cause = str(error).splitlines()[0]
         raise KdqError(f"{name} cannot take images of shape {cell.shape}: {cause}") from error
     network.train()
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = f"values of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise KdqError(f"{name} gives {what} for one image: it must give logits, a tensor (images, classes)")
     if logits.shape != (1, data.num_classes):
         raise KdqError(
             f"{name} gives {logits.shape[-1]} logits but data={data.name} has {data.num_classes} classes: "

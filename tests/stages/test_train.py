@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torchvision.models import ResNet18_Weights, resnet18
 
 import kdq.stages.train
@@ -15,7 +17,7 @@ from kdq.models import WhitenedNet
 from kdq.stages.cell import Cell
 from kdq.stages.pipeline import run
 from kdq.stages.train import float_model, planned
-from kdq.stages.training import TrainingSpec
+from kdq.stages.training import TrainingSpec, check_fit
 from kdq.train.fit import Best
 from kdq.utils.config import compose
 from kdq.utils.errors import KdqError
@@ -181,6 +183,16 @@ def test_a_method_of_ones_own_must_be_one(tmp_path: Path) -> None:
         float_model(cell(tmp_path, "method=baseline", "method._target_=torch.nn.Linear"))
     with pytest.raises(KdqError, match=r"unknown option method.gamma"):
         float_model(cell(tmp_path, "method=baseline", "+method.gamma=1"))
+
+
+@pytest.mark.parametrize(
+    ("network", "what"),
+    [(nn.Conv2d(1, 10, 3), r"values of shape \(1, 10, 6, 6\)"), (nn.LSTM(8, 10), "a tuple")],
+)
+def test_what_gives_no_logits_is_told_so(network: nn.Module, what: str) -> None:
+    cell = SimpleNamespace(cfg=compose(["data=digits"]), shape=(1, 8, 8) if what[0] == "v" else (8, 8))
+    with pytest.raises(KdqError, match=f"mine gives {what} for one image: it must give logits"):
+        check_fit(cell, network, "mine")  # type: ignore[arg-type]
 
 
 def test_a_network_that_begins_with_a_look_at_the_data_gets_one(tmp_path: Path) -> None:
