@@ -49,7 +49,7 @@ def test_a_taught_student_beats_the_baseline_with_few_labels(tmp_path: Path) -> 
     lesson = Recipe(epochs=15, batch_size=32, lr=0.1)
     teacher, score = trained(tmp_path / "teacher", CrossEntropy, labelled(None), lesson, 1.0, 0)
     assert score > 97
-    images, recipe = labelled(100), Recipe(epochs=60, batch_size=20, lr=0.05)
+    images, recipe = labelled(100), Recipe(epochs=30, batch_size=10, lr=0.02)
     methods: dict[str, tuple[type[DistillationModule], dict[str, Any]]] = {
         "baseline": (CrossEntropy, {}),
         "vkd": (VKD, {"teacher": teacher, "alpha": 0.9, "temperature": 4.0}),
@@ -59,6 +59,6 @@ def test_a_taught_student_beats_the_baseline_with_few_labels(tmp_path: Path) -> 
         name: sum(trained(tmp_path / f"{name}{s}", kind, images, recipe, 0.5, s, **options)[1] for s in SEEDS) / 3
         for name, (kind, options) in methods.items()
     }
-    # Measured: baseline 89.0, vkd 94.2, dkd 96.5.
+    # Measured: baseline 87.5, vkd 91.6, dkd 92.2.
     assert top1["vkd"] > top1["baseline"] + 2, top1
     assert top1["dkd"] > top1["baseline"] + 2, top1
