@@ -8,6 +8,9 @@ from pathlib import Path
 
 from kdq.deploy.formats import SUFFIXES
 
+#: The override with which an error is shown whole.
+DEBUG = "kdq.debug=true"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """``kdq-export CELL [--format F] [--output-dir DIR] [--to PATH | --to hf:owner/name] [OVERRIDE ...]``."""
@@ -20,26 +23,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=".",
         help="a file, a folder for one named after the cell, or hf:owner/name: the Hugging Face hub",
     )
-    parser.add_argument("--license", default="unknown", help="of a model on the hub, by its name there, such as mit")
-    parser.add_argument("overrides", nargs="*", help="of kdq's config, for ONNX: the images, such as data=cifar10")
+    parser.add_argument("--license", help="of a model on the hub, by its name there, such as mit")
+    parser.add_argument(
+        "overrides", nargs="*", help="of kdq's config: the images of ONNX, such as data=cifar10, or the model"
+    )
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="kdq-export: %(message)s")
     import kdq.cli.app  # noqa: F401  the resolvers of configs
     from kdq.stages.export import CHOSEN, export, find, share
+    from kdq.utils.errors import KdqError
     from kdq.utils.hub import HUB
     from kdq.utils.messages import describe
 
+    ignored = [override for override in options.overrides if override != DEBUG and options.format == "packed"]
     try:
+        if ignored:
+            raise KdqError(f"{ignored[0]}: the packed file is copied as it is; overrides are of another --format")
+        if options.license and not options.to.startswith(HUB):
+            raise KdqError(f"--license {options.license} is of a model on the hub: give --to {HUB}owner/name")
         source = find(options.cell, options.output_dir)
         if options.to.startswith(HUB):
-            print(share(source, options.format, options.to, options.license, options.overrides))
+            print(share(source, options.format, options.to, options.license or "unknown", options.overrides))
             return
         target = Path(options.to)
         if target.is_dir() or not target.suffix:
             target = target / f"{source.packed.stem}{SUFFIXES[options.format]}"
         said = export(source, options.format, target, options.overrides)
     except Exception as error:
-        if "kdq.debug=true" in options.overrides:
+        if DEBUG in options.overrides:
             raise
         sys.exit(f"kdq-export: {describe(error, CHOSEN)}")
     print(f"{target}  {target.stat().st_size:,} bytes" + (f"; {said}" if said else ""))

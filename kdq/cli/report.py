@@ -22,25 +22,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog="Exit codes: 0: written; with --compare, no difference. 1: something could not be written; with "
         "--compare, there are differences. 2: a mistake in the command.",
     )
-    parser.add_argument("dir", nargs="?", default="outputs", type=Path, help="paths.output_dir of the run")
+    parser.add_argument("dir", nargs="?", type=Path, help="paths.output_dir of the run (outputs)")
     parser.add_argument("--publish", type=Path, metavar="FOLDER", help="also put rows, figures and report.md there")
     parser.add_argument(
         "--style",
-        default="screen",
-        help=f"of the figures: {', '.join(STYLES)} (width of a column and fonts), or a Matplotlib style or its file",
+        help=f"of the figures: {', '.join(STYLES)} (width of a column, fonts), or a Matplotlib style or file (screen)",
     )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two paths.output_dir")
     asked = parser.parse_args(arguments)
     logging.basicConfig(format="kdq-report: %(message)s")
+    output, style = asked.dir or Path("outputs"), asked.style or "screen"
     try:
-        for folder in asked.compare or [asked.dir]:
+        if asked.compare and (asked.dir or asked.publish or asked.style):
+            raise KdqError("--compare A B writes nothing: it takes neither a third folder nor --publish or --style")
+        for folder in asked.compare or [output]:
             if not folder.is_dir():
                 raise KdqError(f"no folder {folder}: give the paths.output_dir of a run")
-        if asked.publish is not None and (asked.compare or asked.publish.resolve() == asked.dir.resolve()):
-            raise KdqError("--publish FOLDER takes one run, and a folder of its own")
-        with styled(asked.style):
+        if asked.publish is not None and asked.publish.resolve() == output.resolve():
+            raise KdqError("--publish FOLDER takes a folder of its own")
+        with styled(style):
             pass
-        code = _compare(*asked.compare) if asked.compare else _write(asked.dir, asked.publish, asked.style)
+        code = _compare(*asked.compare) if asked.compare else _write(output, asked.publish, style)
     except KdqError as error:
         print(f"kdq-report: {error}", file=sys.stderr)
         code = 2

@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command in (link, view, text):
         command.add_argument("--project", default="kdq", help="logger.wandb.project of the runs (kdq)")
         command.add_argument("--entity", help="user or team; default: that of your login")
-        command.add_argument("--sweep", help="only runs of this sweep (the W&B group)")
+        command.add_argument(
+            "--sweep", help="only runs of this sweep (the W&B group); words and tables are of all rows"
+        )
     options = parser.parse_args(arguments)
     try:
         {"link": _link, "workspace": _workspace, "report": _report}[options.command](options)

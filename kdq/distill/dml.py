@@ -122,6 +122,8 @@ class DML(DistillationModule):
     def _step(self) -> None:
         """Lightning clips, steps schedulers and accumulates for one optimizer only; this does so for all."""
         optimizers: Any = self.optimizers()
+        if not isinstance(optimizers, list) or len(optimizers) != len(self.learners):
+            raise KdqError(f"configure_optimizers must give an optimizer for each of the {len(self.learners)} networks")
         schedulers: Any = self.lr_schedulers() or [None] * len(optimizers)
         for optimizer, scheduler, learner in zip(optimizers, schedulers, self.learners.values(), strict=True):
             self.clip_gradients(optimizer.optimizer, self.config.clip_grad)

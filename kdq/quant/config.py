@@ -3,7 +3,7 @@ solver."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -184,8 +184,10 @@ class QuantConfig:
 
     def _alphabet(self, weight: Tensor, bits: int) -> Alphabet:
         choice = _named(ALPHABETS, self.alphabet, "alphabet")
-        alphabet: Alphabet = (choice if self.per_channel else per_layer(choice))(weight, bits)
-        return alphabet
+        alphabet = (choice if self.per_channel else per_layer(choice))(weight, bits)
+        if not _fits(alphabet, shape := (*weight.shape[:-1], 1)):
+            raise KdqError(f"the alphabet must be an Alphabet with positive scales and finite zeros of shape {shape}")
+        return cast(Alphabet, alphabet)
 
     def _solve(
         self, weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, ridge: float
@@ -203,9 +205,20 @@ class QuantConfig:
         values = preset.solver(weight, gram, cross, alphabet)
         if not isinstance(values, Tensor) or values.shape != weight.shape or not values.isfinite().all():
             raise KdqError(f"the solver must give finite values in the weight's shape {tuple(weight.shape)}")
+        away = (alphabet.nearest(values) - values).abs_()
+        if (away > 0.01 * alphabet.scale + 1e-5 * values.abs()).any():
+            raise KdqError("the solver must give values of its alphabet: end it with alphabet.nearest(values)")
         if preset.refine and not fine:
             values, alphabet = refine(weight, gram, cross, values, alphabet, preset.refine)
         return values[..., torch.argsort(order)], alphabet
+
+
+def _fits(alphabet: Any, shape: tuple[int, ...]) -> bool:
+    if not isinstance(alphabet, Alphabet) or not isinstance(alphabet.levels, int) or alphabet.levels < 2:
+        return False
+    scale, zero = alphabet.scale, alphabet.zero
+    known = isinstance(scale, Tensor) and isinstance(zero, Tensor) and scale.shape == zero.shape == shape
+    return known and bool((scale > 0).all() and scale.isfinite().all() and zero.isfinite().all())
 
 
 def _shrunk(gram: Tensor, cross: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -270,6 +270,16 @@ def test_ones_own_optimizers_without_schedules() -> None:
     assert not torch.equal(before["fc.weight"], module.peer.network.fc.weight)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_two_networks_want_two_optimizers(count: int) -> None:
+    class Mine(DML):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=1e-3) if count else None
+
+    with pytest.raises(KdqError, match="an optimizer for each of the 2 networks"):
+        L.Trainer(**SILENT, max_epochs=1).fit(make(Mine), loader())
+
+
 def test_ones_own_optimizer() -> None:
     class Mine(VKD):
         def configure_optimizers(self) -> Any:

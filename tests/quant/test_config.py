@@ -15,6 +15,7 @@ from kdq.quant.batches import first_pairs, images_of, labels_of
 from kdq.quant.bitsearch.config import SearchConfig
 from kdq.quant.config import QuantConfig
 from kdq.quant.solvers.alphabet import Alphabet
+from kdq.quant.solvers.alphabets import uniform
 from kdq.quant.solvers.rtn import rtn
 from kdq.stages.asked import quant_config, quant_spec, search_config
 from kdq.utils.config import compose
@@ -110,6 +111,32 @@ def test_what_a_solver_of_ones_own_must_give_is_said(gives: Callable[[Tensor], A
 
     with pytest.raises(KdqError, match=r"^0: the solver must give finite values in the weight's shape \(1, 8, 6\)$"):
         kdq.quantize(network(), [torch.randn(4, 6)], solver=solver)
+
+
+def test_values_that_are_not_of_the_alphabet_are_not_rounded_in_silence() -> None:
+    def solver(weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet) -> Tensor:
+        return weight
+
+    with pytest.raises(KdqError, match=r"^0: the solver must give values of its alphabet"):
+        kdq.quantize(network(), [torch.randn(4, 6)], solver=solver, bits=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: None,
+        lambda a: replace(a, scale=-a.scale),
+        lambda a: replace(a, scale=a.scale * math.nan),
+        lambda a: replace(a, scale=a.scale.mT),
+        lambda a: replace(a, zero=a.zero[0]),
+        lambda a: replace(a, zero=2),
+        lambda a: replace(a, levels=1),
+        lambda a: replace(a, levels=4.0),
+    ],
+)
+def test_what_an_alphabet_of_ones_own_must_be_is_said(change: Callable[[Alphabet], Any]) -> None:
+    with pytest.raises(KdqError, match=r"^0: the alphabet must be an Alphabet .* of shape \(1, 8, 1\)$"):
+        kdq.quantize(network(), [torch.randn(4, 6)], alphabet=lambda w, bits: change(uniform(w, bits)), bits=4)
 
 
 @pytest.mark.parametrize("name", ["avg_bits", "size_bytes", "max_drop"])

@@ -49,6 +49,10 @@ def test_the_command(
         codes.append(ended.value.code)
     assert codes == [1, 0, 2, 2]
     out, err = capsys.readouterr()
+    for more in ([str(a)], ["--style", "ieee"], ["--publish", str(tmp_path / "public")]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*more, "--compare", str(a), str(b)])
+        assert "it takes neither a third folder nor" in capsys.readouterr().err
     assert "+1.50" in out
     assert "0 cells are the same, 1 changed" in out
     assert "2 cells are the same, 0 changed" in out
