@@ -20,7 +20,8 @@ from kdq.report.difference import Difference, difference
 ROADS = {
     "teacher": "quantize the teacher",
     "student": "train or distil a student, then quantize it",
-    "tuned": "distil into the quantized network",
+    "tuned": "distil into the quantized student",
+    "tuned teacher": "distil into the quantized teacher",
 }
 #: What is compared, in the order it is told.
 KINDS = {
@@ -44,7 +45,7 @@ class Model(NamedTuple):
 
     @property
     def road(self) -> str:
-        return "tuned" if self.tune else self.role
+        return self.role if not self.tune else "tuned" if self.role == "student" else "tuned teacher"
 
     @property
     def untuned(self) -> str:
@@ -90,7 +91,7 @@ class Contest:
     only where none is distilled, for it is the control.
 
     ``leads`` are the sizes in bytes that are measured, each with its models and their accuracies by seed, the best
-    mean first.
+    mean first: those that have such a size, and those whose largest file is smaller and better than all of these.
     """
 
     data: str
@@ -213,6 +214,9 @@ def _leads(curves: Mapping[Model, Curve | None]) -> list[tuple[float, list[Measu
     for size in distinct(size for found in known.values() for size in found.sizes):
         at = {model: _at(found, size) for model, found in known.items()}
         there = [(model, top1) for model, top1 in at.items() if np.isfinite(top1).all()]
+        best = max(top1.mean() for _, top1 in there)
+        smaller = [(model, found.at(found.sizes[-1])) for model, found in known.items() if np.isnan(at[model]).all()]
+        there += [(model, top1) for model, top1 in smaller if known[model].sizes[-1] < size and top1.mean() > best]
         there.sort(key=lambda pair: float(pair[1].mean()), reverse=True)
         if len(there) > 1 and between(*there[:2]).value < 0:  # of a pair, seeds that only one has may say otherwise
             there[:2] = reversed(there[:2])

@@ -101,7 +101,7 @@ def _headline(
     """``seen``: the teacher's weights are from a file and may have been trained on the validation images."""
     data, roads = contest.data, contest.roads
     if len(roads) < 2:
-        missing = [f"“{what}”" for road, what in ROADS.items() if road not in roads and road != "tuned"]
+        missing = [f"“{what}”" for road, what in ROADS.items() if road not in roads and "tuned" not in road]
         none = f"no row quantized with {contest.quantizer} is of {' or '.join(missing)}"
         return f"{data}: which road wins cannot be said, for {none}."
     regions = [_Region(list(group), name) for _, group in groupby(contest.leads, key=lambda lead: _leader(lead[1]))]

@@ -119,12 +119,32 @@ def test_a_region_ends_where_its_models_do(row: Callable[..., Row]) -> None:
     headline = _said(rows).headline
     assert "vkd + qad is ahead of vkd from 100 to 200 kB (by 4.0 points at 100 kB" in headline
     assert "the teacher is ahead of vkd from 400 kB to 1 MB (by" in headline
+    rows = [replace(r, top1=74.5) if r.size_bytes == 200_000 and r.tune else r for r in rows]
     rows = [replace(r, size_bytes=300_000) if r.size_bytes == 200_000 and not r.tune else r for r in rows]
     rows += [replace(rows[-1], bits=16, size_bytes=2_000_000)]
     rows = [r for r in rows if not (r.method == "vkd" and r.size_bytes == 1_000_000)]
     headline = _said(rows).headline  # from 300 kB, the student's end, to 400, the teacher's beginning, is nobody's
     assert "from 200 to 300 kB only vkd has files" not in headline
     assert "at 300 kB only vkd has files (75.0 % at 300 kB)" in headline
+
+
+def test_a_smaller_file_that_is_better_leads(row: Callable[..., Row]) -> None:
+    """The tuned teacher has one file, of fewer bytes than the student's next."""
+    tops = {
+        ("vkd", ""): {100_000: 70.0, 310_000: 75.0},
+        ("vkd", "qad"): {100_000: 74.0},
+        ("teacher", ""): {300_000: 65.0, 400_000: 77.0, 500_000: 80.0},
+        ("teacher", "qad"): {300_000: 78.0},
+    }
+    rows = [
+        row(method=method, tune=tune, bits=bits, top1=top1, size_bytes=size, float_bytes=0)
+        for (method, tune), sizes in tops.items()
+        for bits, (size, top1) in zip((2, 4, 8), sizes.items(), strict=False)
+    ]
+    headline = _said(rows).headline
+    assert "vkd + qad is ahead of vkd at 100 kB (by 4.0 points" in headline
+    assert "teacher + qad is ahead of vkd from 300 to 310 kB (by 3.1 points at 300 kB" in headline
+    assert "teacher + qad is ahead of the teacher at 400 kB (by 1.0 points" in headline
 
 
 def test_places_in_a_row_are_one_region(row: Callable[..., Row]) -> None:
