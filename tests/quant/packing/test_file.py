@@ -203,6 +203,14 @@ def test_the_documented_reader_finds_the_same_weights(
         assert torch.equal(torch.from_numpy(weight), quantized.get_submodule(name).weight.detach())
 
 
+@pytest.mark.parametrize("bits", [4, 26])
+def test_the_documented_reader_keeps_doubles(tmp_path: Path, relu_net: nn.Module, reader: Any, bits: int) -> None:
+    quantized, _ = kdq.quantize(relu_net.double(), [torch.randn(8, 3, 9, 9).double()], bits=bits, solver="rtn")
+    kdq.save(quantized, tmp_path / "net.kdq")
+    for name, weight in reader(tmp_path / "net.kdq")[1].items():
+        assert torch.equal(torch.from_numpy(weight), quantized.get_submodule(name).weight.detach())
+
+
 def test_the_documented_reader_reads_the_first_format(reader: Any) -> None:
     path = Path(__file__).parent / "format1.kdq"
     loaded = kdq.load(path)
