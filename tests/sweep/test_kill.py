@@ -84,7 +84,7 @@ def _found(output: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     return {name: {k: v for k, v in row.items() if k not in CIRCUMSTANCES} for name, row in rows.items()}, weights
 
 
-@pytest.mark.timeout(120 + 40 * KILLS)
+@pytest.mark.timeout(600 + 40 * KILLS)
 def test_kills_change_nothing(tmp_path: Path) -> None:
     _spare_process().join()  # starts the server that the others are forked from
     start = time.monotonic()

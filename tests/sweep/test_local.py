@@ -88,7 +88,7 @@ class Visitor:
         return JobReturn(overrides=self.overrides, status=JobStatus.COMPLETED)
 
 
-@pytest.mark.parametrize("jobs_per_gpu", [1, 3])
+@pytest.mark.parametrize("jobs_per_gpu", [1, 2])
 def test_gpus_are_shared_as_asked_and_never_more(
     jobs_per_gpu: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

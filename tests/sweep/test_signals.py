@@ -48,7 +48,7 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(120 + 40 * SIGNALS)
+@pytest.mark.timeout(600 + 40 * SIGNALS)
 @pytest.mark.parametrize("launcher", [["hydra/launcher=local"], []])
 def test_signals_end_a_command_with_one_line_and_leave_nothing(launcher: list[str], tmp_path: Path) -> None:
     draw, took = random.Random(0), []
