@@ -214,9 +214,9 @@ def _leads(curves: Mapping[Model, Curve | None]) -> list[tuple[float, list[Measu
     for size in distinct(size for found in known.values() for size in found.sizes):
         at = {model: _at(found, size) for model, found in known.items()}
         there = [(model, top1) for model, top1 in at.items() if np.isfinite(top1).all()]
-        best = max(top1.mean() for _, top1 in there)
-        smaller = [(model, found.at(found.sizes[-1])) for model, found in known.items() if np.isnan(at[model]).all()]
-        there += [(model, top1) for model, top1 in smaller if known[model].sizes[-1] < size and top1.mean() > best]
+        ends = {model: found.at(found.sizes[-1]) for model, found in known.items() if found.sizes[-1] < size}
+        smaller = [(model, top1) for model, top1 in ends.items() if np.isnan(at[model]).all()]
+        there += [each for each in smaller if all(between(each, other).value > 0 for other in there)]
         there.sort(key=lambda pair: float(pair[1].mean()), reverse=True)
         if len(there) > 1 and between(*there[:2]).value < 0:  # of a pair, seeds that only one has may say otherwise
             there[:2] = reversed(there[:2])

@@ -26,7 +26,8 @@ NOTES = (
     "The headline compares the best model of each road on validation images: the test set chooses none of them. Where "
     "the teacher's weights come from a file, it may have learnt them: who imitates it more gains there.",
     "Between measured sizes a model's accuracy is interpolated linearly in the logarithm of its bytes, the float model "
-    "being its largest file; nothing is extrapolated.",
+    "being its largest file; nothing is extrapolated. In the headline a model whose largest file is smaller, and "
+    "better than all of a size, leads there, too.",
 )
 #: The columns of the table: where the first of two models has more, where seeds do not decide, where it has less.
 COLUMNS = ("comparison", "higher at", "undecided at", "lower at", "at the smallest", "seeds")

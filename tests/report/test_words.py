@@ -147,6 +147,21 @@ def test_a_smaller_file_that_is_better_leads(row: Callable[..., Row]) -> None:
     assert "teacher + qad is ahead of the teacher at 400 kB (by 1.0 points" in headline
 
 
+def test_a_smaller_tuned_file_leads_where_its_own_seeds_are_better(row: Callable[..., Row]) -> None:
+    """One seed of three is tuned: compared with its own at 4 bits, which is not the mean of all three."""
+    tops = {0: (70.0, 75.0), 1: (68.0, 73.0), 2: (66.0, 71.0)}
+    rows = [
+        row(seed=seed, bits=bits, top1=top1, size_bytes=50_000 * bits, float_bytes=0)
+        for seed, both in tops.items()
+        for bits, top1 in zip((2, 4), both, strict=True)
+    ]
+    tuned = {"tune": "qad", "bits": 2, "size_bytes": 100_000, "float_bytes": 0}
+    better, worse = row(seed=2, top1=72.0, **tuned), row(seed=0, top1=74.0, **tuned)
+    assert "vkd + qad is ahead of vkd from 100 to 200 kB (by 6.0 points at 100 kB" in _said([*rows, better]).headline
+    assert "vkd + qad is ahead of vkd at 100 kB (by 4.0 points, untested" in _said([*rows, worse]).headline
+    assert "200 kB" not in _said([*rows, worse]).headline
+
+
 def test_places_in_a_row_are_one_region(row: Callable[..., Row]) -> None:
     rows = [
         r
