@@ -153,11 +153,12 @@ def _validated(of: Mapping[Model, pd.DataFrame], model: Model, among: Iterable[M
 
 
 def rivals(contest: Contest, compared: Iterable[Comparison]) -> dict[Model, set[Model]]:
-    """The distilled models among which each student of ``contest`` was chosen, where there were several."""
+    """The distilled and the tuned models among which each of ``contest`` was chosen, where there were several."""
     distilled = {
         each.a
         for each in compared
-        if (each.data, each.quantizer, each.kind) == (contest.data, contest.quantizer, "bytes")
+        if (each.data, each.quantizer) == (contest.data, contest.quantizer)
+        and each.kind in ("bytes", "tune")
         and each.a.untuned != "baseline"
     }
     among = {chosen: {model for model in distilled if model.road == road} for road, chosen in contest.roads.items()}

@@ -196,6 +196,8 @@ def test_a_choice_on_images_that_taught_the_teacher_is_named(row: Callable[..., 
     assert "dkd was chosen among dkd, vkd on images that the teacher" in _said(outside).headline
     alone = [r for r in outside if r.method != "dkd"]
     assert not any("chosen" in _said(some).headline for some in (rows, inside, alone))
+    tuned = [replace(r, tune=tune, val_top1=50.0) for r in alone if r.role == "teacher" for tune in ("qad", "qat")]
+    assert "teacher + qad was chosen among teacher + qad, teacher + qat on images" in _said([*alone, *tuned]).headline
 
 
 def test_what_distillation_is_worth(row: Callable[..., Row]) -> None:
