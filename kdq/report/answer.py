@@ -144,10 +144,11 @@ def contests(frame: pd.DataFrame) -> list[Contest]:
 
 
 def _validated(of: Mapping[Model, pd.DataFrame], model: Model, among: Iterable[Model]) -> float:
-    """The mean accuracy on validation images: of the float model, or of a tuned network at the widths that all have."""
+    """The mean accuracy on validation images: of the float models, each seed's once, or of a tuned network at the
+    widths that all have."""
     lines = of[model]
     if not model.tune:
-        return float(lines["val_top1_float"].mean())
+        return float(lines.groupby("seed")["val_top1_float"].mean().mean())
     shared = set.intersection(*(set(of[other]["width"]) for other in among))
     return float(lines.loc[lines["width"].isin(shared or lines["width"]), "val_top1"].mean())
 

@@ -148,6 +148,15 @@ def test_validation_images_choose_who_is_compared(row: Callable[..., Row]) -> No
     assert contest.roads["student"].method == "baseline"
 
 
+def test_each_seed_counts_once_in_the_choice(row: Callable[..., Row]) -> None:
+    """Of vkd's seeds the better one has more widths."""
+    validated = {("vkd", 0): 90.0, ("vkd", 1): 80.0, ("dkd", 0): 86.0, ("dkd", 1): 86.0}
+    rows = [row(method=method, seed=seed, bits=2, val_top1_float=top1) for (method, seed), top1 in validated.items()]
+    rows += [row(method="vkd", bits=bits, val_top1_float=90.0) for bits in (3, 4)]
+    (contest,) = answer.contests(by_seed(named(rows)))
+    assert contest.roads["student"].method == "dkd"
+
+
 def test_other_data_and_quantizers_are_never_mixed(row: Callable[..., Row]) -> None:
     rows = [r for r in grid(row) if r.method == "teacher"]
     rows += [r for r in grid(row, quantizer="rtn") if r.method == "vkd"]
