@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdq.report.cells import records
+from kdq.report.cells import float_model, records, series
 
 COLUMNS = ["data", "method", "arch", "quantizer", "width", "top1", "published", "levels", "study_data", "study_arch"]
 
@@ -33,30 +33,33 @@ def beside(found: pd.DataFrame) -> pd.DataFrame:
     """Each cell (a line of :func:`kdq.report.cells.cells`) that the study has too: our mean ``top1``, the ``published``
     one and the ``levels`` behind it; float models have the width ``inf``."""
     lines = []
-    for cell in records(found[~found["searched"]]):
-        known = study()["top1"].get(study_data(cell.data), {}).get(cell.method, {})
-        arch = study()["teacher" if cell.role == "teacher" else "student"]["arch"]
-        source = (study_data(cell.data), arch)
-        width = f"{cell.width:g}"
-        model = (cell.data, cell.method, cell.arch, cell.quantizer)
-        if width in known:
-            lines.append((*model, cell.width, cell.top1, known[width], 2 ** int(width) + 1, *source))
+    for model, group in series(found[~found["searched"]]):
+        known = study()["top1"].get(study_data(model[0]), {}).get(model[1], {})
+        whole = float_model(group)
+        source = (study_data(model[0]), study()["teacher" if whole["role"] == "teacher" else "student"]["arch"])
+        widths = [(f"{cell.width:g}", cell) for cell in records(group)]
+        lines += [
+            (*model, cell.width, cell.top1, known[width], 2 ** int(width) + 1, *source)
+            for width, cell in widths
+            if width in known
+        ]
         if "float" in known:
-            lines.append((*model, math.inf, cell.top1_float, known["float"], math.inf, *source))
-    return pd.DataFrame(lines, columns=COLUMNS).drop_duplicates(COLUMNS[:5]).sort_values(COLUMNS[:5])
+            lines.append((*model, math.inf, whole["top1_float"], known["float"], math.inf, *source))
+    return pd.DataFrame(lines, columns=COLUMNS).sort_values(COLUMNS[:5])
 
 
 def distilled_beside(found: pd.DataFrame) -> pd.DataFrame:
     """Float CIFAR-100 students whose architectures and method other repositories published."""
-    names, pairs = {"vkd": "KD", "dkd": "DKD"}, distillation()["pairs"]
+    names, pairs = {"vkd": "KD", "dkd": "DKD", "dist": "DIST"}, distillation()["pairs"]
     teachers = found[found["role"] == "teacher"].groupby("data")["arch"].agg(set)
-    lines = set()
-    for cell in records(found[(found["data"] == "cifar100") & found["method"].isin(names)]):
-        for teacher in sorted(teachers.get(cell.data, ())):
-            if f"{teacher}->{cell.arch}" in pairs:
-                value = distillation()[names[cell.method]][pairs.index(f"{teacher}->{cell.arch}")]
-                lines.add((cell.data, cell.method, cell.arch, teacher, cell.top1_float, value))
-    return pd.DataFrame(sorted(lines), columns=["data", "method", "arch", "teacher", "top1_float", "published"])
+    lines = []
+    known = found[(found["data"] == "cifar100") & found["method"].isin(names)]
+    for (data, method, arch), model in known.groupby(["data", "method", "arch"], sort=True):
+        for teacher in sorted(teachers.get(data, ())):
+            if f"{teacher}->{arch}" in pairs:
+                value = distillation()[names[str(method)]][pairs.index(f"{teacher}->{arch}")]
+                lines.append((data, method, arch, teacher, float_model(model)["top1_float"], value))
+    return pd.DataFrame(lines, columns=["data", "method", "arch", "teacher", "top1_float", "published"])
 
 
 def study_data(name: str) -> str:

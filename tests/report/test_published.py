@@ -10,7 +10,8 @@ from kdq.records.rows import Row
 from kdq.report.cells import cells, named
 from kdq.report.figures import write_figures
 from kdq.report.material import Material
-from kdq.report.published import beside, distilled_beside, study, study_data, warnings
+from kdq.report.published import beside, distillation, distilled_beside, study, study_data, warnings
+from kdq.utils.config import choices
 
 
 def test_they_stand_beside_equal_cells_with_their_levels(row: Callable[..., Row]) -> None:
@@ -67,6 +68,24 @@ def test_distillation_needs_the_same_pair(row: Callable[..., Row]) -> None:
     ]
     assert distilled_beside(cells(named(rows)))["published"].tolist() == [71.97]
     assert distilled_beside(cells(named(rows[1:]))).empty
+
+
+def test_every_published_pair_has_the_names_of_the_models() -> None:
+    assert {name for pair in distillation()["pairs"] for name in pair.split("->")} <= {*choices("model")}
+
+
+@pytest.mark.parametrize(("method", "published"), [("vkd", 74.92), ("dkd", 76.23), ("dist", 75.51)])
+def test_float_models_beside_the_published_count_each_seed_once(
+    method: str, published: float, row: Callable[..., Row]
+) -> None:
+    """Two bits have one seed of three: the float model's mean is over all of them."""
+    seeds = [(2, 0, 90.0), (3, 0, 90.0), (3, 1, 91.0), (3, 2, 95.0)]
+    made = {"data": "cifar100", "method": method, "arch": "wrn_16_2"}
+    rows = [row(**made, bits=bits, seed=seed, top1_float=top1) for bits, seed, top1 in seeds]
+    found = cells(named([*rows, row(data="cifar100", method="teacher", arch="wrn_40_2")]))
+    assert distilled_beside(found)[["top1_float", "published"]].to_numpy().tolist() == [[92.0, published]]
+    study_s = beside(found[found["method"] == method]).set_index("width")["top1"].to_dict()
+    assert study_s.get(math.inf, 92.0) == 92.0
 
 
 def test_the_file_is_whole() -> None:
