@@ -1,6 +1,7 @@
 """The rows as a data frame for people: named series, and one line per cell with mean and spread over seeds."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,7 +43,8 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
     alphabet takes one bit more than it is asked for; trials (``limited``) have names of their own. ``method`` tells,
     too, what tuned the quantized network (``vkd + qad``). ``width`` is ``bits``, or for a ``searched`` row its average
     width rounded up to a quarter, since budgets are upper bounds. Exported networks keep their latencies only where
-    these are on the data set's ``latency_threads``, the number of threads that most of its rows have.
+    these are on the data set's ``latency_threads``, the number of threads that most of its rows have, and PyTorch's are
+    kept on the device of most, whatever its threads.
     """
     frame = table(rows)
     for column in (*SERIES, "device"):
@@ -71,6 +73,9 @@ def named(rows: Sequence[Row]) -> pd.DataFrame:
     threads = frame["latency_threads"].astype("float64").where(frame[EXPORTED].notna().any(axis=1))
     most = threads.groupby(frame["data"]).transform(lambda numbers: numbers.mode().min())  # NaN where none is known
     frame.loc[threads.fillna(0) != most.fillna(0), EXPORTED] = np.nan
+    devices = frame["device"].map(lambda name: re.sub(r" x\d+$", "", name))
+    usual = devices.groupby(frame["data"]).transform(lambda names: names.mode().min())
+    frame.loc[devices != usual, "latency_ms_torch"] = np.nan
     return frame.assign(latency_threads=most)
 
 

@@ -55,6 +55,20 @@ def test_formats_that_are_kept_are_networks_of_their_own(row: Callable[..., Row]
     assert sorted(timed_models(named(rows))["ms"]) == [pytest.approx(0.4), 0.9]
 
 
+def test_latencies_on_other_devices_are_not_compared(row: Callable[..., Row]) -> None:
+    rows = [
+        row(method=method, seed=seed, latency_ms_torch=ms, device=device)
+        for method, seed, ms, device in (
+            ("teacher", 0, 1.0, "NVIDIA H200"),
+            ("teacher", 1, 9.0, "cpu x1"),
+            ("baseline", 0, 5.0, "cpu x2"),
+            ("vkd", 0, 0.5, "NVIDIA H200"),
+        )
+    ]
+    found = timed_models(named([*rows, row(seed=1, latency_ms_torch=4.0, device="cpu x1")]))
+    assert dict(zip(found["method"], found["ms"], strict=True)) == {"teacher": 9.0, "baseline": 5.0, "vkd": 4.0}
+
+
 def test_only_latencies_on_as_many_threads_are_compared(row: Callable[..., Row]) -> None:
     rows = [
         row(bits=bits, method=method, latency_ms_onnx_int8=ms, top1_onnx_int8=90.0, latency_threads=threads)
