@@ -62,12 +62,16 @@ def _entries(
     found: pd.DataFrame, widths: Sequence[tuple[float, bool]]
 ) -> Iterator[tuple[tuple[str, ...], pd.DataFrame, list[Entry | str]]]:
     """Each model's names and cells, and its entries: the float model's, then one for each width."""
-    grid = {(cell.quantizer, cell.width) for cell in records(found) if not cell.searched}
+    grid = {(cell.data, cell.quantizer, cell.width) for cell in records(found) if not cell.searched}
     for names, group in series(found):
         cell = float_model(group)
         whole = Entry(cell["top1_float"], cell["top1_float_std"], cell["float_bytes"])
         by_width = {(c.width, c.searched): Entry(c.top1, c.top1_std, c.size_bytes) for c in records(group)}
-        empty = [MISSING if not searched and (names[3], width) in grid else "" for width, searched in widths]
+        tuned = (group["tune"] != "").any()  # each width by itself
+        empty = [
+            MISSING if not (searched or tuned) and (names[0], names[3], width) in grid else ""
+            for width, searched in widths
+        ]
         yield names, group, [whole, *(by_width.get(width, text) for width, text in zip(widths, empty, strict=True))]
 
 

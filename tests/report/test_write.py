@@ -16,10 +16,10 @@ from kdq.cli.report import main
 from kdq.records.failures import Failure, forget, record
 from kdq.records.rows import COLUMNS, Row, read_rows, table
 from kdq.report import accuracy_table, write_report
-from kdq.report.cells import named, settings
+from kdq.report.cells import cells, missing, named, settings
 from kdq.report.figures import draw_settings
 from kdq.report.material import Material
-from kdq.report.tables import fitting_tables
+from kdq.report.tables import fitting_tables, markdown_accuracies
 
 FIGURES = ("accuracy_vs_bits", "accuracy_vs_total_bits", "accuracy_vs_bytes", "accuracy_vs_latency", "drop_vs_bits")
 FILES = {"results.csv", "results.parquet", "report.md", "report.html"} | {
@@ -148,6 +148,20 @@ def test_the_terminal_marks_missing_cells(row: Callable[..., Row]) -> None:
     lines = [line for line in console.export_text().splitlines() if "dkd" in line]
     assert len(lines) == 1
     assert [cell.strip() for cell in lines[0].split("│")[1:-1]] == ["[red]dkd", "98.00", "missing", "97.00"]
+
+
+def test_what_no_grid_has_is_not_marked(row: Callable[..., Row]) -> None:
+    """Another data set's widths, and those at which a network was not tuned: no warning misses them either."""
+    rows = [row(data="a", bits=2), *(row(data="b", bits=bits, method="dkd") for bits in (3, 4))]
+    rows += [row(data="b", bits=3, method="dkd", tune="qad"), row(data="b", bits=3)]
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(accuracy_table(rows))
+    found = cells(named(rows))
+    lines = [line for line in console.export_text().splitlines() if "missing" in line]
+    marked = [line for line in markdown_accuracies(found) if "missing" in line]
+    assert len(lines) == len(marked) == len(missing(found)) == 1
+    assert "vkd" in lines[0]
+    assert "vkd" in marked[0]
 
 
 def test_a_table_too_wide_for_the_terminal_becomes_several(row: Callable[..., Row]) -> None:
