@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kdq.utils.checks import flag, one_of, within
+from kdq.utils.checks import check_type, flag, one_of, within
 
 
 class Option(NamedTuple):
@@ -28,7 +28,12 @@ def number(default: float, low: float = 0.0, high: float = math.inf) -> Any:
 
 def count(default: int) -> Any:
     """A whole number of at least 1."""
-    return Option(default, lambda name, value: int(within(name, value, 1)))
+
+    def check(name: str, value: Any) -> int:
+        check_type(name, value, int)
+        return int(within(name, value, 1))
+
+    return Option(default, check)
 
 
 def switch(default: bool = False) -> Any:

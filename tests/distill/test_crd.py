@@ -1,5 +1,6 @@
 """CRD: its loss and its bank against the definitions in float64, and trainings with a stranger's loader and kdq's."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def test_two_batches_against_their_definition() -> None:
             new = 0.25 * bank[side][indices] + 0.75 * mine[side]
             bank[side][indices] = new / np.linalg.norm(new, axis=1, keepdims=True)
     np.testing.assert_allclose(module.bank.numpy(), bank, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0, 2.5, math.inf, True])
+def test_what_is_no_count_is_refused(value: float) -> None:
+    for option in ("negatives", "dim"):
+        with pytest.raises(KdqError, match=f"method.{option}={value} must be a"):
+            CRD(network(1), teacher=network(2), num_classes=4, **{option: value})
 
 
 def test_a_stranger_s_loader() -> None:
