@@ -1,7 +1,7 @@
 """Networks of torchvision's and timm's by name, and what their published weights want to see of an image."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,7 @@ def torchvision_model(
     """
     if name in _HALVES:
         options = {"aux_logits": False, "init_weights": True} | options
-    try:
-        builder = get_model_builder(name)
-    except ValueError as error:
-        raise KdqError(f"torchvision has no network {name!r}: torchvision.models.list_models() names them") from error
+    builder = _known(get_model_builder, name)
     return _renormalized(builder(weights=None, num_classes=num_classes, **options), mean, std, data_mean, data_std)
 
 
@@ -123,7 +120,7 @@ def weights_of(source: str, net: Mapping[str, Any]) -> Path | None:
             raise KdqError(f"timm publishes no weights {net['name']!r}: timm.list_pretrained() names those it does")
         file = f":{config.hf_hub_filename}" if config.hf_hub_filename else ""
         return locate(f"hf:{config.hf_hub_id}{file}")
-    if library == "torchvision_model" and source in (IMAGENET, *get_model_weights(net["name"]).__members__):
+    if library == "torchvision_model" and source in (IMAGENET, *_known(get_model_weights, net["name"]).__members__):
         return fetched(_published(net["name"], source))
     return None if source == IMAGENET else locate(source)
 
@@ -157,8 +154,16 @@ def _library(target: str) -> str | None:
     return name if name in ("torchvision_model", "timm_model") and target.startswith("kdq.models.") else None
 
 
+def _known(look_up: Callable[[str], Any], name: str) -> Any:
+    """What torchvision has by the ``name`` of a network."""
+    try:
+        return look_up(name)
+    except ValueError as error:
+        raise KdqError(f"torchvision has no network {name!r}: torchvision.models.list_models() names them") from error
+
+
 def _published(name: str, weights: str) -> Weights:
-    listed = get_model_weights(name)
+    listed = _known(get_model_weights, name)
     return listed[weights if weights in listed.__members__ else "DEFAULT"]
 
 

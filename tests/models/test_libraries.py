@@ -1,6 +1,7 @@
 """Networks of torchvision's and timm's by name, from files in the formats that they are published in."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,9 +110,17 @@ def test_weights_are_found_where_torchvision_keeps_them(tmp_path: Path, monkeypa
     assert preprocessing("kdq.models.resnet50", "resnet50", "imagenet") is None
 
 
-def test_what_torchvision_does_not_have() -> None:
+@pytest.mark.parametrize(
+    "ask",
+    [
+        torchvision_model,
+        lambda name: preprocessing("kdq.models.torchvision_model", name, "imagenet"),
+        lambda name: weights_of("imagenet", {"_target_": "kdq.models.torchvision_model", "name": name}),
+    ],
+)
+def test_what_torchvision_does_not_have(ask: Callable[[str], Any]) -> None:
     with pytest.raises(KdqError, match="torchvision has no network 'resnet51'"):
-        torchvision_model("resnet51")
+        ask("resnet51")
 
 
 def test_a_packed_file_of_a_network_by_name_reads_itself(tmp_path: Path) -> None:
