@@ -29,7 +29,7 @@ from kdq.report.words import COLUMNS, NOTES, PLACES
 _DIGITS = {"width": 2, "nll": 4, "size_bytes": 0, "float_bytes": 0}
 _DIGITS |= dict.fromkeys(["avg_bits", "top1", "top1_std", "top1_float", "top1_float_std", "drop", "drop_std", "ece"], 3)
 _DIGITS |= dict.fromkeys(LATENCIES, 4)
-_NAMES = ["data", "method", "arch", "quantizer", "searched", "n"]
+_NAMES = ["data", "method", "arch", "quantizer", "tune", "searched", "n"]
 
 
 def page(material: Material) -> str:

@@ -186,6 +186,18 @@ def test_latency_is_the_exported_networks_where_there_is_one(
     assert "INT8" in page.run("return document.getElementById('latency-note').textContent")
 
 
+def test_float_models_are_those_of_most_seeds_and_of_no_tuned_network(
+    browser: Any, tmp_path: Path, row: Callable[..., Row], folder_of: Callable[..., Path]
+) -> None:
+    seeds = [(2, 0, 90.0), (4, 0, 90.0), (4, 1, 92.0), (8, 0, 90.0)]
+    rows = [row(bits=bits, seed=seed, top1_float=top1) for bits, seed, top1 in seeds]
+    page = Page(browser, folder_of(tmp_path, [*rows, row(bits=4, tune="qad", top1_float=90.0)]))
+    for chart in ("bits", "bytes"):
+        assert [trace["y"][-1] for trace in page.traces(chart) if len(trace["x"]) == 2] == [91.0]
+    assert page.column(4, "grid")[0].startswith("91.00 ± 1.41")
+    assert "missing" not in page.run("return document.getElementById('grid').textContent")
+
+
 def test_dark_windows_have_light_ink(page: Page) -> None:
     color = (
         "return [getComputedStyle(document.body).backgroundColor, document.getElementById('bits').layout.font.color]"

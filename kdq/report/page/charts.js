@@ -78,15 +78,19 @@ function rings(cells, x, y = "top1") {
   };
 }
 
-// The float model of each line, hollow, behind its end: at `whole`, or at the size of its file.
+// The cell of a model that tells its float network's accuracy from most seeds.
+const floatModel = (found) => found.reduce((a, b) => (b.n > a.n ? b : a));
+
+// The float model of each line, hollow, behind its end: at `whole`, or at the size of its file. That of a tuned network is
+// another's.
 function floats(cells, look, x, whole) {
-  return byModel(cells).map((found) => {
-    const last = found.reduce((a, b) => (b[x] > a[x] ? b : a));
+  return byModel(cells).filter((found) => !found[0].tune).map((found) => {
+    const [last, float] = [found.reduce((a, b) => (b[x] > a[x] ? b : a)), floatModel(found)];
     const color = look.color(last.method);
     return {
-      x: [last[x], whole || last.float_bytes], y: [last.top1, last.top1_float], mode: "lines+markers", type: "scatter",
+      x: [last[x], whole || last.float_bytes], y: [last.top1, float.top1_float], mode: "lines+markers", type: "scatter",
       line: { color, width: 1, dash: "dot" }, marker: { color, size: [0, 7], symbol: "circle-open" },
-      hovertemplate: `<b>${plain(last.method)}</b> (${plain(last.arch)}), float<br>top-1 ${meanStd(last.top1_float, last.top1_float_std)}, ${sizeName(last.float_bytes)}<extra></extra>`,
+      hovertemplate: `<b>${plain(last.method)}</b> (${plain(last.arch)}), float<br>top-1 ${meanStd(float.top1_float, float.top1_float_std)}, ${sizeName(last.float_bytes)}<extra></extra>`,
     };
   });
 }

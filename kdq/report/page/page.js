@@ -109,10 +109,11 @@ function showGrid(cells) {
       cell.append(element("small", sizeName(size)));
       return cell;
     };
-    line.append(entry(first.top1_float, first.top1_float_std, first.float_bytes));
+    const float = floatModel(found);
+    line.append(entry(float.top1_float, float.top1_float_std, float.float_bytes));
     for (const name of widths) {
       const cell = byWidth.get(name);
-      const missing = grid.has(JSON.stringify([first.quantizer, name])) ? "missing" : "";
+      const missing = !first.tune && grid.has(JSON.stringify([first.quantizer, name])) ? "missing" : "";
       line.append(cell ? entry(cell.top1, cell.top1_std, cell.size_bytes) : element("td", missing, { className: missing }));
     }
     body.append(line);
