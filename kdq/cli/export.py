@@ -30,15 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="kdq-export: %(message)s")
     import kdq.cli.app  # noqa: F401  the resolvers of configs
-    from kdq.stages.export import CHOSEN, export, find, share
+    from kdq.stages.export import CHOSEN, export, find, names_model, share
     from kdq.utils.errors import KdqError
     from kdq.utils.hub import HUB
     from kdq.utils.messages import describe
 
-    ignored = [override for override in options.overrides if override != DEBUG and options.format == "packed"]
+    given = [override for override in options.overrides if override != DEBUG]
     try:
-        if ignored:
-            raise KdqError(f"{ignored[0]}: the packed file is copied as it is; overrides are of another --format")
+        if given and options.format == "packed":
+            raise KdqError(f"{given[0]}: the packed file is copied as it is; overrides are of another --format")
+        if given and options.format == "torch" and not names_model(given):
+            raise KdqError(f"{given[0]}: the torch format needs no images; its overrides are of the model")
         if options.license and not options.to.startswith(HUB):
             raise KdqError(f"--license {options.license} is of a model on the hub: give --to {HUB}owner/name")
         source = find(options.cell, options.output_dir)

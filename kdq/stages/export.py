@@ -126,9 +126,14 @@ def share(source: Source, kind: str, target: str, licence: str = "unknown", over
         return upload(folder, target, f"{source.packed.stem}, kdq {__version__}")
 
 
+def names_model(overrides: Sequence[str]) -> bool:
+    """Whether the overrides say how the network is built."""
+    return any(override.lstrip("+").startswith(("model@", "teacher.net", "student.net")) for override in overrides)
+
+
 def _network(source: Source, overrides: Sequence[str]) -> nn.Module:
     """The packed network, built as the overrides say where they name a model."""
-    if any(override.lstrip("+").startswith(("model@", "teacher.net", "student.net")) for override in overrides):
+    if names_model(overrides):
         return packed_network(Cell(compose([*_own(source, overrides), *overrides])), source.packed)
     try:
         return load_packed(source.packed)

@@ -308,8 +308,12 @@ def test_mistakes_are_one_line_that_says_what_to_do(run: Any, export: Any, tmp_p
     assert "data=cifar10: the packed file is copied as it is" in copied
     free = export(rows[0].config_hash, "--output-dir", output, "--license", "mit", "--to", tmp_path)
     assert "--license mit is of a model on the hub: give --to hf:owner/name" in free
-    assert not list(tmp_path.glob("*.kdq"))
-    assert "\n" not in near + wrong + mistyped + copied + free
+    imageless = export(
+        rows[0].config_hash, "--output-dir", output, "--format", "torch", "data=cifar10", "--to", tmp_path
+    )
+    assert "data=cifar10: the torch format needs no images; its overrides are of the model" in imageless
+    assert not [*tmp_path.glob("*.kdq"), *tmp_path.glob("*.pt2")]
+    assert "\n" not in near + wrong + mistyped + copied + free + imageless
 
 
 def test_the_notebooks_script_classifies_an_image_file(run: Any, tmp_path: Path) -> None:
