@@ -149,6 +149,15 @@ def test_searches_of_one_model_share_what_they_measured(tmp_path: Path, monkeypa
     assert len(filled) == 1
 
 
+def test_a_budget_of_bytes_is_one_of_the_row_s_own_file(tmp_path: Path) -> None:
+    """Which says, beside the weights, what its images and classes are."""
+    asked = ["quant=greedy", "quant.search.candidates=[2,4,8]", "quant.search.validation_images=32"]
+    (row,) = run(config(tmp_path, *asked, "quant.search.avg_bits=4"))
+    budget = row.size_bytes - 300
+    (small,) = run(config(tmp_path, *asked, "quant.search.avg_bits=null", f"quant.search.size_bytes={budget}"))
+    assert budget - 500 < small.size_bytes <= budget
+
+
 def test_a_float_model_is_measured_once_for_all_quantizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tests = []
     real = stage.test
