@@ -204,9 +204,11 @@ def quantized(network: nn.Module) -> nn.Module:
     mode, with ``quantized_weights``. A 16-bit ``float_dtype`` is kept."""
     plain = copied(network)
     weights, activations = {}, {}
-    for name, module, attribute, rounding in _weight_roundings(plain):
+    layers = _weight_roundings(plain)
+    for name, module, attribute, rounding in layers:
         weights[name] = rounding.quantized_weight(module.parametrizations[attribute].original)  # type: ignore[index, union-attr]
-        keep_decoded(module)
+    for _, module, _, _ in layers:
+        keep_decoded(module)  # all that it holds
     for name, layer in plain.named_modules():
         if (of_input := _input_rounding(layer)) is not None:
             activations[name] = of_input.quantizer()

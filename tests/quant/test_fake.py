@@ -51,6 +51,25 @@ def test_zero_steps_change_nothing(bits: int, options: dict[str, object], tmp_pa
         assert torch.equal(kdq.load(tmp_path / "end.kdq")(images()), logits)
 
 
+def test_a_module_that_holds_several_weights_is_rounded_and_stored(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, x[..., :4], x[..., :6])[0].mean(1)
+
+    torch.manual_seed(0)
+    model, tokens = Attention().eval(), torch.randn(8, 5, 8)
+    start, _ = kdq.quantize(model, [tokens], bits=3)
+    assert len(start.quantized_weights) == 4
+    end = quantized(fake_quantized(start))
+    assert torch.equal(end(tokens), start(tokens))
+    kdq.save(end, tmp_path / "end.kdq")
+    assert torch.equal(kdq.load(tmp_path / "end.kdq", network=model)(tokens), start(tokens))
+
+
 @pytest.mark.parametrize("act_bits", [None, 4])
 def test_what_was_trained_is_what_is_saved(act_bits: int | None, tmp_path: Path) -> None:
     """With 2^b levels a channel, other codes and scales than before, and inputs rounded by learned scales."""
