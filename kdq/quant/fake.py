@@ -181,6 +181,9 @@ def fake_quantized(network: nn.Module) -> nn.Module:
     if not weights:
         raise KdqError("the network has no quantized weights: give what kdq.quantize or kdq.load returned")
     trainable = copied(network)
+    if not any(parameter.requires_grad for parameter in trainable.parameters()):  # frozen, as a teacher is
+        for parameter in trainable.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     places = holders(trainable)
     for name, weight in weights.items():
         module, attribute = place_of(trainable, name)

@@ -79,6 +79,17 @@ def test_frozen_batchnorm_and_scales_stay_as_they_are() -> None:
         assert torch.equal(fixed.quantized_weights[name].scale, weight.scale)
 
 
+def test_what_a_frozen_teacher_was_quantized_to_trains() -> None:
+    """A second width of a network that teaches the first one already."""
+    teacher, trained = network(2), []
+    for bits in (2, 3):
+        start, _ = kdq.quantize(teacher, loader(), bits=bits)
+        module = QAD(start, teacher=teacher, num_classes=4)
+        trained.append({name for name, value in module.named_parameters() if value.requires_grad})
+    assert trained[0] == trained[1] == {name for name, _ in module.named_parameters()}
+    assert not any(value.requires_grad for value in teacher.parameters())
+
+
 def test_scales_are_not_decayed() -> None:
     """Where no gradient is, only decay moves: every weight, and no scale."""
     module = QAT(student(), num_classes=4, config=TrainConfig(weight_decay=0.1))
