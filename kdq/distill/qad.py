@@ -105,6 +105,7 @@ class IntoQuantized(DistillationModule):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["student"] = {
             "network": described(network),
             "layout": layout(network),
+            "float_dtype": getattr(network, "kdq_float_dtype", None),
         }
 
 
@@ -152,5 +153,7 @@ def _trainable(student: Any) -> nn.Module:
                 "the checkpoint names no network that kdq builds by itself: give load_from_checkpoint(path, "
                 "student=network), with what kdq.quantize or kdq.load gave"
             )
-        return with_layout(built(student["network"], "student"), student["layout"])
+        network = with_layout(built(student["network"], "student"), student["layout"])
+        network.kdq_float_dtype = student.get("float_dtype")  # type: ignore[assignment]
+        return network
     return fake_quantized(student) if isinstance(student, nn.Module) and not layout(student) else student

@@ -117,6 +117,17 @@ def test_distillation_brings_the_rounded_network_nearer_to_its_teacher() -> None
     assert distance(fitted(module, max_epochs=10).quantized()) < 0.7 * before
 
 
+def test_a_checkpoint_keeps_what_floats_are_rounded_to(tmp_path: Path) -> None:
+    module, trainer = QAT(student(float_dtype="bf16"), num_classes=4, config=CONFIG), L.Trainer(**SILENT, max_epochs=1)
+    trainer.fit(module, loader(), loader(1))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    made = [each.quantized() for each in (module, QAT.load_from_checkpoint(tmp_path / "x.ckpt"))]
+    sizes = [kdq.save(network, tmp_path / "model.kdq") for network in made]
+    assert sizes[0] == sizes[1]
+    images = loader(2).dataset.tensors[0]  # type: ignore[attr-defined]
+    assert torch.equal(made[0](images), made[1](images))
+
+
 def test_a_foreign_network_is_given_again(tmp_path: Path) -> None:
     start = student(foreign)
     module = fitted(QAT(start, num_classes=4, config=CONFIG))
