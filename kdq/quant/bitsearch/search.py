@@ -166,10 +166,15 @@ class _Greedy:
         """Take steps back, the dearest first, as far as the limits allow: a large layer's step overshoots them."""
         now = dict(here.assignment)
         if self.budget.met(now):
-            for layer, narrow in sorted(self.paid, key=lambda step: -self.paid[step]):
-                wider = {**now, layer: min((w for w in self.costs[layer] if w > narrow), default=narrow)}
-                if now[layer] == narrow and self.budget.met(wider):
-                    now = wider
+            steps = sorted(self.paid, key=lambda step: -self.paid[step])
+            while steps:  # again after each, for the step before one taken back may have been a cheaper one
+                for layer, narrow in steps:
+                    wider = {**now, layer: min((w for w in self.costs[layer] if w > narrow), default=narrow)}
+                    if now[layer] == narrow and self.budget.met(wider):
+                        now = wider
+                        break
+                else:
+                    break
         return here if now == here.assignment else self._reach(Point(now, cost_of(self.costs, now), self.evaluate(now)))
 
     def _probe(self, start: Point) -> dict[str, float]:

@@ -98,6 +98,18 @@ def test_no_layer_that_was_narrowed_could_be_wider_within_the_budget(seed: int) 
         assert bits == WIDTHS[-1] or cost_of(costs, {**found, layer: bits + 1}) > limit
 
 
+def test_room_is_given_back_though_a_later_step_of_a_layer_was_the_cheaper_one() -> None:
+    """Losses as they are measured: the small layer's step to 3 bits costs more than the one to 2 that follows it."""
+    costs = {"small": {4: 4.0, 3: 3.0, 2: 2.0}, "large": {4: 400.0, 3: 300.0, 2: 200.0}}
+    losses = {"small": {4: 0.0, 3: 0.02, 2: 0.03}, "large": {4: 0.0, 3: 40.0, 2: 90.0}}
+
+    def evaluate(assignment: Assignment) -> Measure:
+        return Measure(sum(losses[layer][bits] for layer, bits in assignment.items()), 50.0)
+
+    found = greedy(costs, evaluate, Budget([(costs, 310.0)]), context="widest")
+    assert found.chosen.assignment == {"small": 4, "large": 3}
+
+
 @pytest.mark.parametrize("method", ["greedy", "exact", "sensitivity_once"])
 def test_a_width_that_saves_nothing_is_not_chosen(method: str) -> None:
     """Files are padded: 7 bits may take as many bytes as 8, and the step to 6 is still worth taking."""
