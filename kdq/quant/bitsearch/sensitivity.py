@@ -51,16 +51,21 @@ def exact(costs: Costs, table: Table, cost: float) -> Assignment:
     price = np.array([[costs[layer][bits] for layer, bits in variables]])
     # Scaled to about one: the losses of wide layers are far below the solver's tolerances.
     losses = np.array([table[layer][bits] for layer, bits in variables])
-    result = milp(
-        losses / (np.abs(losses).max() or 1.0),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(price / cost, -np.inf, 1)],
-        integrality=np.ones(len(variables)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if result.x is None:
-        raise KdqError(f"the integer programme of the bit search found nothing: {result.message}")
-    return {layer: bits for (layer, bits), on in zip(variables, result.x, strict=True) if on > 0.5}
+    limit = cost
+    while True:
+        result = milp(
+            losses / (np.abs(losses).max() or 1.0),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(price / cost, -np.inf, limit / cost)],
+            integrality=np.ones(len(variables)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            raise KdqError(f"the integer programme of the bit search found nothing: {result.message}")
+        found = {layer: bits for (layer, bits), on in zip(variables, result.x, strict=True) if on > 0.5}
+        if cost_of(costs, found) <= cost:
+            return found
+        limit -= 1e-6 * cost  # what the solver tolerates
 
 
 def sensitivity_once(costs: Costs, table: Table, cost: float) -> Assignment:

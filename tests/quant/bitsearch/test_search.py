@@ -48,6 +48,17 @@ def test_exact_is_the_best_of_all_assignments(seed: int) -> None:
     assert evaluate(chosen).loss == pytest.approx(best, rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_exact_meets_a_limit_to_the_last_bit(seed: int) -> None:
+    """Of millions: what the solver tolerates is more than one."""
+    costs, sensitivity = _problem(4, seed)
+    costs = {layer: {bits: 1000.0 * round(cost) for bits, cost in widths.items()} for layer, widths in costs.items()}
+    table = sensitivities(costs, _additive(sensitivity))
+    best = exact(costs, table, 0.5 * cost_of(costs, widest(costs)))
+    limit = cost_of(costs, best) - 1
+    assert cost_of(costs, exact(costs, table, limit)) <= limit
+
+
 @pytest.mark.parametrize("average", [2.5, 3.0, 4.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_greedy_is_near_the_optimum_within_its_evaluations(seed: int, average: float) -> None:
