@@ -1,5 +1,6 @@
 """A quantized layer's weight as stored, decoded once, or every time its layer runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -50,7 +51,10 @@ class QuantizedWeight:
 
 
 class Decoding(nn.Module):
-    """Makes a layer's weight from its packed codes: a parametrization, run whenever the weight is asked for."""
+    """Makes a layer's weight from its packed codes: a parametrization, run whenever the weight is asked for.
+
+    A network that is cast to 16 bits, ``network.half()``, has its weights rounded so, and not what they are made of.
+    """
 
     scale: Tensor
     zero: Tensor
@@ -60,9 +64,17 @@ class Decoding(nn.Module):
         self.shape, self.levels = weight.shape, weight.levels
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
+        self.dtype = weight.scale.dtype
 
     def forward(self, packed: Tensor) -> Tensor:
-        return QuantizedWeight(packed, self.shape, self.scale, self.zero, self.levels).decode()
+        return QuantizedWeight(packed, self.shape, self.scale, self.zero, self.levels).decode().to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = self.scale, self.zero
+        super()._apply(fn, recurse)
+        self.dtype = self.scale.dtype
+        self.scale, self.zero = (old.to(new.device) for old, new in zip(exact, (self.scale, self.zero), strict=True))
+        return self
 
 
 def keep_packed(module: nn.Module, attribute: str, weight: QuantizedWeight) -> None:

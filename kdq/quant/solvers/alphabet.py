@@ -56,7 +56,12 @@ class Alphabet:
 
     def exact_dtype(self, values: Tensor) -> torch.dtype:
         """A dtype, that of ``values`` if it will do, in which every code is exact."""
-        return values.dtype if self.levels <= _FLOAT32_LEVELS else torch.float64
+        return _exact(values.dtype, self.levels)
+
+
+def _exact(dtype: torch.dtype, levels: int) -> torch.dtype:
+    """``dtype``, or a wider one in which so many codes are exact."""
+    return torch.promote_types(dtype, torch.float32) if levels <= _FLOAT32_LEVELS else torch.float64
 
 
 def code_bits(levels: int) -> int:
@@ -66,7 +71,7 @@ def code_bits(levels: int) -> int:
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
     """``scale * (codes - zero)``, rounded once to the scale's dtype: the same bits wherever it is computed."""
-    dtype = scale.dtype if levels <= _FLOAT32_LEVELS else torch.float64
+    dtype = _exact(scale.dtype, levels)
     return codes.to(dtype, copy=True).sub_(zero.to(dtype)).mul_(scale.to(dtype)).to(scale.dtype)
 
 

@@ -203,6 +203,18 @@ def test_the_documented_reader_finds_the_same_weights(
         assert torch.equal(torch.from_numpy(weight), quantized.get_submodule(name).weight.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", [4, 8, 16, 26])
+def test_a_cast_network_has_the_same_weights_however_they_are_decoded(
+    tmp_path: Path, relu_net: nn.Module, bits: int, dtype: torch.dtype
+) -> None:
+    quantized, _ = kdq.quantize(relu_net, [torch.randn(8, 3, 9, 9)], bits=bits, solver="rtn")
+    kdq.save(quantized, tmp_path / "net.kdq")
+    once, layer = (kdq.load(tmp_path / "net.kdq", network=relu_net, decode=d).to(dtype) for d in ("once", "layer"))
+    for name in quantized.quantized_weights:
+        assert torch.equal(once.get_submodule(name).weight, layer.get_submodule(name).weight)
+
+
 @pytest.mark.parametrize("bits", [4, 26])
 def test_the_documented_reader_keeps_doubles(tmp_path: Path, relu_net: nn.Module, reader: Any, bits: int) -> None:
     quantized, _ = kdq.quantize(relu_net.double(), [torch.randn(8, 3, 9, 9).double()], bits=bits, solver="rtn")
