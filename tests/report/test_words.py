@@ -104,6 +104,15 @@ def test_regions_and_who_is_alone(row: Callable[..., Row]) -> None:
     assert (cells["higher at"], cells["lower at"]) == ("400 kB", "1.6 MB")
 
 
+def _files(row: Callable[..., Row], tops: dict[tuple[str, str], dict[int, float]]) -> list[Row]:
+    """Rows of 2, 4 and 8 bits by method and tuning, each with its bytes and top-1."""
+    return [
+        row(method=method, tune=tune, bits=bits, top1=top1, size_bytes=size, float_bytes=0)
+        for (method, tune), sizes in tops.items()
+        for bits, (size, top1) in zip((2, 4, 8), sizes.items(), strict=False)
+    ]
+
+
 def test_a_region_ends_where_its_models_do(row: Callable[..., Row]) -> None:
     """Tuned networks have files up to 200 kB, the student from 100 kB to 1 MB, the teacher from 400 kB on."""
     tops = {
@@ -111,11 +120,7 @@ def test_a_region_ends_where_its_models_do(row: Callable[..., Row]) -> None:
         ("vkd", "qad"): {100_000: 74.0, 200_000: 76.0},
         ("teacher", ""): {400_000: 85.0, 1_000_000: 90.0},
     }
-    rows = [
-        row(method=method, tune=tune, bits=bits, top1=top1, size_bytes=size, float_bytes=0)
-        for (method, tune), sizes in tops.items()
-        for bits, (size, top1) in zip((2, 4, 8), sizes.items(), strict=False)
-    ]
+    rows = _files(row, tops)
     headline = _said(rows).headline
     assert "vkd + qad is ahead of vkd from 100 to 200 kB (by 4.0 points at 100 kB" in headline
     assert "the teacher is ahead of vkd from 400 kB to 1 MB (by" in headline
@@ -136,11 +141,7 @@ def test_a_smaller_file_that_is_better_leads(row: Callable[..., Row]) -> None:
         ("teacher", ""): {300_000: 65.0, 400_000: 77.0, 500_000: 80.0},
         ("teacher", "qad"): {300_000: 78.0},
     }
-    rows = [
-        row(method=method, tune=tune, bits=bits, top1=top1, size_bytes=size, float_bytes=0)
-        for (method, tune), sizes in tops.items()
-        for bits, (size, top1) in zip((2, 4, 8), sizes.items(), strict=False)
-    ]
+    rows = _files(row, tops)
     headline = _said(rows).headline
     assert "vkd + qad is ahead of vkd at 100 kB (by 4.0 points" in headline
     assert "teacher + qad is ahead of vkd from 300 to 310 kB (by 3.1 points at 300 kB" in headline
