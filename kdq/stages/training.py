@@ -12,9 +12,11 @@ import hydra.utils
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from kdq.distill.layers import COMPILED
 from kdq.distill.module import DistillationModule
+from kdq.distill.progress import TrainingProgress
 from kdq.models.build import build
 from kdq.models.libraries import IMAGENET
 from kdq.models.pretrained import load_imagenet
@@ -108,11 +110,36 @@ def train(
         return
     with _tracked(cell, spec) as track:
         best, metrics = fit(module, images, trainer, recipe, work, track.loggers, callbacks, title)
+        if spec.job_type == "tune":
+            best["student"], losses = _start_or_end(cell, spec, best["student"])
+            metrics |= losses
         winner = best[ranked(best)[0]]
         facts = {"val_top1": 100 * winner.top1, "best_epoch": winner.epoch} | metrics
         track.summary(facts)
         log_model(track, cell.store, spec.slug, spec.key, winner.weights, facts)
         yield best, metrics
+
+
+def _start_or_end(cell: Cell, spec: TrainingSpec, end: Best) -> tuple[Best, dict[str, float]]:
+    """Which a tuning leaves, by what it minimises, of validation images: the last epoch, or the start if that has less.
+    And what both have."""
+    start = Best(weights=spec.networks["student"].build().state_dict())
+    (begun, start.top1), (ended, _) = _validated(cell, spec, start.weights), _validated(cell, spec, end.weights)
+    return end if ended <= begun else start, {"loss_start": begun, "loss": ended}
+
+
+@torch.no_grad()
+def _validated(cell: Cell, spec: TrainingSpec, weights: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Loss and accuracy, 0 to 1, of validation images with a student of these weights."""
+    networks = {role: network.build() for role, network in spec.networks.items()}
+    networks["student"].load_state_dict(weights)
+    module = made_module(spec, networks, cell.cfg.data.num_classes).to(cell.device).eval()
+    loss, top1 = MeanMetric(sync_on_compute=False), MeanMetric(sync_on_compute=False)  # the first process alone asks
+    for images, labels in cell.images.evaluation("val", cell.device):
+        terms, logits = module.losses(images, labels, TrainingProgress())
+        loss.update(torch.stack(list(terms.values())).sum().cpu(), weight=len(labels))
+        top1.update((logits.argmax(1) == labels).float().cpu())
+    return float(loss.compute()), float(top1.compute())
 
 
 def made_module(spec: TrainingSpec, networks: Mapping[str, nn.Module], num_classes: int) -> DistillationModule:

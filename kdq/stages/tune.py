@@ -19,9 +19,7 @@ from typing import Any
 import hydra.utils
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
-from kdq.distill.progress import TrainingProgress
 from kdq.models.build import build
 from kdq.quant.fake import fake_quantized, layout, quantized, with_layout
 from kdq.quant.layers import LeftFloat
@@ -35,7 +33,7 @@ from kdq.stages.asked import asked_bits, quant_spec
 from kdq.stages.cell import Cell
 from kdq.stages.quantize import Tuned, quantized_once
 from kdq.stages.train import Model, artifact, obtain, teacher_model
-from kdq.stages.training import NetworkSpec, TrainingSpec, check_module, made_module
+from kdq.stages.training import NetworkSpec, TrainingSpec, check_module
 from kdq.stages.worker import run_training
 from kdq.train.recipe import Recipe
 from kdq.train.trainer import with_trainer_flags
@@ -105,6 +103,9 @@ def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str
     @contextmanager
     def make(work: Path) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Any]]]:
         entry = obtain(cell.store, models["student"])
+        images, there = plan.images or 0, len(cell.images.split.train)
+        if images > there:
+            log.warning("tune.images=%d, but there are %d training images: all are used", images, there)
         start, facts = _start(cell, entry, name, work)
         networks = dict(plan.networks)
         for role, model in models.items():  # of students that learned together, the best one has its own net
@@ -116,28 +117,13 @@ def _make(cell: Cell, plan: TrainingSpec, models: Mapping[str, Model], name: str
         training = replace(plan, networks=networks, inputs=inputs)
         with run_training(cell, training, work) as (best, metrics):
             student = best["student"]
-            weights, scores = student.weights, {"val_top1": 100 * student.top1, "best_epoch": student.epoch}
-            begun = training.networks["student"].build().state_dict()
-            losses = {"loss_start": _loss(cell, training, begun), "loss": _loss(cell, training, weights)}
-            if not losses["loss"] <= losses["loss_start"]:
+            if student.epoch < 0:
                 log.warning("%s had a loss of %.4f on validation images before it was tuned and has %.4f now: what it "
-                            "was is kept", plan.name, losses["loss_start"], losses["loss"])  # fmt: skip
-                weights, scores = begun, {"val_top1": facts["val_top1_start"], "best_epoch": -1}
-            yield weights, scores | losses | facts | metrics
+                            "was is kept", plan.name, metrics["loss_start"], metrics["loss"])  # fmt: skip
+            scores = {"val_top1": 100 * student.top1, "best_epoch": student.epoch}
+            yield student.weights, scores | facts | metrics
 
     return make
-
-
-@torch.no_grad()
-def _loss(cell: Cell, training: TrainingSpec, weights: Mapping[str, Tensor]) -> float:
-    """What the training minimises, of validation images and a student of these weights."""
-    networks = {role: network.build() for role, network in training.networks.items()}
-    networks["student"].load_state_dict(weights)
-    module, mean = made_module(training, networks, cell.cfg.data.num_classes).to(cell.device).eval(), MeanMetric()
-    for images, labels in cell.images.evaluation("val", cell.device):
-        terms, _ = module.losses(images, labels, TrainingProgress())
-        mean.update(torch.stack(list(terms.values())).sum().cpu(), weight=len(labels))
-    return float(mean.compute())
 
 
 def _start(cell: Cell, entry: Entry, name: str, work: Path) -> tuple[Path, dict[str, Any]]:

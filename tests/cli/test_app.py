@@ -181,6 +181,10 @@ MISTAKES = [
     (["student.recipe.epochs=many", "method=baseline"], r"recipe.epochs='many' must be a whole number"),
     (["student.recipe.lr=fast", "method=baseline"], r"recipe.lr='fast' must be a number"),
     (["quant=greedy", "method=baseline", "quant.search.avg_bits=1"], r"the bit search cannot meet its budget"),
+    (
+        ["quant=greedy", "method=baseline", "+quant.search={method: exact, cost: bytes}"],
+        "cost=bytes prices the steps of",
+    ),
     (["quant=greedy", "method=baseline", "quant.search.avg_bits=null"], r"has no budget: give avg_bits, size_bytes or"),
     (["quant.solver=bset", "method=baseline"], r"solver='bset' is unknown: use one of .*gpfq"),
     (["quant.alphabet=greek", "method=baseline"], r"alphabet='greek' is unknown"),

@@ -12,6 +12,7 @@ import hydra
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 
 import kdq
 from kdq.cli.app import CONFIG_PATH
@@ -90,14 +91,25 @@ def test_a_rate_of_zero_and_frozen_batchnorm_give_the_row_of_quantization(tmp_pa
             assert getattr(plain, column) == getattr(tuned, column)
 
 
-def test_a_training_that_spoils_the_network_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_that_spoils_the_network_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged: list[Any] = []
+    monkeypatch.setattr("kdq.stages.training.log_model", lambda *args: logged.append(args[-2:]))
     asked = ["quant.bits=4", "teacher.recipe.epochs=20"]  # the teacher has learned what can be lost
     (plain,) = run(config(tmp_path, *asked, "tune=none"))
     (tuned,) = run(
-        config(tmp_path, *asked, "tune=qat", "tune.batchnorm=train", "tune.recipe.lr=3", "tune.recipe.epochs=1")
+        config(tmp_path, *asked, "tune=qat", "tune.recipe.lr=3", "tune.recipe.epochs=1", "tune.images=100000")
     )
+    assert "tune.images=100000, but there are" in caplog.text
     assert (tuned.nll, tuned.top1) == (plain.nll, plain.top1)
     assert "before it was tuned" in caplog.text
+    weights, facts = logged[-1]
+    (entry,) = (tmp_path / "store").glob("*-qat-*")
+    metrics = json.loads((entry / "metrics.json").read_text())
+    assert facts["best_epoch"] == -1
+    assert facts["val_top1"] == metrics["val_top1"] == pytest.approx(metrics["val_top1_start"], abs=1e-4)
+    torch.testing.assert_close(weights, load_file(entry / "weights.safetensors"), rtol=0, atol=0)
 
 
 class Kill(Callback):

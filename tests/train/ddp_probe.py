@@ -12,7 +12,6 @@ from kdq.distill.dml import DML
 from kdq.distill.mixup import Mixup
 from kdq.distill.progress import TrainingProgress
 from kdq.distill.qad import QAD
-from kdq.distill.vkd import VKD
 
 
 def plain_net(num_classes: int, in_channels: int) -> nn.Module:
@@ -39,10 +38,6 @@ class Probe(CrossEntropy):
         self.folder.mkdir(exist_ok=True)
         left = {"state": self.state_dict(), "wrapped": type(wrapped).__name__, "synchronised": names}
         torch.save(left | {"validated": self.validated}, self.folder / f"{self.global_rank}.pt")
-
-
-class ProbedVKD(Probe, VKD):
-    pass
 
 
 class ProbedDML(Probe, DML):

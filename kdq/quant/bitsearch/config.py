@@ -46,6 +46,11 @@ class SearchConfig:
         one_of("cost", self.cost, COSTS)
         one_of("method", self.method, ("greedy", *METHODS))
         one_of("context", self.context, CONTEXTS)
+        for name in ("cost", "context"):
+            if self.method != "greedy" and getattr(self, name) != getattr(SearchConfig, name):
+                raise KdqError(
+                    f"{name}={getattr(self, name)} prices the steps of method=greedy; {self.method} has none"
+                )
         candidates = self.candidates if isinstance(self.candidates, (tuple, list)) else (self.candidates,)
         widths = sorted({check_bits(width, "candidates") for width in candidates})
         if len(widths) < 2:
