@@ -171,14 +171,15 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     assert metrics["epochs"] == 5
 
 
-@pytest.mark.parametrize(("flag", "value", "epoch"), [("check_val_every_n_epoch", 2, 1), ("max_steps", 9, 0)])
+@pytest.mark.parametrize(("flag", "value", "epoch"), [("check_val_every_n_epoch", 4, 2), ("max_steps", 9, 0)])
 def test_only_validated_epochs_are_kept(flag: str, value: int, epoch: int, tmp_path: Path) -> None:
-    """Of three epochs of seven steps: the second one, and the first one where the second is cut short."""
+    """Of three epochs of seven steps: the last one, which is always validated, and the first one where the second is
+    cut short."""
     trained = module("vkd")
     best, _ = train(trained, small_images(), TRAINER | {flag: value}, tmp_path)
     assert best["student"].epoch == epoch
     with pytest.raises(KdqError, match="ended without a validated epoch"):
-        train(module("vkd"), small_images(), TRAINER | {"check_val_every_n_epoch": 4}, tmp_path / "none")
+        train(module("vkd"), small_images(), TRAINER | {"max_steps": 3}, tmp_path / "none")
 
 
 def test_overfitted_batches_are_the_same_in_every_epoch(tmp_path: Path) -> None:
