@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(share(source, options.format, options.to, options.license or "unknown", options.overrides))
             return
         target = Path(options.to)
-        if target.is_dir() or not target.suffix:
+        if target.is_dir() or not target.suffix or options.to.endswith(os.sep):
             target = target / f"{source.packed.stem}{SUFFIXES[options.format]}"
         said = export(source, options.format, target, options.overrides)
     except Exception as error:

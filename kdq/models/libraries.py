@@ -54,7 +54,7 @@ def torchvision_model(
     Raises:
         KdqError: torchvision has no such network.
     """
-    if name in _HALVES:
+    if name.lower() in _HALVES:  # as torchvision reads names
         options = {"aux_logits": False, "init_weights": True} | options
     builder = _known(get_model_builder, name)
     return _renormalized(builder(weights=None, num_classes=num_classes, **options), mean, std, data_mean, data_std)
@@ -99,7 +99,8 @@ def preprocessing(target: str, name: str, weights: str | None) -> Preprocessing 
         size = int(config.input_size[-1])
         return Preprocessing(size, round(size / config.crop_pct), config.interpolation, config.mean, config.std)
     asked = _published(name, weights).transforms()
-    normal = (_HALVES[name],) * 2 if name in _HALVES else (tuple(asked.mean), tuple(asked.std))
+    halves = _HALVES.get(name.lower())
+    normal = (halves, halves) if halves else (tuple(asked.mean), tuple(asked.std))
     return Preprocessing(asked.crop_size[0], asked.resize_size[0], asked.interpolation.value, *normal)
 
 

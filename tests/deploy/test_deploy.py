@@ -225,8 +225,8 @@ def test_every_format_of_a_cell(run: Any, export: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = kdq.load(output / row.artifact)(images)
 
-    said = export(row.config_hash[:6], "--output-dir", output, "--to", tmp_path)
-    assert (tmp_path / Path(row.artifact).name).read_bytes() == (output / row.artifact).read_bytes()
+    said = export(row.config_hash[:6], "--output-dir", output, "--to", f"{tmp_path}/v1.0/")
+    assert (tmp_path / "v1.0" / Path(row.artifact).name).read_bytes() == (output / row.artifact).read_bytes()
     assert f"{row.size_bytes:,} bytes" in said
 
     export(output / "rows" / row.file_name, "--format", "torch", "--to", tmp_path / "model.pt2")

@@ -74,10 +74,10 @@ def test_inception_sees_what_torchvision_shows_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.inception_v3(init_weights=False, transform_input=True)
     torch.save(theirs.state_dict(), tmp_path / "file.pth")
-    want = preprocessing("kdq.models.torchvision_model", "inception_v3", "imagenet")
+    want = preprocessing("kdq.models.torchvision_model", "Inception_V3", "imagenet")
     assert want is not None
     assert (want.size, want.shorter, want.interpolation) == (299, 342, "bilinear")
-    ours = torchvision_model("inception_v3", 1000, want.mean, want.std, IMAGENET_MEAN, IMAGENET_STD, init_weights=False)
+    ours = torchvision_model("Inception_V3", 1000, want.mean, want.std, IMAGENET_MEAN, IMAGENET_STD, init_weights=False)
     load_weights(ours, tmp_path / "file.pth")
     images = torch.randn(1, 3, 96, 96)
     torch.testing.assert_close(logits(ours, images), logits(theirs, images), atol=1e-4, rtol=1e-4)
