@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import TINY
 
 #: The rest, fifty or a thousand, are for people: KDQ_SIGNALS=50 pytest -s tests/sweep/test_signals.py
-SIGNALS = int(os.environ.get("KDQ_SIGNALS", "3"))
+SIGNALS = int(os.environ.get("KDQ_SIGNALS", "2"))
 NAMES = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}
 ARGUMENTS = [*TINY, "method=vkd,mixup", "student.recipe.epochs=3", "quant.bits=[2,8]"]
 
