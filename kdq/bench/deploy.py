@@ -28,6 +28,7 @@ from kdq.bench.common import apart, peak_mb, show, split_options
 from kdq.bench.runtimes import others
 from kdq.deploy.onnx_files import FORMATS
 from kdq.deploy.runtime import openvino, runner, session, top1
+from kdq.quant.calibrate.chunks import storage_bytes
 from kdq.quant.packing.file import DECODE, load_packed
 from kdq.records.rows import Row
 from kdq.stages.cell import Cell
@@ -188,13 +189,7 @@ def memory(packed: Path, decode: str, shape: list[int]) -> dict[str, float]:
         before = peak_mb()
         network = load_packed(packed, decode=decode)
         network(image)
-        return {"held_bytes": held_bytes(network), "peak_mb": peak_mb() - before}
-
-
-def held_bytes(network: nn.Module) -> int:
-    """Bytes of all distinct tensors that ``network`` keeps, its packed codes included."""
-    weights: Any = getattr(network, "quantized_weights", {})
-    tensors = [*network.parameters(), *network.buffers()]
-    tensors += [tensor for weight in weights.values() for tensor in (weight.packed, weight.scale, weight.zero)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+        grown = peak_mb() - before
+    weights: Any = network.quantized_weights
+    kept = [tensor for weight in weights.values() for tensor in (weight.packed, weight.scale, weight.zero)]
+    return {"held_bytes": storage_bytes([*network.parameters(), *network.buffers(), *kept]), "peak_mb": grown}

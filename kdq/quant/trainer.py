@@ -110,7 +110,6 @@ class Loaders:
 
 
 def checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:
-    """The Trainer's ModelCheckpoints."""
     return [checkpoint for checkpoint in trainer.checkpoint_callbacks if isinstance(checkpoint, ModelCheckpoint)]
 
 

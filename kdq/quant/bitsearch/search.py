@@ -26,6 +26,8 @@ from kdq.utils.errors import KdqError
 
 #: ``costs[layer][bits]``; its keys are the layers and their candidate widths.
 Costs = Mapping[str, Mapping[int, float]]
+#: A layer, its width, and its next one.
+Step = tuple[str, int, int]
 #: Where the price of a layer's step is measured: with the other layers as chosen so far, or at their widest. If losses
 #: are those of the finished network, the first is right. Where a last pass lets every layer make up for the errors of
 #: those before it, the errors of a stitched network add up to more than remains of them, and the second is closer.
@@ -43,7 +45,7 @@ class Point:
     assignment: Assignment
     cost: float
     measure: Measure | None
-    step: tuple[str, int, int] | None = None
+    step: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,14 @@ class Budget:
 
 
 def cost_of(costs: Costs, assignment: Mapping[str, int]) -> float:
-    """The cost of all layers together."""
     return sum(costs[layer][bits] for layer, bits in assignment.items())
 
 
 def widest(costs: Costs) -> Assignment:
-    """Every layer at its widest candidate."""
     return {layer: max(widths) for layer, widths in costs.items()}
 
 
-def distinct(costs: Costs) -> Costs:
+def distinct(costs: Costs) -> dict[str, Mapping[int, float]]:
     """``costs`` without the widths that cost no less than a wider one: files are padded, and a small layer may take as
     many bytes at 7 bits as at 8."""
     return {
@@ -126,7 +126,7 @@ def greedy(
 
 @dataclass
 class _Greedy:
-    costs: Costs
+    costs: dict[str, Mapping[int, float]]
     evaluate: Trace
     budget: Budget
     on_step: Callable[[Point], None]
@@ -136,12 +136,10 @@ class _Greedy:
 
     def run(self) -> Point:
         now = widest(self.costs)
-        here = self._reach(Point(now, cost_of(self.costs, now), self.evaluate(now)))
+        here = self._reach(now, self.evaluate(now))
         sensitivity = self._probe(here)
         # Entries: price, layer (breaks ties), width after the step, and the number of steps taken when it was measured.
-        heap = [
-            self._predicted(layer, now[layer], sensitivity[layer]) for layer in self.costs if self._next(layer, now)
-        ]
+        heap = [self._predicted(layer, now[layer], value) for layer, value in sensitivity.items()]
         heapq.heapify(heap)
         while heap and not self.budget.met(here.assignment):
             price, layer, to, measured_at = heapq.heappop(heap)
@@ -156,9 +154,8 @@ class _Greedy:
                 if self.budget.drops_too_far(measure):
                     continue  # this layer stays as it is; a cheaper one may still have a step to give
             self.paid[layer, to] = price
-            step = (layer, here.assignment[layer], to)
-            here = self._reach(Point(taken, cost_of(self.costs, taken), measure, step))
-            if self._next(layer, taken):
+            here = self._reach(taken, measure, (layer, here.assignment[layer], to))
+            if to > min(self.costs[layer]):
                 heapq.heappush(heap, self._predicted(layer, to, sensitivity[layer]))
         return self._measured(self._refilled(here))
 
@@ -175,17 +172,15 @@ class _Greedy:
                         break
                 else:
                     break
-        return here if now == here.assignment else self._reach(Point(now, cost_of(self.costs, now), self.evaluate(now)))
+        return here if now == here.assignment else self._reach(now, self.evaluate(now))
 
     def _probe(self, start: Point) -> dict[str, float]:
         """Each layer's loss over the noise law's value, from one measurement at about PROBE_BITS."""
         assert start.measure is not None
         sensitivity = {}
-        for layer in reversed(list(self.costs)):  # from the last to the first: prefixes stay cached
-            widths = self.costs[layer]
+        for layer, widths in reversed(self.costs.items()):  # from the last to the first: prefixes stay cached
             wide = start.assignment[layer]
-            narrower = [width for width in widths if width < wide]
-            if narrower:
+            if narrower := [width for width in widths if width < wide]:
                 probe = min(narrower, key=lambda width: (abs(width - PROBE_BITS), width))
                 loss = self.evaluate({**start.assignment, layer: probe}).loss - start.measure.loss
                 sensitivity[layer] = max(loss, 0.0) / (_noise(probe) - _noise(wide))
@@ -202,10 +197,8 @@ class _Greedy:
         loss = self.evaluate({**others, layer: to}).loss - self.evaluate({**others, layer: now}).loss
         return loss / (self.costs[layer][now] - self.costs[layer][to])
 
-    def _next(self, layer: str, assignment: Assignment) -> bool:
-        return any(width < assignment[layer] for width in self.costs[layer])
-
-    def _reach(self, point: Point) -> Point:
+    def _reach(self, assignment: Assignment, measure: Measure | None, step: Step | None = None) -> Point:
+        point = Point(assignment, cost_of(self.costs, assignment), measure, step)
         self.points.append(point)
         self.on_step(point)
         return point

@@ -10,15 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from kdq.quant.bitsearch.search import (
-    Budget,
-    Costs,
-    Found,
-    Point,
-    cost_of,
-    distinct,
-    widest,
-)
+from kdq.quant.bitsearch.search import Budget, Costs, Found, Point, cost_of, distinct, widest
 from kdq.quant.bitsearch.trace import Assignment, Measure, Trace
 from kdq.utils.errors import KdqError
 
@@ -74,8 +66,7 @@ def sensitivity_once(costs: Costs, table: Table, cost: float) -> Assignment:
     steps: list[tuple[float, str, int]] = []
     for layer, widths in costs.items():
         dearest = -np.inf
-        order = sorted(widths, reverse=True)
-        for wide, narrow in itertools.pairwise(order):
+        for wide, narrow in itertools.pairwise(sorted(widths, reverse=True)):
             price = (table[layer][narrow] - table[layer][wide]) / (costs[layer][wide] - costs[layer][narrow])
             dearest = max(dearest, price)  # a step cannot come before the wider one of its layer
             steps.append((dearest, layer, narrow))
@@ -88,10 +79,7 @@ def sensitivity_once(costs: Costs, table: Table, cost: float) -> Assignment:
 
 
 #: ``(costs, table, limit) -> assignment``.
-METHODS: dict[str, Callable[[Costs, Table, float], Assignment]] = {
-    "exact": exact,
-    "sensitivity_once": sensitivity_once,
-}
+METHODS: dict[str, Callable[[Costs, Table, float], Assignment]] = {"exact": exact, "sensitivity_once": sensitivity_once}
 
 
 def from_table(method: str, trace: Trace, budget: Budget) -> Found:

@@ -12,6 +12,8 @@ from kdq.utils.errors import KdqError, one_line
 from kdq.utils.files import parse_json, regular, write_text
 
 Assignment = dict[str, int]
+#: An assignment that can be a key: its layers by name.
+Name = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Trace:
         self, evaluate: Callable[[Assignment], Measure], path: Path | None = None, key: str = "", anew: bool = False
     ) -> None:
         self._evaluate, self.path, self.key = evaluate, path, key
-        self.entries: dict[tuple[tuple[str, int], ...], Measure] = {}
+        self.entries: dict[Name, Measure] = {}
         #: What was asked for since it was opened, remembered or not.
-        self.asked: set[tuple[tuple[str, int], ...]] = set()
+        self.asked: set[Name] = set()
         if path is not None:
             self._remember(path, anew)
 
@@ -61,17 +63,9 @@ class Trace:
         write_text(self.path, json.dumps({"key": self.key, "evaluations": rows}))
 
     def _remember(self, path: Path, anew: bool) -> None:
-        found: dict[tuple[tuple[str, int], ...], Measure] | KdqError = {}
+        found: dict[Name, Measure] | KdqError
         try:
-            if path.exists():
-                key, entries = self._read(path)
-                if key == self.key:
-                    found = entries
-                elif not anew:
-                    raise KdqError(
-                        f"the search trace {path} belongs to another model or setting: delete it, or search in another "
-                        "folder"
-                    )
+            found = self._read(path, anew) if path.exists() else {}
         except KdqError as error:
             found = error
         first = gathered(found)[0]
@@ -79,8 +73,7 @@ class Trace:
             raise first
         self.entries = first
 
-    @staticmethod
-    def _read(path: Path) -> tuple[str, dict[tuple[tuple[str, int], ...], Measure]]:
+    def _read(self, path: Path, anew: bool) -> dict[Name, Measure]:
         entries = {}
         try:
             stored = parse_json(regular(path).read_text())
@@ -95,4 +88,8 @@ class Trace:
             raise KdqError(
                 f"the search trace {path} is damaged ({one_line(error)}): delete it to search anew"
             ) from error
-        return key, entries
+        if key == self.key or anew:
+            return entries if key == self.key else {}
+        raise KdqError(
+            f"the search trace {path} belongs to another model or setting: delete it, or search in another folder"
+        )

@@ -40,7 +40,7 @@ class Chunks:
 
     def put(self, index: int, values: Values) -> None:
         tensors = {key: value.lanes for key, value in values.items()}
-        size = _bytes(tensors)
+        size = storage_bytes(x for lanes in tensors.values() for x in lanes)
         if size + sum(self._bytes.values()) <= self._room:
             self._stored[index], self._bytes[index] = tensors, size
             return
@@ -60,7 +60,6 @@ class Chunks:
         return {key: Lanes(tensors) for key, tensors in stored.items()}
 
     def close(self) -> None:
-        """Remove the temporary folder."""
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -110,6 +109,6 @@ def images_axis(value: Tensor, size: int, count: int) -> tuple[int, int, int]:
     return 0, 1, len(value) // size
 
 
-def _bytes(tensors: dict[int, list[Tensor]]) -> int:
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for xs in tensors.values() for x in xs}
-    return sum(storages.values())
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory behind ``tensors``, which may share some."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

@@ -39,7 +39,6 @@ class CalibrationImages:
 
     @property
     def some_held_out(self) -> bool:
-        """Whether any images are."""
         return self._parts > 0
 
     def inputs(self) -> Iterator[tuple[Tensor, bool]]:
@@ -91,7 +90,6 @@ class CalibrationImages:
         return Lanes([parts[id(x)] if id(x) in parts else parts.setdefault(id(x), cut(x)) for x in value.lanes])
 
     def close(self) -> None:
-        """Remove what waits on the disk."""
         self._chunks.close()
 
     def _arrive(self) -> Iterator[dict[int, Lanes]]:

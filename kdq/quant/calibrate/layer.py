@@ -15,11 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_CONVOLUTIONS: dict[Any, type[nn.Module]] = {
-    torch.conv1d: nn.Conv1d,
-    torch.conv2d: nn.Conv2d,
-    torch.conv3d: nn.Conv3d,
-}
+_CONVOLUTIONS: dict[Any, type[nn.Module]] = {torch.conv1d: nn.Conv1d, torch.conv2d: nn.Conv2d, torch.conv3d: nn.Conv3d}
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 #: The modules that call these functions with a weight of their own.
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

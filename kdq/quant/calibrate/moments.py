@@ -166,7 +166,6 @@ class PartedMoments:
             self._patches += patches(self.layer, left.to("meta")).shape[1]  # their number alone
 
     def total(self) -> Sums:
-        """The sums over all processes."""
         first, *others = (part.total() for part in self._parts)
         if not others:
             return Sums(first, None, 0)

@@ -32,7 +32,6 @@ class SampledMoments:
         self.sum: Tensor | None = None
 
     def add(self, left: Tensor, right: Tensor) -> None:
-        """Add the drawn patches of a batch of layer inputs."""
         rows, columns = patches(self.layer, left), patches(self.layer, right)
         count = max(1, round(self.share * rows.shape[1]))
         drawn = torch.randperm(rows.shape[1], generator=self.generator)[:count].to(rows.device)

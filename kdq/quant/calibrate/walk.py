@@ -82,6 +82,7 @@ class Walk:
             shared = isolated or (config.act_bits is None and config.covers and min(bits.values()) >= WIDE)
             self.versions.append(Version(bits, 0 if shared else lanes))
             lanes += not shared
+        self.apart = [version for version in self.versions if version.lane]  # those with a lane of their own
         self.names = {id(weight_of(model, name)): name for name in widths[0]}
         self.ends = {*[*widths[0]][:1], *[*widths[0]][-1:]}
         self.tensors = {id(value): name for name, value in (*model.named_parameters(), *model.named_buffers())}
@@ -100,12 +101,9 @@ class Walk:
                     self.later = later_moments(self.model, self.names, self.repeated, new, images)
                 self.model(self.images.start())
                 self.images.finish()
-            for version in self.versions:
-                if version.lane:
-                    version.report.layers = [
-                        replace(layer, error=self.errors.of(layer.name)[version.lane])
-                        for layer in version.report.layers
-                    ]
+            for version in self.apart:
+                layers = version.report.layers
+                version.report.layers = [replace(x, error=self.errors.of(x.name)[version.lane]) for x in layers]
         finally:
             self.images.close()
 
@@ -135,11 +133,9 @@ class Walk:
         outputs = self.images.pass_through(self._forward(name, call), inputs)
         bias = self.tensors.get(id(call.bias))
         if self.config.correct is not None and bias is not None:
-            if any(version.lane and bias not in version.state for version in self.versions):  # each bias once
-                self._correct_bias(bias, call, outputs)
-            outputs = self.images.pass_through(self._shift(bias, call), outputs)
+            outputs = self._correct_bias(bias, call, outputs)
         if first_time:
-            outputs = self.images.pass_through(self._error(name), outputs)
+            outputs = self.images.pass_through(partial(self._compare, name), outputs)
             self.on_layer(name)
         return outputs
 
@@ -152,9 +148,8 @@ class Walk:
             running = given["running_mean"], given["running_var"], given.get("eps", 1e-5)
             new = {lane: corrected_norm(*running, mean, variance, lane) for lane in range(1, len(inputs.lanes))}
             self.norms[names[0]] = new
-            for version in self.versions:
-                if version.lane:
-                    version.state |= dict(zip(names, new[version.lane], strict=True))
+            for version in self.apart:
+                version.state |= dict(zip(names, new[version.lane], strict=True))
         found = self.norms[names[0]]
 
         def run(lane: int, x: Tensor) -> Tensor:
@@ -162,44 +157,36 @@ class Walk:
 
         return self.images.pass_through(lambda values: values.map(run), inputs)
 
-    def _correct_bias(self, name: str, call: LayerCall, outputs: Lanes) -> None:
-        mean, _ = self._channel_sums(outputs, channel_axis(call.module))
-        assert call.bias is not None
-        for version in self.versions:
-            if version.lane:
-                version.state[name] = (call.bias - (mean[version.lane] - mean[0])).to(call.bias)
-
-    def _shift(self, name: str, call: LayerCall) -> Callable[[Lanes], Lanes]:
-        """A function that adds to each lane what its bias was corrected by."""
-        assert call.bias is not None
-        axis = channel_axis(call.module)
-        shifts = {version.lane: version.state[name] - call.bias for version in self.versions if version.lane}
+    def _correct_bias(self, name: str, call: LayerCall, outputs: Lanes) -> Lanes:
+        """What comes out with a bias that is corrected for every version."""
+        bias, axis = call.bias, channel_axis(call.module)
+        assert bias is not None
+        if any(name not in version.state for version in self.apart):  # each bias once
+            mean, _ = self._channel_sums(outputs, axis)
+            for version in self.apart:
+                version.state[name] = (bias - (mean[version.lane] - mean[0])).to(bias)
+        shifts = {version.lane: version.state[name] - bias for version in self.apart}
 
         def run(lane: int, y: Tensor) -> Tensor:
             return (y.movedim(axis, -1) + shifts[lane]).movedim(-1, axis) if lane in shifts else y
 
-        return lambda outputs: outputs.map(run)
+        return self.images.pass_through(lambda values: values.map(run), outputs)
 
     def _channel_sums(self, values: Lanes, axis: int) -> tuple[Tensor, Tensor]:
         return channel_moments((chunk.lanes for chunk, _ in self.images.each(values)), axis)
 
-    def _error(self, name: str) -> Callable[[Lanes], Lanes]:
-        """A function that adds up how far the lanes are from the float one, and passes them on."""
-
-        def add(outputs: Lanes) -> Lanes:
-            self.errors.add(name, self.images.real(outputs).lanes)
-            return Lanes(outputs.lanes)
-
-        return add
+    def _compare(self, name: str, outputs: Lanes) -> Lanes:
+        """Add up how far the lanes are from the float one, and pass them on."""
+        self.errors.add(name, self.images.real(outputs).lanes)
+        return Lanes(outputs.lanes)
 
     def _forward(self, name: str, call: LayerCall) -> Callable[[Lanes], Lanes]:
         weights: dict[int, Tensor] = {0: call.weight}
         quantizers: dict[int, ActivationQuantizer] = {}
-        for version in self.versions:
-            if version.lane:
-                weights[version.lane] = version.weights[name].decode()
-                if name in version.activations:
-                    quantizers[version.lane] = version.activations[name]
+        for version in self.apart:
+            weights[version.lane] = version.weights[name].decode()
+            if name in version.activations:
+                quantizers[version.lane] = version.activations[name]
 
         def run(lane: int, x: Tensor) -> Tensor:
             x = quantizers[lane].nearest(x) if lane in quantizers else x

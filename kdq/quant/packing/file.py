@@ -41,8 +41,7 @@ DECODE = ("once", "layer")
 def stored_bytes(weight: QuantizedWeight) -> int:
     """Bytes that a layer's tensors take in the file: codes, scales, and zeros where they differ."""
     zeros = _zeros(weight)
-    stored = zeros.nbytes if isinstance(zeros, Tensor) else 0
-    return weight.packed.nbytes + weight.scale.nbytes + stored
+    return weight.packed.nbytes + weight.scale.nbytes + (zeros.nbytes if isinstance(zeros, Tensor) else 0)
 
 
 def save_packed(
@@ -63,9 +62,9 @@ def save_packed(
         KdqError: quantized weights, or values of a network rounded by ``float_dtype``, were changed since; or the path
             is a folder.
     """
-    if Path(path).is_dir():
-        raise KdqError(f"{path} is a folder: give the file's name, such as {Path(path) / 'model.kdq'}")
-    network = unwrapped(network)
+    path, network = Path(path), unwrapped(network)
+    if path.is_dir():
+        raise KdqError(f"{path} is a folder: give the file's name, such as {path / 'model.kdq'}")
     weights: dict[str, QuantizedWeight] = getattr(network, "quantized_weights", {})
     tensors = _floats(network, weights)
     layers: dict[str, dict[str, Any]] = {}
@@ -101,10 +100,8 @@ def save_packed(
     text = json.dumps(header, separators=(",", ":"))
     # Copies, for a file takes no memory under two names: a bias that two modules share is in it twice.
     tensors = {k: value.detach().cpu().clone(memory_format=torch.contiguous_format) for k, value in tensors.items()}
-    metadata = {"kdq": text, "sha256": checksum(text, tensors)}
-    path = Path(path)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, {"kdq": text, "sha256": checksum(text, tensors)})
     return path.stat().st_size
 
 
@@ -188,7 +185,6 @@ def _fill(
     weights: Mapping[str, QuantizedWeight],
     decode: str,
 ) -> None:
-    """Give ``network`` the file's values."""
     for name in weights:
         if parametrize.is_parametrized(*place_of(network, name)):
             raise KdqError(

@@ -147,10 +147,10 @@ def _squared_error(weight: Tensor) -> Callable[[Alphabet], Tensor]:
 
 def _best(candidates: Sequence[Alphabet], error: Callable[[Alphabet], Tensor]) -> Alphabet:
     """Row by row the candidate of least error."""
-    best, least = candidates[0], error(candidates[0]) if len(candidates) > 1 else None
-    for candidate in candidates[1:]:
+    best, *others = candidates
+    least = error(best) if others else torch.empty(0)
+    for candidate in others:
         tried = error(candidate)
-        assert least is not None
         better = tried < least
         least = torch.where(better, tried, least)
         scale = torch.where(better, candidate.scale, best.scale)

@@ -45,11 +45,7 @@ from kdq.quant.solvers.columns import solve_columns
 
 
 def gpfq(
-    weight: Tensor,
-    gram: Tensor,
-    cross: Tensor,
-    alphabet: Alphabet,
-    rounding: Callable[[Tensor], Tensor] = torch.round,
+    weight: Tensor, gram: Tensor, cross: Tensor, alphabet: Alphabet, rounding: Callable[[Tensor], Tensor] = torch.round
 ) -> Tensor:
     """Quantize the rows of ``weight`` along the path of its columns.
 
