@@ -16,6 +16,14 @@ from rich.table import Table
 
 import kdq.cli.app  # noqa: F401  the resolvers of configs
 
+#: Networks by name, for images of ten classes.
+NETS: dict[str, dict[str, Any]] = {
+    "resnet50": {"_target_": "kdq.models.resnet50", "num_classes": 10},
+    "resnet18": {"_target_": "kdq.models.resnet18", "num_classes": 10},
+    "resnet56": {"_target_": "kdq.models.CifarResNet", "depth": 56, "num_classes": 10},
+    "resnet20": {"_target_": "kdq.models.CifarResNet", "depth": 20, "num_classes": 10},
+}
+
 
 def split_options(arguments: Sequence[str], **defaults: str) -> tuple[dict[str, str], list[str]]:
     """The values of ``bench.NAME=VALUE`` by name, and the other arguments: overrides of kdq's config. A name that is

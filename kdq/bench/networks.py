@@ -135,7 +135,6 @@ def fitting(library: str, name: str, count: int) -> tuple[nn.Module, Tensor]:
 
 
 def tried(library: str, name: str, bits: int, count: int) -> dict[str, Any]:
-    """The row of one network."""
     row: dict[str, Any] = {"network": name, "passed": False}
     try:
         network, images = fitting(library, name, count)

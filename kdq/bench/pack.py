@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from kdq.bench.common import show, timed
+from kdq.bench.common import NETS, show, timed
 from kdq.models.build import build
 from kdq.quant.config import QuantConfig
 from kdq.quant.layers import quantizable_layers
@@ -24,19 +24,12 @@ from kdq.quant.packing.file import load_packed, save_packed
 from kdq.utils.config import compose
 from kdq.utils.files import write_text
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "resnet50": {"_target_": "kdq.models.resnet50"},
-    "resnet18": {"_target_": "kdq.models.resnet18"},
-    "resnet56": {"_target_": "kdq.models.CifarResNet", "depth": 56},
-    "resnet20": {"_target_": "kdq.models.CifarResNet", "depth": 20},
-}
 COLUMNS = ("network", "bits", "avg_bits", "bytes", "of_float", "ideal_bytes", "overhead", "save_s", "load_s")
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table and write it as JSON."""
     folder = Path(compose(arguments).paths.output_dir)
-    rows = [row for name in NETWORKS for row in measure(name)]
+    rows = [row for name in NETS for row in measure(name)]
     show("packed bytes; overhead over avg_bits x weights / 8 in %; seconds to save and to load", COLUMNS, rows, ".3f")
     write_text(folder / "report" / "bench_pack.json", json.dumps(rows, indent=1))
 
@@ -44,9 +37,8 @@ def main(arguments: list[str]) -> None:
 def measure(name: str, repeats: int = 3) -> list[dict[str, Any]]:
     """One row for every width, and for every third layer at 2, 4 and 8 bits; times are the least of ``repeats``."""
     torch.manual_seed(0)
-    network = build(NETWORKS[name] | {"num_classes": 10}).eval()
-    layers = quantizable_layers(network)
-    mixed = {layer: (2, 4, 8)[index % 3] for index, layer in enumerate(layers)}
+    network = build(NETS[name]).eval()
+    mixed = {layer: (2, 4, 8)[index % 3] for index, layer in enumerate(quantizable_layers(network))}
     widths: dict[str, Any] = {"2": 2, "3": 3, "4": 4, "8": 8, "2/4/8": mixed}
     images = [torch.randn(4, 3, 16, 16)]
     rows = []

@@ -44,7 +44,6 @@ COLUMNS = 6
 
 
 def main(arguments: list[str]) -> None:
-    """Run the parts asked for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m kdq.bench quant", add_help=False)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--bits", type=int, default=4)

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdq.bench.common import apart, best_device, line, peak_mb, show, timed
+from kdq.bench.common import NETS, apart, best_device, line, peak_mb, show, timed
 from kdq.bench.loops import Step, bare, images_per_second, plain
 from kdq.data.augment import Augment, Preprocess
 from kdq.data.loader import TrainLoader
@@ -46,12 +46,6 @@ CASE = ("part", "method", "pair", "batch", "precision", "compile", "processes")
 COLUMNS = (*CASE, "kdq", "bare", "plain", "kdq/bare", "kdq/plain", "step/vkd", "roofline", "peak MB")
 #: Steps over which kdq logs its rate.
 WINDOW = 20
-NETS: dict[str, dict[str, Any]] = {
-    "resnet20": {"_target_": "kdq.models.CifarResNet", "depth": 20, "num_classes": 10},
-    "resnet56": {"_target_": "kdq.models.CifarResNet", "depth": 56, "num_classes": 10},
-    "resnet18": {"_target_": "kdq.models.resnet18", "num_classes": 10},
-    "resnet50": {"_target_": "kdq.models.resnet50", "num_classes": 10},
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,6 @@ class Case:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the parts asked for and print a table."""
     parser = argparse.ArgumentParser(prog="python -m kdq.bench train", add_help=False)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     known = [name for name in choices("method") if name not in ("teacher", "terms")]
@@ -174,8 +167,7 @@ def _networks(case: Case) -> tuple[nn.Module, nn.Module]:
 
 
 def _loop(case: Case) -> dict[str, Any]:
-    device = best_device()
-    networks = _networks(case)
+    device, networks = best_device(), _networks(case)
     if case.compile:
         for network in networks:
             network.compile()
@@ -232,7 +224,6 @@ def _kdq(case: Case) -> dict[str, Any]:
 
 
 def _data(seconds: float) -> Iterator[dict[str, Any]]:
-    """The loader alone."""
     device, count = best_device(), 50_000
     images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, device=device)
     labels = torch.randint(10, (count,), device=device)

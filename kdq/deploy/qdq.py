@@ -6,7 +6,7 @@ integer kernel, the sum at the end of a residual block into another and the last
 between the network's input and its output is float. Weights are INT8 with a scale per output channel, biases INT32.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,43 +36,35 @@ def layer_of(node: Any, weights: Container[str]) -> str | None:
     return layer_name(node.input[1])
 
 
-def rounded_inputs(graph: Any) -> list[tuple[int, int]]:
-    """``(node, input)`` of everything that is rounded: the inputs of layers and of sums of two activations."""
+def rounded_inputs(graph: Any) -> Iterator[tuple[Any, int, str]]:
+    """``(node, input, layer)`` of everything that is rounded: the inputs of layers, and of pools and sums of two
+    activations, which have no layer's name."""
     constants = {initializer.name for initializer in graph.initializer}
-    found = []
-    for index, node in enumerate(graph.node):
-        if layer_of(node, constants) is not None:
-            found.append((index, 0))
+    for node in graph.node:
+        layer = layer_of(node, constants)
+        if layer is not None or node.op_type in POOLS:
+            yield node, 0, layer or ""
         elif node.op_type == "Add" and not constants & set(node.input):
-            found += [(index, 0), (index, 1)]
-        elif node.op_type in POOLS:
-            found.append((index, 0))
-    return found
+            yield from ((node, position, "") for position in range(2))
 
 
 def quantizers(
     graph: Any, layer_inputs: Mapping[str, ActivationQuantizer], tensors: Mapping[str, ActivationQuantizer]
-) -> dict[tuple[int, int], ActivationQuantizer | None]:
-    """Which quantizer rounds each of the :func:`rounded_inputs`: the layer's own; else that of a layer that reads the
-    same tensor, if it has eight bits (fewer would cost a sum the precision it had); else the one of ``tensors``."""
-    constants = {initializer.name for initializer in graph.initializer}
-    own, shared = {}, dict(tensors)
-    for index, position in rounded_inputs(graph):
-        node = graph.node[index]
-        quantizer = own[index, position] = layer_inputs.get(layer_of(node, constants) or "")
-        if quantizer is not None and quantizer.bits == ACT_BITS:
-            shared.setdefault(node.input[position], quantizer)
-    return {
-        (index, position): quantizer or shared.get(graph.node[index].input[position])
-        for (index, position), quantizer in own.items()
-    }
+) -> list[tuple[Any, int, str, ActivationQuantizer | None]]:
+    """The :func:`rounded_inputs`, each with the quantizer that rounds it: the layer's own; else that of a layer that
+    reads the same tensor, if it has eight bits (fewer would cost a sum the precision it had); else the one of
+    ``tensors``."""
+    places, shared = list(rounded_inputs(graph)), dict(tensors)
+    for node, position, layer in places:
+        if layer in layer_inputs and layer_inputs[layer].bits == ACT_BITS:
+            shared.setdefault(node.input[position], layer_inputs[layer])
+    return [(*place, layer_inputs.get(place[2]) or shared.get(place[0].input[place[1]])) for place in places]
 
 
 def unmeasured(graph: Any, layer_inputs: Mapping[str, ActivationQuantizer]) -> list[str]:
     """The rounded tensors whose ranges the network's own quantizers do not tell."""
     chosen = quantizers(graph, layer_inputs, {})
-    missing = (place for place, quantizer in chosen.items() if quantizer is None)
-    return list(dict.fromkeys(graph.node[index].input[position] for index, position in missing))
+    return list(dict.fromkeys(node.input[position] for node, position, _, quantizer in chosen if quantizer is None))
 
 
 def int8_graph(
@@ -87,12 +79,10 @@ def int8_graph(
     those of ``tensors`` the :func:`unmeasured` ones.
     """
     build = Builder(source, coded)
-    graph = build.model.graph
-    for (index, position), quantizer in quantizers(graph, layer_inputs, tensors).items():
+    for node, position, layer, quantizer in quantizers(build.model.graph, layer_inputs, tensors):
         assert quantizer is not None
-        node = graph.node[index]
         node.input[position] = build.rounded(node.input[position], quantizer)
-        if (layer := layer_of(node, build.constants)) is not None:
+        if layer:
             build.quantize_layer(node, layer, quantizer.scale)
     return build.finish(), build.exact
 

@@ -59,12 +59,7 @@ class TrainConfig:
     def optimizer(self, parameters: Iterable[Parameter], fused: bool = True) -> SGD:
         """The optimizer of one network; ``fused`` where nothing clips its gradients under autocast."""
         return SGD(
-            parameters,
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.momentum > 0,
-            weight_decay=self.weight_decay,
-            fused=fused,
+            parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0, fused=fused
         )
 
     def scheduler(self, optimizer: Optimizer, total_steps: float) -> LambdaLR:

@@ -78,10 +78,8 @@ class CRD(FeatureMethod):
             norm = torch.where(first, self._of_all(estimate[None], progress).mean(), self.log_norms[side])
             losses.append(contrast_loss(scores, norm, images))
             self.log_norms[side] = norm
-        seen, new = (
-            self._of_all(indices, progress),
-            self._of_all(mine.detach().transpose(0, 1), progress).transpose(0, 1),
-        )
+        seen, new = (self._of_all(values, progress) for values in (indices, mine.detach().transpose(0, 1)))
+        new = new.transpose(0, 1)
         self.bank[:, seen] = F.normalize(self.momentum * self.bank[:, seen] + (1 - self.momentum) * new, dim=2)
         return torch.stack(losses).sum()
 

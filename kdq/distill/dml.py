@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdq.distill.checkpoint import Network, built
 from kdq.distill.learner import Learner
 from kdq.distill.losses import distillation_kl, soft_cross_entropy, standardized
-from kdq.distill.module import DistillationModule
+from kdq.distill.module import FLAGS, DistillationModule
 from kdq.distill.options import choice, number, switch
 from kdq.quant.packing.weights import same_state
 from kdq.utils.checks import is_peer
@@ -81,12 +81,8 @@ class DML(DistillationModule):
 
     def configure_callbacks(self) -> list[Any]:
         """Raises KdqError for flags of the Trainer that do not reach a module which steps by hand; says what does."""
-        trainer = self.trainer
-        for name, option, unset in (
-            ("gradient_clip_val", "clip_grad", None),
-            ("accumulate_grad_batches", "accumulate", 1),
-        ):
-            if (value := getattr(trainer, name)) != unset:
+        for option, name, unset in FLAGS:
+            if (value := getattr(self.trainer, name)) != unset:
                 raise KdqError(
                     f"DML steps its optimizers by hand, so that Trainer({name}={value}) does not reach it: give "
                     f"DML(..., config=TrainConfig({option}={value}))"

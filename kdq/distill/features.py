@@ -67,7 +67,6 @@ class FeatureMethod(Connected, TeacherStudent):
         return torch.stack(pairs).sum()
 
     def weight_at(self, progress: TrainingProgress) -> float:
-        """The distance's weight in a batch."""
         return self.weight
 
     def projector(self, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:

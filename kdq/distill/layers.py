@@ -89,9 +89,7 @@ def found_layers(network: nn.Module, images: Tensor, where: str) -> list[str]:
     if where != "embedding" and named is not None:
         return list(named)
     modules = {name: module for name, module in network.named_modules() if name}
-    features = {
-        name: feature for name, (feature, changed) in looked_at(network, images, modules).items() if not changed
-    }
+    features = {name: x for name, (x, changed) in looked_at(network, images, modules).items() if not changed}
     if where == "embedding":
         linear = [name for name in features if isinstance(modules[name], nn.Linear)]
         found = [f"{name}{INPUT}" for name in linear[-1:]]
@@ -122,16 +120,14 @@ def averaged_maps(network: nn.Module, images: Tensor) -> tuple[str, list[int], s
     (embedding,) = found_layers(network, images, "embedding")
     features = looked_at(network, images, [name for name, _ in network.named_modules() if name] + [embedding])
     taken = features[embedding][0]
-    means = {name: x for name, (x, changed) in features.items() if x.ndim == 4 and not changed}
-    means = {name: x for name, x in means.items() if x.shape[:2] == taken.shape and _close(x.mean((2, 3)), taken)}
+    maps = {name: x for name, (x, changed) in features.items() if x.ndim == 4 and not changed}
+    near = 1e-4 * taken.abs().max()
+    alike = {name: x.mean((2, 3)) for name, x in maps.items() if x.shape[:2] == taken.shape}
+    means = [name for name, mean in alike.items() if (mean - taken).abs().max() <= near]
     if not means:
         raise KdqError(f"{type(network).__name__}'s classifier takes no means of a layer's maps over their pixels")
-    maps = max(reversed(means), key=lambda name: means[name].shape[2:].numel())
-    return maps, list(means[maps].shape[1:]), embedding.removesuffix(INPUT)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+    outermost = max(reversed(means), key=lambda name: maps[name].shape[2:].numel())
+    return outermost, list(maps[outermost].shape[1:]), embedding.removesuffix(INPUT)
 
 
 def looked_at(network: nn.Module, images: Tensor, names: Iterable[str]) -> dict[str, tuple[Tensor, bool]]:

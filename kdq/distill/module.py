@@ -31,6 +31,9 @@ from kdq.distill.progress import TrainingProgress
 from kdq.utils.checks import is_peer
 from kdq.utils.errors import KdqError
 
+#: Options of :class:`TrainConfig` that flags of a Trainer ask for, too, and the value that asks for nothing.
+FLAGS = (("clip_grad", "gradient_clip_val", None), ("accumulate", "accumulate_grad_batches", 1))
+
 
 class DistillationModule(L.LightningModule):
     """Trains ``student`` with the sum of the terms that :meth:`losses` names.
@@ -150,10 +153,7 @@ class DistillationModule(L.LightningModule):
         if stage != "fit" or not self.automatic_optimization:
             return
         self._portions = self.trainer.accumulate_grad_batches
-        for option, flag, unset in (
-            ("accumulate", "accumulate_grad_batches", 1),
-            ("clip_grad", "gradient_clip_val", None),
-        ):
+        for option, flag, unset in FLAGS:
             mine, theirs = getattr(self.config, option), getattr(self.trainer, flag)
             if unset not in (mine, theirs) and mine != theirs:
                 raise KdqError(f"{option}={mine} and Trainer({flag}={theirs}) differ: give one of them")
@@ -185,7 +185,6 @@ class DistillationModule(L.LightningModule):
         return images[:2]
 
     def progress(self, batch_idx: int) -> TrainingProgress:
-        """Where in its training a batch is."""
         trainer, steps = self.trainer, self.trainer.num_training_batches
         epochs: float = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else math.inf  # type: ignore[assignment]
         epoch, last = trainer.current_epoch, self.max_steps * trainer.accumulate_grad_batches
@@ -286,10 +285,9 @@ class DistillationModule(L.LightningModule):
         # Lightning cannot clip the gradients of a fused optimizer under autocast.
         fused = self.config.clip_grad is None and self.trainer.gradient_clip_val is None
         optimizers = [self.optimizer(learner, fused) for learner in self.learners.values()]
-        schedulers = [self.config.scheduler(optimizer, steps) for optimizer in optimizers]
         return [
-            {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-            for optimizer, scheduler in zip(optimizers, schedulers, strict=True)
+            {"optimizer": each, "lr_scheduler": {"scheduler": self.config.scheduler(each, steps), "interval": "step"}}
+            for each in optimizers
         ]
 
     def trained_parameters(self, learner: Learner) -> Iterator[nn.Parameter]:

@@ -30,7 +30,6 @@ class _Published(TeacherStudent):
     mended: str
 
     def has(self, fault: str) -> bool:
-        """Whether the student is trained with ``fault``."""
         return fault in self.faults and self.mended not in (fault, "all")
 
     def on_train_epoch_start(self) -> None:

@@ -53,11 +53,7 @@ class IntoQuantized(DistillationModule):
     learn_scales: bool = switch(True)
 
     def __init__(
-        self,
-        student: Network,
-        *args: Any,
-        config: TrainConfig | Mapping[str, Any] | None = None,
-        **options: Any,
+        self, student: Network, *args: Any, config: TrainConfig | Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         config = replace(TUNING, **config) if isinstance(config, Mapping) else config or TUNING
         super().__init__(_trainable(student), *args, config=config, **options)
@@ -94,10 +90,8 @@ class IntoQuantized(DistillationModule):
             groups.append({"params": [weight], "lr": lr})
         ours = {id(parameter) for group in groups for parameter in group["params"]}
         others = [parameter for parameter in learner.network.parameters() if id(parameter) not in ours]
-        return Adam(
-            [{"params": others}, *groups], config.lr, (config.momentum, 0.999), weight_decay=config.weight_decay,
-            fused=fused,
-        )  # fmt: skip
+        betas = (config.momentum, 0.999)
+        return Adam([{"params": others}, *groups], config.lr, betas, weight_decay=config.weight_decay, fused=fused)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

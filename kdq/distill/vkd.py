@@ -27,5 +27,4 @@ class VKD(TeacherStudent):
         return {"kl": self.alpha * distillation_kl(student, teacher, self.tempered(progress))}
 
     def tempered(self, progress: TrainingProgress) -> float | Tensor:
-        """The temperature of a batch."""
         return self.temperature
