@@ -83,9 +83,8 @@ def unpickled(description: Any) -> Any:
 
 def _without_weights(network: nn.Module) -> nn.Module:
     """A copy whose state dict takes no memory; buffers that are not in it are kept."""
-    stored = {id(value): value.to("meta") for value in network.state_dict(keep_vars=True).values()}
-    memo: dict[int, Any] = {
-        key: nn.Parameter(value.detach(), value.requires_grad) if isinstance(value, nn.Parameter) else value.detach()
-        for key, value in stored.items()
-    }
+    memo: dict[int, Any] = {}
+    for value in network.state_dict(keep_vars=True).values():
+        empty = value.detach().to("meta")
+        memo[id(value)] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
     return copy.deepcopy(network, memo)

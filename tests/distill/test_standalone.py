@@ -307,9 +307,9 @@ def test_a_foreign_network_is_given_or_its_file_trusted(tmp_path: Path) -> None:
     ):
         images = torch.randn(4, 1, 8, 8)
         assert torch.equal(loaded.eval()(images), module.eval()(images))
-    teacher = foreign(2)
-    again = VKD.load_from_checkpoint(path, student=foreign(7), teacher=teacher)
-    L.Trainer(**SILENT, max_epochs=1).fit(again, loader(), loader(1))
+    for given in ({"student": foreign(7)}, {"weights_only": False}):
+        again = VKD.load_from_checkpoint(path, **given, teacher=foreign(2))
+        L.Trainer(**SILENT, max_epochs=1).fit(again, loader(), loader(1))
 
 
 def _trained(rank: int, folder: str) -> None:
