@@ -47,13 +47,12 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(memory(Path(arguments[1]), arguments[2], json.loads(arguments[3]))))
         return
     own, overrides = split_options(arguments, threads=f"1,{usable_cores()}", repeats="3")
-    threads = [int(value) for value in own["threads"].split(",")]
-    repeats = int(own["repeats"])
+    threads = sorted({int(value) for value in own["threads"].split(",")})
     cell, found = Cell(compose(overrides, "deploy=onnx", f"deploy.formats=[{','.join(FORMATS)}]")), []
     for row in run(cell.cfg):
-        bench = Bench(cell, row, repeats)
+        bench = Bench(cell, row, int(own["repeats"]))
         found.append(bench.about() | bench.openvino())
-        found[-1] |= bench.onnx(sorted(set(threads))) | bench.torch() | bench.memory()
+        found[-1] |= bench.onnx(threads) | bench.torch() | bench.memory()
         numbers = [{"what": name, "value": value} for name, value in found[-1].items()]
         show(f"{row.arch}, {row.bits} bits, {row.method}, {row.data}", ("what", "value"), numbers, ".6g")
     write_text(cell.output / "report" / "bench_deploy.json", json.dumps(found, indent=1))
@@ -123,11 +122,9 @@ class Bench:
         """Latencies of the networks in torch, in float arithmetic."""
         networks = {"float": self.cell.network(self.cell.role, float_model(self.cell))}
         networks |= {f"decode={decode}": load_packed(self.packed, decode=decode) for decode in DECODE}
-        networks = {
-            name: network.to(self.cell.device).to(memory_format=torch.channels_last)
-            for name, network in networks.items()
-        }
-        where = f"{torch.get_num_threads()} threads" if self.cell.device.type == "cpu" else self.row.device
+        layout, device = torch.channels_last, self.cell.device
+        networks = {name: network.to(device).to(memory_format=layout) for name, network in networks.items()}
+        where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else self.row.device
         return self.compared(f"torch, {where}", partial(latency.of_networks, networks, self.cell.shape))
 
     def memory(self) -> dict[str, float]:

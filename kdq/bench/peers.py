@@ -92,11 +92,9 @@ def brevitas(network: nn.Module, batches: Sequence[Tensor], bits: int, algorithm
     from brevitas.graph.qronos import Qronos  # type: ignore[import-not-found]
     from brevitas.graph.quantize import layerwise_quantize  # type: ignore[import-not-found]
     from brevitas.nn import QuantConv2d, QuantLinear  # type: ignore[import-not-found]
-    from brevitas.quant.shifted_scaled_int import (  # type: ignore[import-not-found]
-        ShiftedUint8WeightPerChannelFloatMSE,
-    )
+    from brevitas.quant import shifted_scaled_int as shifted  # type: ignore[import-not-found]
 
-    arguments = {"weight_quant": ShiftedUint8WeightPerChannelFloatMSE, "weight_bit_width": bits}
+    arguments = {"weight_quant": shifted.ShiftedUint8WeightPerChannelFloatMSE, "weight_bit_width": bits}
     layers = {nn.Conv2d: (QuantConv2d, arguments), nn.Linear: (QuantLinear, arguments)}
     model: nn.Module = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     model = layerwise_quantize(model, compute_layer_map=layers).eval()

@@ -43,7 +43,6 @@ def session(model: bytes | Path, threads: int | None = None) -> Any:
 
 
 def runner(session: Any) -> Runner:
-    """What ``session`` computes."""
     return lambda images: session.run(None, {"image": images})[0]
 
 

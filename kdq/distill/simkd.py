@@ -34,8 +34,7 @@ class SimKD(FeatureMethod):
         super().__init__(student, teacher, **options)
         if any(self.asked.values()):
             raise KdqError("SimKD compares what the classifiers take: it has no student_layers and no teacher_layers")
-        names: Any = getattr(self.student.network, "kdq_reused", None)
-        if names:
+        if names := getattr(self.student.network, "kdq_reused", None):
             self.student.network.get_submodule(names["classifier"]).requires_grad_(False)
 
     @staticmethod

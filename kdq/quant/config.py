@@ -26,10 +26,6 @@ from kdq.utils.errors import KdqError
 #: ``(weight, gram, cross, alphabet) -> quantized weight``; see :func:`kdq.quant.solvers.gpfq.gpfq` for the shapes.
 Solver = Callable[[Tensor, Tensor, Tensor, Alphabet], Tensor]
 SOLVERS: dict[str, Solver] = {"rtn": rtn, "gpfq": gpfq, "spfq": spfq, "gptq": gptq, "qronos": qronos}
-#: Alphabets whose values reach the largest weights, where there are levels enough.
-COVERING = ("uniform", "symmetric", "asymmetric")
-ORDERS = ("natural", "gram")
-SCALES = ("weight", "gram")
 MOST_INPUT_BITS = 8
 
 
@@ -39,10 +35,6 @@ class Preset:
 
     >>> PRESETS["best"].order
     'gram'
-
-    Attributes:
-        solver: the function.
-        order, scale, refine, ridge, held_out: as of :class:`QuantConfig`.
     """
 
     solver: Solver
@@ -115,8 +107,8 @@ class QuantConfig:
         check_types(self, "")
         _named(PRESETS, self.solver, "solver")
         _named(ALPHABETS, self.alphabet, "alphabet")
-        one_of("order", self.order, (*ORDERS, None))
-        one_of("scale", self.scale, (*SCALES, None))
+        one_of("order", self.order, ("natural", "gram", None))
+        one_of("scale", self.scale, ("weight", "gram", None))
         one_of("act_range", self.act_range, RANGES)
         one_of("correct", self.correct, CORRECTIONS)
         one_of("float_dtype", self.float_dtype, (*FLOAT_DTYPES, None))
@@ -139,7 +131,7 @@ class QuantConfig:
     @property
     def covers(self) -> bool:
         """Whether the alphabet's range is known to grow to that of the weights as its levels do."""
-        return self.alphabet in COVERING
+        return self.alphabet in ("uniform", "symmetric", "asymmetric")
 
     def input_bits(self, end: bool) -> int | None:
         """The bits of a layer's inputs, of the first or the last one at an ``end``; None: they stay float."""

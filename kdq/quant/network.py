@@ -84,7 +84,7 @@ def quantize_widths(
     model, iterator = unwrapped(model), iter(batches)
     if (head := next((batch for batch in iterator if len(images_of(batch))), None)) is None:
         raise KdqError("there is no calibration image: pass batches of inputs, such as a DataLoader")
-    order = _running(model, images_of(head), config)
+    order = check_network(model, images_of(head), config)
     by_layer = [{name: _bits_of(width, name) for name in order.layers} for width in widths]
     for width in widths:
         if isinstance(width, Mapping) and (unknown := sorted(set(width) - set(order.layers))):
@@ -106,14 +106,8 @@ def quantize_widths(
     return results
 
 
-def check_network(model: nn.Module, images: Tensor, config: QuantConfig) -> list[str]:
-    """The layers of ``model`` that ``config`` quantizes, in the order they run, found by running the first of
-    ``images``."""
-    return _running(unwrapped(model), images, config).layers
-
-
-def _running(model: nn.Module, images: Tensor, config: QuantConfig) -> Order:
-    """What runs of ``model``, if it has numbers to quantize."""
+def check_network(model: nn.Module, images: Tensor, config: QuantConfig) -> Order:
+    """What ``config`` quantizes of ``model``, which nothing wraps, found by running the first of ``images``."""
     if not isinstance(model, nn.Module):
         raise KdqError(f"the network is a {type(model).__name__}, not a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):

@@ -52,14 +52,12 @@ class MixedPrecision:
 
     def metrics(self) -> list[dict[str, float]]:
         """What loggers show of each point."""
-        found = []
         points = zip(self.found.points, self.avg_bits, self.size_bytes, strict=True)
-        for number, (point, average, size) in enumerate(points):
-            row = {"bits/step": float(number), "bits/avg_bits": average, "bits/size_bytes": float(size)}
-            if point.measure is not None:
-                row |= {"bits/loss": point.measure.loss, "bits/top1": point.measure.top1}
-            found.append(row)
-        return found
+        return [
+            {"bits/step": float(number), "bits/avg_bits": average, "bits/size_bytes": float(size)}
+            | ({} if point.measure is None else {f"bits/{name}": x for name, x in vars(point.measure).items()})
+            for number, (point, average, size) in enumerate(points)
+        ]
 
     def write_frontier(self, path: Path) -> None:
         """The points as JSON: each with its assignment, loss, accuracy, average bits and bytes. ``quantize(model,
