@@ -82,8 +82,7 @@ class FeatureMethod(Connected, TeacherStudent):
         """The terms ``features`` and, if it has a weight, ``kl``."""
         terms = {}
         if self.kd:
-            kl = distillation_kl(*self.comparable(student.logits, teacher.logits), self.temperature)
-            terms["kl"] = self.kd * kl
+            terms["kl"] = self.kd * distillation_kl(*self.comparable(student.logits, teacher.logits), self.temperature)
         mine, theirs = (
             [outputs.features[name] for name in self.watches(role)]
             for role, outputs in (("student", student), ("teacher", teacher))

@@ -206,10 +206,8 @@ def quantized(network: nn.Module) -> nn.Module:
     """A copy of a :func:`fake_quantized` network that computes with its codes, as :func:`kdq.quantize` gives: in eval
     mode, with ``quantized_weights``. A 16-bit ``float_dtype`` is kept."""
     plain = copied(network)
-    weights, activations = {}, {}
-    layers = _weight_roundings(plain)
-    for name, module, attribute, rounding in layers:
-        weights[name] = rounding.quantized_weight(module.parametrizations[attribute].original)  # type: ignore[index, union-attr]
+    layers, activations = _weight_roundings(plain), {}
+    weights = {name: rounding.quantized_weight(original) for name, _, original, rounding in layers}
     for _, module, _, _ in layers:
         keep_decoded(module)  # all that it holds
     for name, layer in plain.named_modules():
@@ -229,10 +227,7 @@ def roundings(network: nn.Module) -> list[FakeQuantize | FakeQuantizeInput]:
 
 def rounded_weights(network: nn.Module) -> list[tuple[nn.Parameter, FakeQuantize]]:
     """The float weights of a :func:`fake_quantized` network's layers, each with what rounds it."""
-    return [
-        (module.parametrizations[attribute].original, rounding)  # type: ignore[index, union-attr]
-        for _, module, attribute, rounding in _weight_roundings(network)
-    ]
+    return [(original, rounding) for _, _, original, rounding in _weight_roundings(network)]
 
 
 def layout(network: nn.Module) -> dict[str, dict[str, int]]:
@@ -270,11 +265,10 @@ def _round_input(layer: nn.Module, rounding: FakeQuantizeInput) -> None:
     layer.register_forward_pre_hook(rounding)
 
 
-def _weight_roundings(network: nn.Module) -> list[tuple[str, nn.Module, str, FakeQuantize]]:
-    """Every layer whose weight is rounded: its name, the module and the attribute that hold the weight, and what
-    rounds it."""
+def _weight_roundings(network: nn.Module) -> list[tuple[str, nn.Module, nn.Parameter, FakeQuantize]]:
+    """Every layer whose weight is rounded: its name, the module that holds it, its float weight, and what rounds it."""
     return [
-        (layer_name(f"{name}.{attribute}".removeprefix(".")), module, attribute, found[0])
+        (layer_name(f"{name}.{attribute}".removeprefix(".")), module, found.original, found[0])
         for name, module in network.named_modules()
         for attribute, found in getattr(module, "parametrizations", {}).items()
         if isinstance(found[0], FakeQuantize)

@@ -51,11 +51,10 @@ class Chunks:
         self._stored[index] = path
 
     def take(self, index: int) -> Values:
-        stored = self._stored[index]
+        stored = self._stored.pop(index)
         if isinstance(stored, Path):
             # One save holds a tensor that lanes share once, and loads it so; weights_only refuses anything but tensors.
             stored = torch.load(stored, map_location=self.device, weights_only=True)
-        self._stored[index] = {}
         self._bytes.pop(index, None)
         return {key: Lanes(tensors) for key, tensors in stored.items()}
 
