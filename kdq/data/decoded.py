@@ -17,18 +17,27 @@ from torch import Tensor
 KEPT_EVERY = 512
 
 
-class OneShape:
+class _Rows:
+    """The rows of an array in a file. They are written there, and not in mapped memory, where a full disk kills."""
+
+    def __init__(self, array: np.memmap[Any, Any]) -> None:
+        file = Path(str(array.filename))
+        self.file, self.start = file.open("r+b"), array.offset
+
+    def put(self, row: int, values: np.ndarray) -> None:
+        self.file.seek(self.start + row * values.nbytes)
+        self.file.write(values.tobytes())
+
+    def keep(self) -> None:
+        _keep(self.file)
+
+
+class OneShape(_Rows):
     """A part's images in ``{part}_images.npy``, uint8 ``shape``: images, height, width, channels. Others are black."""
 
     def __init__(self, folder: Path, part: str, shape: tuple[int, ...]) -> None:
-        array, self.done = _array(folder, part, f"{part}_images.npy", shape, np.uint8)
-        self.pixels = _Rows(folder / f"{part}_images.npy", array)
-
-    def put(self, row: int, image: np.ndarray) -> None:
-        self.pixels.put(row, image)
-
-    def keep(self) -> None:
-        _keep(self.pixels.file)
+        array, self.done = _array(folder, part, "images", shape, np.uint8)
+        super().__init__(array)
 
 
 class Shapes:
@@ -40,8 +49,8 @@ class Shapes:
     """
 
     def __init__(self, folder: Path, part: str, images: int, rows: Sequence[int], channels: int) -> None:
-        sizes, self.done = _array(folder, part, f"{part}_sizes.npy", (images, 2), np.int64)
-        self.sizes = _Rows(folder / f"{part}_sizes.npy", sizes)
+        sizes, self.done = _array(folder, part, "sizes", (images, 2), np.int64)
+        self.sizes = _Rows(sizes)
         self.pixels = (folder / f"{part}_pixels").open("r+b" if self.done else "wb")
         self.pixels.truncate(channels * int(sizes[list(rows[: self.done])].prod(1).sum()))
         self.pixels.seek(0, 2)
@@ -52,18 +61,7 @@ class Shapes:
 
     def keep(self) -> None:
         _keep(self.pixels)
-        _keep(self.sizes.file)
-
-
-class _Rows:
-    """The rows of an array in a file. They are written there, and not in mapped memory, where a full disk kills."""
-
-    def __init__(self, file: Path, array: np.memmap[Any, Any]) -> None:
-        self.file, self.start = file.open("r+b"), array.offset
-
-    def put(self, row: int, values: np.ndarray) -> None:
-        self.file.seek(self.start + row * values.nbytes)
-        self.file.write(values.tobytes())
+        self.sizes.keep()
 
 
 def _keep(file: BinaryIO) -> None:
@@ -73,13 +71,14 @@ def _keep(file: BinaryIO) -> None:
 
 def _array(folder: Path, part: str, name: str, shape: tuple[int, ...], kind: Any) -> tuple[np.memmap[Any, Any], int]:
     """The array to write into, and how many images are there from a process that was killed."""
+    file = folder / f"{part}_{name}.npy"
     try:
-        array, done = np.lib.format.open_memmap(folder / name, "r+"), int((folder / f"{part}_decoded").read_text())
+        array, done = np.lib.format.open_memmap(file, "r+"), int((folder / f"{part}_decoded").read_text())
         if array.shape == shape:
             return array, done
     except (OSError, ValueError):  # not begun, or not far
         pass
-    return np.lib.format.open_memmap(folder / name, "w+", kind, shape), 0
+    return np.lib.format.open_memmap(file, "w+", kind, shape), 0
 
 
 class Photographs:

@@ -1,7 +1,6 @@
 """Your own images: ``root/train/<class>/*`` and ``root/test/<class>/*``, decoded once into uint8 arrays."""
 
 import hashlib
-import json
 import os
 import shutil
 import struct
@@ -102,11 +101,11 @@ def image_folder(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _decode_into(folder, parts, rows, fit, classes, whole)
-    labels = {part: [label for _, label in files] for part, files in parts.items()}
-    train, train_labels = _mapped(folder, "train", labels["train"], image_size, in_channels, whole)
-    test, test_labels = _mapped(folder, "test", labels["test"], image_size, in_channels)
-    return ImageSet(train, train_labels, test, test_labels, tuple(classes))
+                _decode_into(folder, parts, rows, fit, whole)
+    train = _mapped(folder, "train", len(parts["train"]), image_size, in_channels, whole)
+    test = _mapped(folder, "test", len(parts["test"]), image_size, in_channels)
+    labels = [torch.tensor([label for _, label in files]) for files in parts.values()]
+    return ImageSet(train, labels[0], test, labels[1], tuple(classes))
 
 
 def fitting(image_size: int, in_channels: int, interpolation: str) -> dict[str, Any]:
@@ -181,7 +180,6 @@ def _decode_into(
     parts: dict[str, list[tuple[Path, int]]],
     rows: Mapping[str, Sequence[int]],
     fit: Mapping[str, Any],
-    classes: list[str],
     whole: bool,
 ) -> None:
     """Decode the images of ``rows`` into files in a temporary folder, then rename it to ``folder``. A process
@@ -210,8 +208,6 @@ def _decode_into(
                     if done % KEPT_EVERY == 0 or done == len(rows[part]):
                         kept.keep()
                         write_text(temporary / f"{part}_decoded", str(done))
-            np.save(temporary / f"{part}_labels.npy", np.array([label for _, label in files], np.int64))
-        (temporary / "classes.json").write_text(json.dumps(classes))
         temporary.chmod(0o755)  # others may share the cache
         os.rename(temporary, folder)
     except KdqError:  # of a file that is to be mended: then the folder is another one
@@ -282,24 +278,21 @@ def _square_enough(image: Image.Image) -> Image.Image:
 
 
 def _mapped(
-    folder: Path, part: str, labels: list[int], size: int, in_channels: int, whole: bool = False
-) -> tuple[Any, Tensor]:
-    """The images and labels of a part, from the cache."""
+    folder: Path, part: str, images: int, size: int, in_channels: int, whole: bool = False
+) -> Tensor | Photographs:
+    """The images of a part, from the cache."""
+    name, kind = ("sizes", torch.int64) if whole else ("images", torch.uint8)
+    shape: tuple[int, ...] = (images, 2) if whole else (images, size, size, in_channels)
     try:
         # Copy-on-write: pages are shared with the file, and torch gets an array it may call writable.
-        images, found = (
-            torch.from_numpy(np.load(folder / f"{part}_{kind}.npy", mmap_mode="c", allow_pickle=False))
-            for kind in ("sizes" if whole else "images", "labels")
-        )
-        shape = (len(labels), 2) if whole else (len(labels), size, size, in_channels)
-        kind = torch.int64 if whole else torch.uint8
-        if images.dtype != kind or images.shape != shape or found.tolist() != labels:
-            raise ValueError(f"{part} is not {len(labels)} images of {size} x {size}")
+        found = torch.from_numpy(np.load(folder / f"{part}_{name}.npy", mmap_mode="c", allow_pickle=False))
+        if found.dtype != kind or found.shape != shape:
+            raise ValueError(f"{part} is not {images} images of {size} x {size}")
         if whole:
             pixels = torch.from_numpy(np.memmap(folder / f"{part}_pixels", np.uint8, "c"))
-            return Photographs(pixels, images, size, in_channels), found
+            return Photographs(pixels, found, size, in_channels)
     except PermissionError as error:
         raise KdqError(f"{error.filename} may not be read: it belongs to another user") from error
     except Exception as error:  # numpy evaluates the header: whatever Python makes of broken source
         raise KdqError(f"the decoded images in {folder} are damaged ({one_line(error)}): delete this folder") from error
-    return images, found
+    return found

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor
 from torchvision.datasets.utils import extract_archive
 
 from kdq.data.folder import image_folder
@@ -112,11 +111,7 @@ def _fetch(dataset: Callable[..., Any], root: Path, files: list[str]) -> None:
 
 def _read(dataset: Callable[..., Any], root: Path) -> ImageSet:
     parts = [dataset(root, train=train, download=False) for train in (True, False)]
-    images = [_as_nhwc(part.data) for part in parts]
+    pixels = [torch.as_tensor(part.data) for part in parts]
+    images = [each[..., None] if each.ndim == 3 else each for each in pixels]
     labels = [torch.as_tensor(part.targets, dtype=torch.int64) for part in parts]
     return ImageSet(images[0], labels[0], images[1], labels[1], tuple(parts[0].classes))
-
-
-def _as_nhwc(pixels: Any) -> Tensor:
-    images = torch.as_tensor(pixels)
-    return images[..., None] if images.ndim == 3 else images

@@ -38,10 +38,7 @@ def split(images: int, val_fraction: float, seed: int, train_limit: int | None =
     val = round(images * val_fraction)
     if not 0 < val < images:
         raise KdqError(f"data.val_fraction={val_fraction} of {images} images leaves a part empty")
+    if train_limit is not None and train_limit < 1:
+        raise KdqError(f"data.train_limit={train_limit} must be at least 1")
     order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
-    train = order[val:]
-    if train_limit is not None:
-        if train_limit < 1:
-            raise KdqError(f"data.train_limit={train_limit} must be at least 1")
-        train = train[:train_limit]
-    return Split(train=train, val=order[:val])
+    return Split(train=order[val:][:train_limit], val=order[:val])
