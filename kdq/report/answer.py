@@ -124,16 +124,12 @@ def contests(frame: pd.DataFrame) -> list[Contest]:
     """One for each data set and quantizer, the one that compares most at first, of equal ones the least lossy."""
     found = []
     for (data, quantizer), group in frame.groupby(["data", "quantizer"], sort=True):
-        by_road: dict[str, list[Model]] = {}
         of = models(group)
-        for model in of:
-            by_road.setdefault(model.road, []).append(model)
+        by_road = {road: [model for model in of if model.road == road] for road in ROADS}
         roads = {
-            road: max(
-                by_road[road], key=lambda model: (model.untuned != "baseline", _validated(of, model, by_road[road]))
-            )
-            for road in ROADS
-            if road in by_road
+            road: max(among, key=lambda model: (model.untuned != "baseline", _validated(of, model, among)))
+            for road, among in by_road.items()
+            if among
         }
         leads = _leads({model: curve(of[model]) for model in roads.values()})
         shared = sum(len(there) > 1 for _, there in leads)

@@ -4,16 +4,20 @@ One panel per data set (columns) and quantizer (rows); a method has one colour e
 for printing, their letters as outlines or embedded fonts; equal rows make equal files. Width and fonts are a style's.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from kdq.report import published
 from kdq.report.cells import float_model, pareto, records, settings, telling
@@ -21,10 +25,6 @@ from kdq.report.layers import Frontier
 from kdq.report.material import Material
 from kdq.report.style import method_colors, styled
 from kdq.utils.files import replacing
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # What embeds fonts logs every letter that it finds.
 logging.getLogger("fontTools").setLevel(logging.WARNING)
@@ -83,8 +83,6 @@ def _looks(found: pd.DataFrame) -> dict[Any, dict[str, Any]]:
 
 def _panels(found: pd.DataFrame, draw: Any, looks: Mapping[Any, dict[str, Any]]) -> Figure:
     """A grid of panels, each drawn by ``draw(panel, cells, style)``, and one legend below."""
-    from matplotlib.lines import Line2D
-
     # The quantizers with most cells, for there may be too many.
     sets, counts = sorted(found["data"].unique()), found["quantizer"].sort_values().value_counts(sort=False)
     quantizers = sorted(counts.index, key=lambda name: -counts[name])
@@ -137,8 +135,6 @@ def _lines(panel: Axes, part: pd.DataFrame, style: Mapping[Any, Any], x: str, wh
 
 def _bits_axis(panel: Axes, part: pd.DataFrame, whole: float | None = None) -> None:
     """A tick for each width, and one named ``float`` at ``whole``."""
-    from matplotlib.ticker import NullLocator
-
     ticks: list[float] = []
     apart = 1.12 ** (4.3 / _inches(panel))  # closer ones would run into each other
     for width in sorted({math.ceil(width) for width in part["avg_bits"]}):
@@ -223,8 +219,6 @@ def _front(panel: Axes, part: pd.DataFrame, x: str, y: str = "top1") -> None:
 
 
 def _size_axis(panel: Axes, label: str, unit: str) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
-
     panel.set(xscale="log", xlabel=label)
     smallest, largest = panel.get_xlim()
     # Labels at 1, 2 and 5 of each decade, for all nine would run into each other, or at 1 alone; within a decade, at
@@ -263,8 +257,6 @@ def _searches(searched: pd.DataFrame, searches: Mapping[str, Frontier]) -> Figur
 
 def _legend(figure: Figure, handles: Sequence[Any]) -> None:
     """A legend below the figure, which grows by it; fewer entries lie beside each other where one is long."""
-    from matplotlib import rcParams
-
     longest = max((len(line) for handle in handles for line in str(handle.get_label()).splitlines()), default=0)
     wide = float(rcParams["font.size"]) * max(0.21, 0.05 + longest / _CHARACTERS)
     columns = max(1, int(figure.get_figwidth() / wide))
@@ -274,10 +266,6 @@ def _legend(figure: Figure, handles: Sequence[Any]) -> None:
 
 def _figure(columns: int, rows: int) -> Figure:
     """A page's column wide for one panel in a row, else two columns and what is between them."""
-    from matplotlib import rcParams
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     width, height = rcParams["figure.figsize"]
     share = height / width
     wide = width if columns == 1 else 2 * width + 0.25
@@ -306,7 +294,5 @@ def _inches(panel: Axes) -> float:
 def _text(name: str, inches: float) -> str:
     """A name, in as many lines as it needs, that Matplotlib takes as it is: dollars would start a formula, an
     underscore hide a legend's entry."""
-    from matplotlib import rcParams
-
     name = textwrap.fill(name, int(_CHARACTERS * inches / float(rcParams["font.size"]))).replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name

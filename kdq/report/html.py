@@ -17,6 +17,7 @@ from string import Template
 from typing import Any
 
 import pandas as pd
+from plotly.offline import get_plotlyjs
 
 from kdq.report import published
 from kdq.report.cells import LATENCIES, records, telling
@@ -29,15 +30,16 @@ from kdq.report.words import COLUMNS, NOTES, PLACES
 _DIGITS = {"width": 2, "nll": 4, "size_bytes": 0, "float_bytes": 0}
 _DIGITS |= dict.fromkeys(["avg_bits", "top1", "top1_std", "top1_float", "top1_float_std", "drop", "drop_std", "ece"], 3)
 _DIGITS |= dict.fromkeys(LATENCIES, 4)
-_NAMES = ["data", "method", "arch", "quantizer", "tune", "searched", "n"]
+_NAMES = ["data", "method", "arch", "quantizer", "tune", "searched", "n", "told"]
 
 
 def page(material: Material) -> str:
     """The page's HTML."""
     found, timed = material.cells, material.timed
-    beside = published.beside(found)
+    beside, told = published.beside(found), found.assign(told=found.index.isin(telling(found).index))
+    digits = _DIGITS | dict.fromkeys([name for name in found.columns if name.startswith("top1_onnx_")], 3)
     payload = {
-        "cells": _cells(found),
+        "cells": _columns(told[[*_NAMES, *digits]], digits),
         "answers": [asdict(answer) for answer in material.answers],
         "answer_columns": COLUMNS,
         "place_columns": PLACES,
@@ -58,12 +60,6 @@ def page(material: Material) -> str:
     return Template(_part("page.html")).substitute(
         policy=policy, style=_part("page.css"), payload=_json(payload), plotly=plotly, script=script
     )
-
-
-def _cells(found: pd.DataFrame) -> dict[str, Any]:
-    digits = _DIGITS | dict.fromkeys([name for name in found.columns if name.startswith("top1_onnx_")], 3)
-    told = found.assign(told=found.index.isin(telling(found).index))
-    return _columns(told[[*_NAMES, "told", *digits]], digits)
 
 
 def _columns(frame: pd.DataFrame, digits: Mapping[str, int]) -> dict[str, Any]:
@@ -109,8 +105,6 @@ def _part(name: str) -> str:
 
 @cache
 def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
     text = get_plotlyjs()
     assert "</script" not in text.lower(), "Plotly's bundle would end its own element"
     return text

@@ -15,32 +15,20 @@ class Latency:
     note: str
 
 
+def _kind(name: str, top1: str, runs: str, note: str) -> Latency:
+    return Latency(f"latency_ms_{name}", f"top1_{top1}", f"latency (ms, {runs}, batch 1)", note)
+
+
+_KEPT = "The exported networks, each in the format and runtime that deploy=best keeps."
+_FLOAT = (
+    "The float networks in PyTorch, which computes with packed weights as floats, at no other speed; deploy=onnx "
+    "measures integer arithmetic."
+)
 _KINDS = (
-    Latency(
-        "latency_ms_deployed",
-        "top1_deployed",
-        "latency (ms, the format and runtime kept, batch 1)",
-        "The exported networks, each in the format and runtime that deploy=best keeps.",
-    ),
-    Latency(
-        "latency_ms_onnx_int8",
-        "top1_onnx_int8",
-        "latency (ms, ONNX Runtime INT8, batch 1)",
-        "The exported INT8 networks in ONNX Runtime.",
-    ),
-    Latency(
-        "latency_ms_onnx_fp32",
-        "top1_onnx_fp32",
-        "latency (ms, ONNX Runtime float32, batch 1)",
-        "The exported float32 networks in ONNX Runtime.",
-    ),
-    Latency(
-        "latency_ms_torch",
-        "top1_float",
-        "latency (ms, PyTorch float32, batch 1)",
-        "The float networks in PyTorch, which computes with packed weights as floats, at no other speed; deploy=onnx "
-        "measures integer arithmetic.",
-    ),
+    _kind("deployed", "deployed", "the format and runtime kept", _KEPT),
+    _kind("onnx_int8", "onnx_int8", "ONNX Runtime INT8", "The exported INT8 networks in ONNX Runtime."),
+    _kind("onnx_fp32", "onnx_fp32", "ONNX Runtime float32", "The exported float32 networks in ONNX Runtime."),
+    _kind("torch", "float", "PyTorch float32", _FLOAT),
 )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from kdq.quant.solvers.alphabet import code_bits
 from kdq.records.rows import Row
 from kdq.utils.files import parse_json, regular
@@ -72,8 +74,6 @@ def frontiers(output: Path, rows: Iterable[Row]) -> dict[str, Frontier]:
 
 
 def _widths(path: Path) -> Widths:
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as file:
         layers = parse_json(file.metadata()["kdq"])["layers"]
     bits = [code_bits(layer["levels"]) for layer in layers.values()]

@@ -96,22 +96,19 @@ _SAID = ("wins", "ahead", "undecided", "alone")
 _Lead = tuple[float, list[Measured]]
 
 
-def _headline(
-    contest: Contest, compared: Sequence[Comparison], name: Callable[[Model], str], seen: bool = False
-) -> str:
+def _headline(contest: Contest, compared: Sequence[Comparison], name: Callable[[Model], str], seen: bool) -> str:
     """``seen``: the teacher's weights are from a file and may have been trained on the validation images."""
     data, roads = contest.data, contest.roads
     if len(roads) < 2:
         missing = [f"“{what}”" for road, what in ROADS.items() if road not in roads and "tuned" not in road]
         none = f"no row quantized with {contest.quantizer} is of {' or '.join(missing)}"
         return f"{data}: which road wins cannot be said, for {none}."
-    regions = [_Region(list(group), name) for _, group in groupby(contest.leads, key=lambda lead: _leader(lead[1]))]
+    parts = groupby(contest.leads, key=lambda lead: _leader(lead[1]))
+    regions = [_Region(what, list(leads), name) for (what, _), leads in parts]
     counts = sorted({len(top1) for _, there in contest.leads for _, top1 in there})
     start = f"{data} at equal bytes ({contest.quantizer}, {_range(counts)} seed{'s' if counts[-1] > 1 else ''}): "
-    told = [
-        region.text(i, regions[i + 1 :]) for i, region in sorted(enumerate(regions), key=lambda pair: pair[1].order)
-    ]
-    told = [text for text in told if text]
+    order = sorted(range(len(regions)), key=lambda i: _SAID.index(regions[i].what))
+    told = [text for i in order if (text := regions[i].text(i, regions[i + 1 :]))]
     if all(region.what == "alone" for region in regions):
         told = ["no size is there for two roads", *told]
     elif all(region.what != "wins" for region in regions) and any(region.tested for region in regions):
@@ -156,20 +153,13 @@ def _leader(there: Sequence[Measured]) -> tuple[str, list[Model]]:
 class _Region:
     """Sizes in a row of which the same can be said."""
 
+    what: str  # one of _SAID
     leads: list[_Lead]
     name: Callable[[Model], str]
 
     @property
-    def what(self) -> str:
-        return _leader(self.leads[0][1])[0]
-
-    @property
     def tested(self) -> bool:
         return any(len(there) > 1 and between(*there[:2]).tested for _, there in self.leads)
-
-    @property
-    def order(self) -> int:
-        return _SAID.index(self.what)
 
     def text(self, before: int, later: Sequence[_Region]) -> str:
         """What is said, after so many regions ``before``. Empty where it is nothing: of sizes that only the largest
