@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kdq.records.rows import Row, read_rows
+from kdq.records.rows import rows_below
 from kdq.report.style import STYLES, styled
 from kdq.utils.errors import KdqError
 
@@ -70,7 +70,7 @@ def _compare(a: Path, b: Path) -> int:
     from kdq.report.compare import compare, comparison_table, summary
     from kdq.report.tables import unbound
 
-    comparison = compare(_rows(a), _rows(b))
+    comparison = compare(rows_below(a), rows_below(b))
     console = Console()
     if not comparison.same:
         text = comparison_table(comparison, str(a), str(b))
@@ -78,10 +78,3 @@ def _compare(a: Path, b: Path) -> int:
         console.print(text)
     console.print(summary(comparison, str(a), str(b)), markup=False, highlight=False, soft_wrap=True)
     return 0 if comparison.same else 1
-
-
-def _rows(output: Path) -> list[Row]:
-    rows = read_rows(output / "rows")
-    if not rows:
-        raise KdqError(f"there is no row in {output / 'rows'}: nothing to compare")
-    return rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdq.records.rows import Row, read_rows
+from kdq.records.rows import Row, rows_below
 from kdq.utils.errors import message
 
 
@@ -45,13 +45,6 @@ def _link(options: argparse.Namespace) -> None:
         sys.exit(f"kdq-wandb: {missing} models are missing: upload them (`wandb sync DIR/runs/wandb`) and link again")
 
 
-def _rows(options: argparse.Namespace) -> list[Row]:
-    rows = read_rows(options.dir / "rows")
-    if not rows:
-        sys.exit(f"kdq-wandb: no rows below {options.dir}: give the paths.output_dir of a run")
-    return rows
-
-
 def _entity(options: argparse.Namespace) -> str:
     return options.entity or ("entity" if options.dry_run else _api().default_entity)
 
@@ -62,7 +55,7 @@ def _deployed(rows: Sequence[Row]) -> frozenset[str]:
 
 
 def _workspace(options: argparse.Namespace) -> None:
-    rows = _rows(options)
+    rows = rows_below(options.dir)
     from kdq.tracking.workspace import workspace
 
     entity, deployed = _entity(options), _deployed(rows)
@@ -76,7 +69,7 @@ def _workspace(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    rows = _rows(options)
+    rows = rows_below(options.dir)
     from kdq.report.markdown import answer_text
     from kdq.report.material import Material
     from kdq.report.tables import markdown_accuracies

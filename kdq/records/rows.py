@@ -225,6 +225,13 @@ def read_row(path: Path) -> Row:
         raise KdqError(f"{path} is not a row of kdq's: {message(error)}") from error
 
 
+def rows_below(output: Path, option: str = "") -> list[Row]:
+    """The rows of an output folder, at least one; ``option`` names what gives the folder."""
+    if rows := read_rows(output / "rows"):
+        return rows
+    raise KdqError(f"no rows below {output}: give {option}the paths.output_dir of a run")
+
+
 def find_row(name: str, output: Path) -> Row:
     """The row that ``name`` means: its file, that of a model shared as ``hf:owner/name``, or its ``config_hash`` or the
     start of it among the rows below ``output``; a complaint names what is near."""
@@ -232,9 +239,7 @@ def find_row(name: str, output: Path) -> Row:
         return read_row(fetch(name, (ROW,)))
     if name.endswith(".json"):
         return read_row(Path(name))
-    rows = read_rows(output / "rows")
-    if not rows:
-        raise KdqError(f"no rows below {output}: give --output-dir, the paths.output_dir of a run")
+    rows = rows_below(output, "--output-dir, ")
     matching = [row for row in rows if row.config_hash.startswith(name)] if name else []
     if len(matching) == 1:
         return matching[0]

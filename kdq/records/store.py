@@ -66,11 +66,6 @@ class Entry:
     key: str
     metrics: dict[str, Any]
 
-    @property
-    def slug(self) -> str:
-        """The readable part of its folder's name."""
-        return self.path.name.removesuffix(f"-{self.key}")
-
     def weights(self) -> dict[str, Tensor]:
         """The state dict, on the CPU. Raises KdqError where the file, whatever its checksum, is none."""
         try:
