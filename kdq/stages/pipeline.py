@@ -1,6 +1,7 @@
 """A job from its config to its rows: teacher -> student -> quantize -> tune -> deploy, making only what is missing."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +41,10 @@ class Wanted:
         """The rows on disk, by their keys."""
         return {row.config_hash: row for row in read_rows(self.cell.output / "rows", set(self.keys.values()))}
 
-    def complete(self, row: Row) -> bool:
-        return complete(self.cell.output, row, self.columns)
+    def missing(self, known: Mapping[str, Row]) -> dict[str, str]:
+        """The keys, by name, of rows that are not among the ``known`` ones, or not complete there."""
+        complete_ones = {key for key, row in known.items() if complete(self.cell.output, row, self.columns)}
+        return {name: key for name, key in self.keys.items() if key not in complete_ones}
 
 
 def wanted_by(cell: Cell) -> Wanted:
@@ -58,11 +61,7 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
     _ = cell.device  # a wrong setting is refused before anything is trained
     wanted = wanted_by(cell)
     known = wanted.known()
-    names = {
-        key: f"{cell.name}-b{name}"
-        for name, key in wanted.keys.items()
-        if key not in known or not wanted.complete(known[key])
-    }
+    names = {key: f"{cell.name}-b{name}" for name, key in wanted.missing(known).items()}
     if names:
         # One process at a time for a model and a quantizer, whatever the widths; equal commands find what the first
         # one made. The log, whose end may wait for a server, is closed when the lock is free.
@@ -75,12 +74,12 @@ def run(cfg: DictConfig, job: Job = Job()) -> list[Row]:  # noqa: B008
 def _completed(wanted: Wanted, log_of_rows: ExitStack) -> dict[str, Row]:
     """The rows on disk with the missing ones, packed files and columns, all told in one log, which stays open."""
     cell, known = wanted.cell, wanted.known()
-    rows, missing = dict(known), {}
-    if len(known) == len(wanted.keys) and all(map(wanted.complete, known.values())):
+    rows, lacking, missing = dict(known), wanted.missing(known), {}
+    if not lacking:
         return rows
-    for name, key in wanted.keys.items():
+    for name, key in lacking.items():
         row = known.get(key)
-        if row is None or not (wanted.complete(row) or whole(cell.output, row)):
+        if row is None or not whole(cell.output, row):
             missing[name] = key
             if row is not None:
                 log.warning("the packed file %s is gone or cut short: it is made again", cell.output / row.artifact)

@@ -1,12 +1,10 @@
 """``kdq -m``: from the cells of a grid to their rows, the report and what failed."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -19,9 +17,6 @@ from kdq.sweep.show import failure_lines, print_plan, summary
 from kdq.sweep.status import Status
 from kdq.utils.errors import KdqError
 from kdq.utils.messages import describe
-
-if TYPE_CHECKING:
-    from hydra.plugins.launcher import Launcher
 
 
 def sweep(
@@ -39,7 +34,7 @@ def sweep(
         console.print(line, soft_wrap=True, highlight=False)
     status = Status(console, plan, live=getattr(launcher, "jobs_write_elsewhere", False))
     failures = run_plan(plan, launcher.launch, Path(cfg.hydra.sweep.dir), status)
-    rows = read_rows(output / "rows", set(plan.rows))
+    rows = read_rows(output / "rows", plan.rows)
     try:
         log_sweep(cfg, rows)
     except Exception as error:  # W&B's trouble takes neither the report nor the list of failures with it

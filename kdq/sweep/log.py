@@ -47,11 +47,10 @@ def _log_data(track: RunLogger, data: str, frame: pd.DataFrame, means: pd.DataFr
     def show(name: str, columns: tuple[str, ...], rows: Sequence[Sequence[Any]], kind: str, title: str) -> None:
         track.show(Chart(f"report/{name}_{data}", columns, rows, kind, f"{data}: {title}"))
 
-    columns, lines = ("curve", "avg_bits", "top1"), _curves(means, "avg_bits")
-    show("accuracy_vs_bits", columns, lines, "lines", "top-1 over bits per weight")
-    columns, lines = ("curve", "size_bytes", "top1"), _curves(means, "size_bytes")
-    lines = [*(("Pareto front", *point) for point in front), *lines]
-    show("frontiers", columns, lines, "lines", "top-1 over packed bytes")
+    bits = _curves(means, "avg_bits")
+    show("accuracy_vs_bits", ("curve", "avg_bits", "top1"), bits, "lines", "top-1 over bits per weight")
+    sizes = [*(("Pareto front", *point) for point in front), *_curves(means, "size_bytes")]
+    show("frontiers", ("curve", "size_bytes", "top1"), sizes, "lines", "top-1 over packed bytes")
     every = _points(frame, "size_bytes", "top1")
     show("accuracy_vs_bytes", ("size_bytes", "top1"), every, "points", "every cell")
     if latencies := _points(frame, "latency_ms_onnx_int8", "top1_onnx_int8"):

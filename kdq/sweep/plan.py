@@ -17,8 +17,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from kdq.records.rows import read_rows
-from kdq.stages.asked import complete
 from kdq.stages.cell import Cell
 from kdq.stages.check import referred
 from kdq.stages.pipeline import Wanted, wanted_by
@@ -55,7 +53,7 @@ class Plan:
     output: Path  # has the store and the rows
     cells: Sequence[Overrides]  # of each cell of the grid
     waves: list[list[Job]] = field(default_factory=list)  # jobs that may run at once, in order
-    rows: dict[str, str] = field(default_factory=dict)  # asked for, there or not: key to the cell's name
+    rows: set[str] = field(default_factory=set)  # asked for, there or not: their keys
     models_there: int = 0  # how many models of missing rows are in the store
     speed: float = 0.0  # operations a second of the trainings of those; 0 where there is none
     impossible: list[tuple[Overrides, str]] = field(default_factory=list)  # cells that cannot be planned, and why
@@ -84,11 +82,9 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
                 cause = "another cell deploys the same row otherwise, and a row has one deployment: run deploy=... in "
                 plan.impossible.append((overrides, f"{cause}a command of its own"))
                 continue
-            new = {name: key for name, key in keys.items() if key not in plan.rows}  # cells may mean the same row
-            plan.rows |= dict.fromkeys(new.values(), cell.name)
-            rows = read_rows(output / "rows", set(new.values()))
-            there = {row.config_hash for row in rows if complete(output, row, columns)}
-            missing = {name: key for name, key in new.items() if key not in there}
+            lacking = wanted.missing(wanted.known())
+            missing = {name: key for name, key in lacking.items() if key not in plan.rows}  # cells may mean one row
+            plan.rows.update(keys.values())
             if not missing:
                 continue
             try:
@@ -96,7 +92,7 @@ def make_plan(cells: Sequence[Overrides], compose: Compose, output: Path) -> Pla
                 needs = frozenset().union(*(models.missing(cell, each, overrides) for each in lasts))
             except KdqError as error:  # a damaged model takes only its own rows with it
                 plan.impossible.append((overrides, describe(error)))
-                plan.rows = {key: name for key, name in plan.rows.items() if key not in missing.values()}
+                plan.rows.difference_update(missing.values())
                 continue
             makes = {key: f"{cell.name}-b{name}" for name, key in missing.items()}
             what = f"{len(missing)} row{'s' * (len(missing) > 1)} at {' '.join(missing)} bits"

@@ -41,7 +41,9 @@ def summary(plan: Plan) -> list[str]:
         lines.append(
             f"models:   {trainings + plan.models_there} distinct, {plan.models_there} there, {trainings} to make"
         )
-        lines.append(f"cost:     {cost(plan.work, plan.speed)}, {cost_basis(plan)}")
+        roughly = "roughly: multiply-accumulates of all forward and backward passes"
+        basis = "one job after the other, at the speed of the models that are there" if plan.speed else roughly
+        lines.append(f"cost:     {cost(plan.work, plan.speed)}, {basis}")
     lines += [f"impossible: {' '.join(overrides)}: {cause}" for overrides, cause in plan.impossible]
     return lines
 
@@ -56,12 +58,6 @@ def cost(work: float, speed: float) -> str:
             scaled, unit = scaled / 1000, larger
     text = f"{scaled:.3g} {unit}"
     return f"{text}, {duration(work / speed)}" if speed else text
-
-
-def cost_basis(plan: Plan) -> str:
-    if plan.speed:
-        return "one job after the other, at the speed of the models that are there"
-    return "roughly: multiply-accumulates of all forward and backward passes"
 
 
 def duration(seconds: float) -> str:
