@@ -6,7 +6,8 @@ that checkpoints published with either load as they are; ``kdq_stages`` names th
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +37,10 @@ class WideResNet(nn.Module):
             raise KdqError(f"width={width} must be a whole number from 1 up")
         planes, blocks = [16, *(width * channels for channels in (16, 32, 64))], (depth - 4) // 6
         self.conv1 = _conv(in_channels, planes[0])
-        self.block1 = _wide_stage(planes[0], planes[1], 1, blocks)
-        self.block2 = _wide_stage(planes[1], planes[2], 2, blocks)
-        self.block3 = _wide_stage(planes[2], planes[3], 2, blocks)
+        self.block1, self.block2, self.block3 = (
+            nn.Sequential(OrderedDict(layer=_stage(_WideBlock, into, out, stride, blocks)))
+            for into, out, stride in zip(planes, planes[1:], (1, 2, 2), strict=False)
+        )
         self.bn1 = nn.BatchNorm2d(planes[3])
         self.relu = nn.ReLU(inplace=True)
         self.fc = nn.Linear(planes[3], num_classes)
@@ -47,12 +49,6 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         return self.fc(_pooled(self.relu(self.bn1(x))))
-
-
-def _wide_stage(in_planes: int, planes: int, stride: int, blocks: int) -> nn.Sequential:
-    first = _WideBlock(in_planes, planes, stride)
-    layer = nn.Sequential(first, *(_WideBlock(planes, planes, 1) for _ in range(blocks - 1)))
-    return nn.Sequential(OrderedDict(layer=layer))
 
 
 class _WideBlock(nn.Module):
@@ -125,11 +121,9 @@ class CifarMobileNetV2(nn.Module):
         self.conv1 = nn.Sequential(*_conv_norm(in_channels, planes, stride=2))
         self.blocks = nn.ModuleList()
         for expansion, channels, count, stride in self.STAGES:
-            out, stage = int(channels * width), nn.Sequential()
-            for block in range(count):
-                stage.append(_Inverted(planes, out, 1 if block else stride, expansion))
-                planes = out
-            self.blocks.append(stage)
+            out = int(channels * width)
+            self.blocks.append(_stage(partial(_Inverted, expansion=expansion), planes, out, stride, count))
+            planes = out
         last = max(1280, int(1280 * width))
         self.conv2 = nn.Sequential(*_conv_norm(planes, last, size=1))
         self.classifier = nn.Sequential(nn.Linear(last, num_classes))
@@ -171,8 +165,7 @@ class CifarShuffleNetV1(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = _conv(in_channels, 24, 1), nn.BatchNorm2d(24)
         self.layer1, self.layer2, self.layer3 = (
-            nn.Sequential(*(_ShuffleV1(out if n else into, out, 1 if n else 2) for n in range(count)))
-            for into, out, count in ((24, 240, 4), (240, 480, 8), (480, 960, 4))
+            _stage(_ShuffleV1, into, out, 2, count) for into, out, count in ((24, 240, 4), (240, 480, 8), (480, 960, 4))
         )
         self.linear = nn.Linear(960, num_classes)
         initialize(self)
@@ -253,6 +246,10 @@ class _ShuffleDown(nn.Module):
         left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
         right = self.bn4(self.conv4(F.relu(self.bn3(self.conv3(x)))))
         return channel_shuffle(torch.cat([left, F.relu(self.bn5(self.conv5(right)))], 1), 2)
+
+
+def _stage(block: Callable[[int, int, int], nn.Module], into: int, out: int, stride: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(block(out if n else into, out, 1 if n else stride) for n in range(count)))
 
 
 def _conv(into: int, out: int, size: int = 3, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
