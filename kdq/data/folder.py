@@ -44,6 +44,8 @@ BROKEN = (
 EXTREME = 16
 #: Pixels that a side may have, which is what JPEG can say: a line of one pixel takes twelve bytes of memory.
 LONGEST = 2**16
+#: The images of train and of test, each with its label.
+Parts = dict[str, list[tuple[Path, int]]]
 
 
 def class_names(root: str | Path) -> list[str]:
@@ -151,11 +153,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _listing_key(
-    source: Path,
-    parts: dict[str, list[tuple[Path, int]]],
-    fit: Mapping[str, Any],
-    rows: Mapping[str, Sequence[int]],
-    whole: bool,
+    source: Path, parts: Parts, fit: Mapping[str, Any], rows: Mapping[str, Sequence[int]], whole: bool
 ) -> str:
     resampling = fit["resampling"]
     how = ("" if resampling == RESAMPLING["bilinear"] else f" {resampling.name}") + (" whole" if whole else "")
@@ -176,11 +174,7 @@ def _listing_key(
 
 
 def _decode_into(
-    folder: Path,
-    parts: dict[str, list[tuple[Path, int]]],
-    rows: Mapping[str, Sequence[int]],
-    fit: Mapping[str, Any],
-    whole: bool,
+    folder: Path, parts: Parts, rows: Mapping[str, Sequence[int]], fit: Mapping[str, Any], whole: bool
 ) -> None:
     """Decode the images of ``rows`` into files in a temporary folder, then rename it to ``folder``. A process
     that is killed leaves the temporary folder, and the next one goes on there."""

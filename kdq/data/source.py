@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -76,14 +77,12 @@ class Streamed(Source):
     def _read(self, chosen: Tensor, whole: bool) -> tuple[Any, Tensor]:
         read = self.images.whole if whole and isinstance(self.images, Photographs) else self.images.__getitem__
         images, labels = read(chosen), self.labels[chosen]
-        return (
-            (_each(images, Tensor.pin_memory), labels.pin_memory()) if self.device.type == "cuda" else (images, labels)
-        )
+        if self.device.type != "cuda":
+            return images, labels
+        return _each(images, Tensor.pin_memory), labels.pin_memory()
 
     def _placed(self, images: Any, labels: Tensor) -> tuple[Any, Tensor]:
-        def place(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, non_blocking=True)
-
+        place = methodcaller("to", self.device, non_blocking=True)
         return _each(images, place), place(labels)
 
 

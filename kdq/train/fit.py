@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
@@ -139,16 +139,12 @@ class _Beside(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
 
 
-class _SeedEpoch(Callback):
-    """Starts every epoch from a random state of its own, so that networks with dropout resume exactly, too. Each
-    process has its own state: it sees other images."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        epoch = self.seed * 1_000_003 + trainer.current_epoch
-        torch.manual_seed(epoch * trainer.world_size + trainer.global_rank)
+def _seed_epoch(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Start an epoch from a random state of its own, so that networks with dropout resume exactly, too. Each process
+    has its own state: it sees other images."""
+    assert isinstance(pl_module, DistillationModule)
+    epoch = pl_module.seed * 1_000_003 + trainer.current_epoch
+    torch.manual_seed(epoch * trainer.world_size + trainer.global_rank)
 
 
 def fit(
@@ -181,7 +177,7 @@ def fit(
         callbacks=[
             *callbacks,
             best,
-            _SeedEpoch(module.seed),
+            LambdaCallback(on_train_epoch_start=_seed_epoch),
             *bar,
             Monitor(every),
             probe,
