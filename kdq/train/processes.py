@@ -34,10 +34,8 @@ def run(module: str, job: Path, processes: int) -> list[int]:
     Returns:
         Their exit codes: all 0, or those of processes that died, or were ended because another one had.
     """
-    return cluster.run(module, job) if cluster.tasks() > 1 else _run_here(module, job, processes)
-
-
-def _run_here(module: str, job: Path, processes: int) -> list[int]:
+    if cluster.tasks() > 1:
+        return cluster.run(module, job)
     threads = max(1, usable_cores() // processes)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
