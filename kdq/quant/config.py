@@ -122,7 +122,7 @@ class QuantConfig:
             check_bits(self.first_last_bits, "first_last_bits")
         if self.act_bits is not None:
             within("act_bits", self.act_bits, 2, MOST_INPUT_BITS)
-        if isinstance(self.keep_float, str) or not all(isinstance(name, str) for name in self.keep_float):
+        if not isinstance(self.keep_float, (tuple, list)) or not all(isinstance(name, str) for name in self.keep_float):
             raise KdqError(f"keep_float={self.keep_float!r}: give a list of names, [{self.keep_float}]")
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
         if self.moments is not None and not callable(self.moments):

@@ -81,11 +81,9 @@ class _Check:
     def node(self, where: str, node: Any, schema: type) -> None:
         """``node`` has the fields of the dataclass ``schema``, and nothing else."""
         hints = get_type_hints(schema)
-        if not isinstance(node, Mapping):
-            if kind := CHOICES.get(where):
-                group = f"recipe@{where}" if "." in where else f"model@{where}"
-                raise KdqError(f"{where}={node} is no choice: {kind} is chosen with {group}={node}")
-            raise KdqError(f"{where}={node} has options of its own: {', '.join(f'{where}.{name}' for name in hints)}")
+        if not isinstance(node, Mapping) and (kind := CHOICES.get(where)):
+            group = f"recipe@{where}" if "." in where else f"model@{where}"
+            raise KdqError(f"{where}={node} is no choice: {kind} is chosen with {group}={node}")
         self.names(where, node, hints)
         self.present(where, node, hints)
         for name, hint in hints.items():
@@ -99,8 +97,10 @@ class _Check:
             elif node[name] != "???":  # a role's that this method does not use
                 check_type(option, node[name], hint)
 
-    def names(self, where: str, node: Mapping[str, Any], known: Collection[str]) -> None:
-        """The keys of ``node`` are ``known``, or referred to by another value."""
+    def names(self, where: str, node: Any, known: Collection[str]) -> None:
+        """``node`` has keys, and they are ``known``, or referred to by another value."""
+        if not isinstance(node, Mapping):
+            raise KdqError(f"{where}={node} has options of its own: {', '.join(f'{where}.{name}' for name in known)}")
         for name in node:
             option = f"{where}.{name}".lstrip(".")
             if name not in known and not {option, f".{name}"} & self.referred:
@@ -127,7 +127,7 @@ class _Check:
             return self.names(where, node, ("name", "_target_"))
         kind = imported(where, target)
         takes = getattr(kind, "takes", ())
-        options = {name: value for name, value in node.items() if name != "name"}
+        options = {name: value for name, value in node.items() if name != "name"} | {"_target_": target}
         if where == "method":
             options.pop("weights", None)
             if "peer" in takes:
@@ -166,7 +166,7 @@ class _Check:
             node = dict(enumerate(node))
         if not isinstance(node, Mapping):
             return
-        if node.get("_target_") not in (None, "???"):
+        if node.get("_target_", "???") != "???":
             known = parameters(imported(where, node["_target_"]))
             options = {name: value for name, value in node.items() if not str(name).startswith("_")}
             if where.endswith(".net"):

@@ -52,7 +52,7 @@ def find(cell: str, output: Path) -> Source:
     if path.suffix == ".kdq":
         if not path.is_file():
             raise KdqError(f"no file {path}")
-        root = path.resolve().parents[2] if path.resolve().parent.name == "quantized" else None
+        root = path.resolve().parent.parent.parent if path.resolve().parent.name == "quantized" else None
         rows = read_rows(root / "rows", {path.stem.rpartition("-")[2]}) if root else []
         return Source(path, rows[0], root) if rows else Source(path)
     root, row = path.resolve().parent.parent if path.suffix == ".json" else output, find_row(cell, output)

@@ -59,7 +59,7 @@ def check_loggers(loggers: Any) -> None:
             hint = MOVED.get(f"logger.{name}", f"give logger.{name}._target_=a Lightning logger")
             raise KdqError(f"logger.{name} is no logger: {hint}")
         else:
-            modules, install = _PACKAGES.get(config["_target_"].rpartition(".")[2], ((), ""))
+            modules, install = _PACKAGES.get(str(config["_target_"]).rpartition(".")[2], ((), ""))
             if modules and not any(find_spec(module) for module in modules):
                 raise KdqError(f"logger.{name} needs a package that is not installed: pip install {install}")
             known = parameters(imported(f"logger.{name}", config["_target_"]))

@@ -30,8 +30,10 @@ def called(config: Any) -> Iterator[str]:
             yield from (str(node[key]) for key in ("_target_", "path") if node.get(key) is not None)
 
 
-def imported(option: str, path: str) -> Any:
+def imported(option: str, path: Any) -> Any:
     """The object at the dotted ``path`` that ``option`` names, or a KdqError that says why there is none."""
+    if not isinstance(path, str):
+        raise KdqError(f"{option}._target_={path} names nothing: give the path of a class or function, package.Name")
     try:
         return hydra.utils.get_object(path)
     except Exception as error:

@@ -181,6 +181,10 @@ MISTAKES = [
     (["student.recipe.epochs=many", "method=baseline"], r"recipe.epochs='many' must be a whole number"),
     (["student.recipe.lr=fast", "method=baseline"], r"recipe.lr='fast' must be a number"),
     (["quant=greedy", "method=baseline", "quant.search.avg_bits=1"], r"the bit search cannot meet its budget"),
+    (["quant=greedy", "method=baseline", "quant.search=5"], r"quant.search=5 has options of its own: quant.search."),
+    (["quant.keep_float=5", "method=baseline"], r"keep_float=5: give a list of names, \[5\]"),
+    (["data.source._target_=null", "method=baseline"], r"data.source._target_=None names nothing: give the path of"),
+    (["logger=csv", "+logger.mine._target_=null"], r"logger.mine._target_=None names nothing: give the path of"),
     (
         ["quant=greedy", "method=baseline", "+quant.search={method: exact, cost: bytes}"],
         "cost=bytes prices the steps of",
