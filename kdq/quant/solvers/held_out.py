@@ -10,7 +10,7 @@ patches, D fits their noise. With the moments of held-out images the error of a 
 cut to 0 and 1: as much of the correction as holds elsewhere (a closed-form shrinkage as in CoreQ, arXiv 2602.05902). A
 share gamma of D is what moments with ``G + gamma (C - G)`` in place of C lead to, whatever the solver.
 
-Where there are fewer patches than columns, nothing but the weights themselves says what the layer does elsewhere:
+Where there are few patches for the columns, the weights themselves say more of what the layer does elsewhere:
 several ridges are tried, and plain rounding, and the one of least held-out error is taken. It is not fitted to the
 held-out images afterwards, as other layers are: to the layers behind it they would no longer be images that nothing was
 fitted to. (timm's tinynet_a with random weights, 4 bits, 32 images of 64 pixels: the error on other
@@ -26,7 +26,9 @@ from kdq.quant.solvers.qronos import project
 
 #: One chunk of calibration images in so many is held out.
 PARTS = 4
-#: Ridges tried where there are fewer patches than columns, as multiples of the preset's.
+#: Patches for a column, of all images, below which a layer has few.
+FEW = 16
+#: Ridges tried where there are few patches, as multiples of the preset's.
 RIDGES = (1, 10, 100)
 
 
@@ -39,8 +41,8 @@ class HeldOut(NamedTuple):
 
     @property
     def few(self) -> bool:
-        """Whether the layer has fewer patches, of all images, than columns."""
-        return PARTS * self.patches < self.gram.shape[-1]
+        """Whether the layer has less than :data:`FEW` patches for each of its columns."""
+        return PARTS * self.patches < FEW * self.gram.shape[-1]
 
 
 def trusted(weight: Tensor, gram: Tensor, cross: Tensor, held_out: HeldOut) -> Tensor:
