@@ -14,7 +14,7 @@ from kdq.quant.calibrate.moments import Moments, PartedMoments
 from kdq.quant.config import QuantConfig, held
 from kdq.quant.solvers.alphabet import Alphabet
 from kdq.quant.solvers.alphabets import uniform
-from kdq.quant.solvers.held_out import HeldOut, output_error, trusted
+from kdq.quant.solvers.held_out import FEW, PARTS, HeldOut, output_error, trusted
 from kdq.quant.solvers.qronos import project
 
 
@@ -67,12 +67,13 @@ def test_a_layer_with_few_patches_is_rounded_where_that_is_better() -> None:
 
     W, (X, Xq) = torch.randn(1, 6, 20), inputs(100, 0.1)
     G, C = moments(X, Xq)
-    few = HeldOut(*moments(X[96:], Xq[96:]), 4)  # of 16 in all, for 20 columns
+    enough = FEW * 20 // PARTS  # of 20 columns, a part of all patches
+    few = HeldOut(*moments(X[96:], Xq[96:]), enough - 1)
     config = QuantConfig(solver=zeros)
     values, alphabet = config.solve(W, G, C, 4, few)
     assert torch.equal(values, uniform(W, 4).nearest(W))
     assert torch.equal(alphabet.nearest(values), values)
-    many = few._replace(patches=5)
+    many = few._replace(patches=enough)
     assert torch.equal(config.solve(W, G, C, 4, many)[0], config.solve(W, G, C, 4)[0])
 
 
