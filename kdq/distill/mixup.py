@@ -26,10 +26,7 @@ class Mixup(VKD):
     per_sample: bool = switch()  # every image draws its own lam, instead of one for the batch
 
     def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
-        lam = self.draw(len(images), progress)
-        if images.device.type == "cuda":  # from pageable memory the host would wait for the copy
-            lam = lam.contiguous().pin_memory()
-        lam = lam.to(images.device, non_blocking=True)
+        lam = sent(self.draw(len(images), progress), images.device)
         probabilities = one_hot(labels, self.num_classes).float()
         return super().losses(mix(images, lam), mix(probabilities, lam), progress)
 
@@ -43,9 +40,21 @@ class Mixup(VKD):
         return lam[progress.rank * count :][:count] if self.per_sample else lam.expand(count)
 
 
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """``drawn`` on the ``device``, which does not wait for it."""
+    if device.type == "cuda":  # from pageable memory the host would wait for the copy
+        drawn = drawn.contiguous().pin_memory()
+    return drawn.to(device, non_blocking=True)
+
+
+def neighbours(count: int, device: torch.device) -> Tensor:
+    """The neighbour of each of ``count`` images: 0 has 1, 2 has 3, and so on; the last of an odd number has the
+    first."""
+    neighbour = torch.arange(count, device=device) ^ 1
+    return neighbour.where(neighbour < count, 0)
+
+
 def mix(batch: Tensor, lam: Tensor) -> Tensor:
-    """``lam_i batch_i + (1 - lam_i) batch_j`` with j the neighbour of i: 0 with 1, 2 with 3, and so on; the last of
-    an odd number is mixed with the first."""
-    neighbour = torch.arange(len(batch), device=batch.device) ^ 1
-    neighbour = neighbour.where(neighbour < len(batch), 0)
-    return torch.lerp(batch[neighbour], batch, lam.view(-1, *[1] * (batch.ndim - 1)).to(batch.dtype))
+    """``lam_i batch_i + (1 - lam_i) batch_j`` with j the neighbour of i."""
+    other = batch[neighbours(len(batch), batch.device)]
+    return torch.lerp(other, batch, lam.view(-1, *[1] * (batch.ndim - 1)).to(batch.dtype))

@@ -18,8 +18,10 @@ from torch.optim import Adam, Optimizer
 from kdq.distill.checkpoint import Network, built, described
 from kdq.distill.config import TrainConfig
 from kdq.distill.cross_entropy import CrossEntropy
+from kdq.distill.cutmix import cutmix, draw
 from kdq.distill.learner import Learner
-from kdq.distill.losses import distillation_kl, soft_cross_entropy
+from kdq.distill.losses import distillation_kl, one_hot, soft_cross_entropy
+from kdq.distill.mixup import mix
 from kdq.distill.module import DistillationModule
 from kdq.distill.options import choice, number, switch
 from kdq.distill.progress import TrainingProgress
@@ -118,8 +120,12 @@ class QAD(IntoQuantized, TeacherStudent):
     """
 
     alpha: float = number(1.0, high=1)  # the teacher's share of the loss; with 1 labels change nothing
+    cutmix: bool = switch()  # a rectangle of each training image is another's: few images say more of the teacher so
 
     def losses(self, images: Tensor, labels: Tensor, progress: TrainingProgress) -> tuple[dict[str, Tensor], Tensor]:
+        if self.cutmix and self.training:
+            images, share = cutmix(images, draw(len(images), self.seed, progress))
+            labels = mix(one_hot(labels, self.num_classes).float(), share)
         logits = self.student(images)
         kl = distillation_kl(*self.comparable(logits, self.teacher(images)), self.temperature)
         terms = {"kl": self.alpha * kl}

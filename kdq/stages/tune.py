@@ -63,6 +63,8 @@ def _tuned_model(cell: Cell, model: Model, name: str, bits: int | None) -> Model
     label, images = method.pop("name"), method.pop("images")
     recipe = with_trainer_flags(method.pop("recipe"), plain(cell.cfg.trainer))
     Recipe(**recipe)
+    if not method.get("cutmix"):  # younger than the others: older keys stay
+        method.pop("cutmix", None)
     if images is not None and images < 1:
         raise KdqError(f"tune.images={images} must be at least 1, or null for all training images")
     networks = {"student": NetworkSpec(role["name"], role["net"], role["seed"], None)}

@@ -207,8 +207,9 @@ def test_equal_trainings_are_one_model_whatever_they_are_called(tmp_path: Path) 
         cell = Cell(config(tmp_path, "quant.bits=[2,3]", *asked))
         return [model.key for model in tuned_models(cell, planned(cell)).values()]
 
-    assert keys() == keys("quant.name=mine", "tune.name=mine")
-    assert len({*keys(), *keys("tune.images=8"), *keys("tune.temperature=2"), *keys("quant.order=natural")}) == 8
+    assert keys() == keys("quant.name=mine", "tune.name=mine") == keys("~tune.cutmix")  # which older rows have not
+    others = ("tune.images=8", "tune.temperature=2", "tune.cutmix=true", "quant.order=natural")
+    assert len(set(keys()).union(*map(keys, others))) == 10
 
 
 @pytest.mark.parametrize(
