@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kdq.distill.mixup import neighbours, sent
 from kdq.distill.progress import TrainingProgress
+from kdq.utils.errors import KdqError
 
 
 def draw(count: int, seed: int, progress: TrainingProgress) -> Tensor:
@@ -26,7 +27,12 @@ def cutmix(images: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         images: ``(n, c, h, w)``; neighbours are those of :func:`kdq.distill.mixup.neighbours`.
         boxes: ``(n, 3)``, the centre, down and across, and the side, as shares of the image's. A pixel is inside where
             its centre is.
+
+    Raises:
+        KdqError: the images have another shape.
     """
+    if images.ndim != 4:
+        raise KdqError(f"cutmix is of images (n, channels, height, width), not of {tuple(images.shape)}: leave it out")
     down, across, side = sent(boxes, images.device).unsqueeze(-1).unbind(1)
     rows, columns = (torch.arange(0.5, size, device=images.device) / size for size in images.shape[-2:])
     inside = ((rows - down).abs() < side / 2)[:, :, None] & ((columns - across).abs() < side / 2)[:, None]

@@ -122,9 +122,10 @@ class QuantConfig:
             check_bits(self.first_last_bits, "first_last_bits")
         if self.act_bits is not None:
             within("act_bits", self.act_bits, 2, MOST_INPUT_BITS)
-        if not isinstance(self.keep_float, (tuple, list)) or not all(isinstance(name, str) for name in self.keep_float):
-            raise KdqError(f"keep_float={self.keep_float!r}: give a list of names, [{self.keep_float}]")
-        object.__setattr__(self, "keep_float", tuple(self.keep_float))
+        names: Any = self.keep_float
+        if not isinstance(names, Collection) or isinstance(names, str) or not all(isinstance(n, str) for n in names):
+            raise KdqError(f"keep_float={names!r}: give a list of names, [{names}]")
+        object.__setattr__(self, "keep_float", tuple(names))
         if self.moments is not None and not callable(self.moments):
             raise KdqError(f"moments={self.moments!r} is no function: leave it None (null), or give a _target_")
 

@@ -1,5 +1,6 @@
 """Images with a rectangle of another's pixels."""
 
+import pytest
 import torch
 
 import kdq
@@ -7,6 +8,7 @@ from kdq.distill import QAD
 from kdq.distill.cutmix import cutmix, draw
 from kdq.distill.losses import distillation_kl
 from kdq.distill.progress import TrainingProgress
+from kdq.utils.errors import KdqError
 from tests.distill.test_standalone import loader, network
 
 
@@ -25,6 +27,11 @@ def test_a_box_has_the_neighbours_pixels_and_the_rest_its_own() -> None:
     mixed, share = cutmix(images, torch.tensor(boxes))
     assert torch.equal(mixed, expected)
     torch.testing.assert_close(share, (expected == images).all(1).float().mean((1, 2)))
+
+
+def test_what_has_no_pixels_is_refused() -> None:
+    with pytest.raises(KdqError, match=r"cutmix is of images \(n, channels, height, width\), not of \(4, 8\)"):
+        cutmix(torch.zeros(4, 8), torch.zeros(4, 3))
 
 
 def test_areas_are_drawn_evenly_and_over_two_processes_as_by_one() -> None:
